@@ -1,0 +1,48 @@
+"""Rectified SpaAttn: training-free block-sparse attention for video diffusion transformers, with its biases repaired.
+
+Importing this package needs torch alone; `enable` needs diffusers when it is called.
+"""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .attention import SparseStats, rectified_attention
+    from .config import PRESETS, SparseConfig, preset
+    from .integrations.diffusers import Handle, enable
+    from .layout import TokenLayout
+
+_HOME = {
+    "rectified_attention": "attention",
+    "SparseStats": "attention",
+    "SparseConfig": "config",
+    "PRESETS": "config",
+    "preset": "config",
+    "TokenLayout": "layout",
+    "enable": "integrations.diffusers",
+    "Handle": "integrations.diffusers",
+}
+
+__all__ = [
+    "PRESETS",
+    "Handle",
+    "SparseConfig",
+    "SparseStats",
+    "TokenLayout",
+    "enable",
+    "preset",
+    "rectified_attention",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rectified_spaattn' has no attribute {name!r}; it has {__all__}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,172 @@
+"""Handle: what enable gives back. It counts, reports and undoes."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .processor import is_wrapped
+from .state import RunClock, TransformerState
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStats:
+    """Calls of one layer in the last run. density: mean over its sparse calls, NaN without any."""
+
+    transformer: str
+    layer: int
+    name: str
+    sparse_calls: int
+    dense_calls: int
+    density: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStats:
+    """What the last run of the pipeline did.
+
+    density          mean over the sparse calls (1 would be full attention), NaN without any
+    overall_density  mean over all calls, dense ones counted as 1
+    dense_reasons    calls that ran dense, by reason
+    backend          names of what ran the sparse calls, comma-separated
+    steps            denoising steps seen, 0 where nobody told them
+    forwards         calls of the transformers
+    """
+
+    sparse_calls: int
+    dense_calls: int
+    density: float
+    overall_density: float
+    dense_reasons: dict[str, int]
+    backend: str
+    steps: int
+    forwards: int
+    layers: tuple[LayerStats, ...]
+
+
+@dataclass(kw_only=True)
+class Enabled:
+    """One transformer with its hook, and its attention modules with the processors they had."""
+
+    name: str
+    model: nn.Module
+    state: TransformerState
+    hook: RemovableHandle
+    originals: list[tuple[Any, Any]]
+
+
+class Handle:
+    """Rectified attention enabled on a pipeline or a transformer. Also a context manager that disables on exit."""
+
+    def __init__(self, enabled: list[Enabled], clock: RunClock) -> None:
+        self._enabled = enabled
+        self._clock = clock
+        self.active = True
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+    def disable(self) -> None:
+        """Put the model back as it was; processors that somebody replaced since stay. Safe to call twice."""
+        if not self.active:
+            return
+        self.active = False
+        for item in self._enabled:
+            item.hook.remove()
+            for layer, (module, original) in zip(item.state.layers, item.originals, strict=True):
+                if is_wrapped(module.processor, layer):
+                    module.set_processor(original)
+
+    def set_step(self, step: int, total: int | None = None) -> None:
+        """Say which denoising step comes next, where no pipeline's scheduler tells. step: 0 .. total - 1."""
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step: got {step!r}; allowed: an integer of 0 or more.")
+        if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total <= step):
+            raise ValueError(f"total: got {total!r}; allowed: an integer above step = {step}, or None.")
+        self._clock.tell(step, total)
+
+    def stats(self) -> RunStats:
+        """Figures of the last run. Waits for the device."""
+        layers, reasons, backends = [], Counter[str](), set[str]()
+        density_sum, steps, forwards = 0.0, 0, 0
+        for item in self._enabled:
+            steps += len(item.state.steps_seen)
+            forwards += item.state.forwards
+            for layer in item.state.layers:
+                record = layer.record
+                total = float(record.density)
+                density_sum += total
+                reasons.update(record.dense)
+                backends |= record.backends
+                layers.append(
+                    LayerStats(
+                        transformer=item.name,
+                        layer=layer.index,
+                        name=layer.name,
+                        sparse_calls=record.sparse,
+                        dense_calls=record.dense.total(),
+                        density=total / record.sparse if record.sparse else math.nan,
+                    )
+                )
+        sparse, dense = sum(layer.sparse_calls for layer in layers), reasons.total()
+        return RunStats(
+            sparse_calls=sparse,
+            dense_calls=dense,
+            density=density_sum / sparse if sparse else math.nan,
+            overall_density=(density_sum + dense) / (sparse + dense) if sparse + dense else math.nan,
+            dense_reasons=dict(reasons),
+            backend=", ".join(sorted(backends)),
+            steps=steps,
+            forwards=forwards,
+            layers=tuple(layers),
+        )
+
+    def summary(self) -> str:
+        """A table of what ran sparse, how densely and where, and of what ran dense and why."""
+        run = self.stats()
+        lines = [f"Rectified SpaAttn, {'enabled' if self.active else 'disabled'}"]
+        for item in self._enabled:
+            config = item.state.config
+            lines.append(
+                f"  {item.name} ({type(item.model).__name__}): {len(item.state.layers)} layers, "
+                f"sparsity {config.sparsity:g}, top_p {config.top_p:g}, rectify {config.rectify}, "
+                f"block {config.block_size}, order {config.order}"
+            )
+        if run.sparse_calls + run.dense_calls == 0:
+            return "\n".join([*lines, "  nothing has run yet"])
+        steps = f"{run.steps} steps, " if run.steps else ""
+        calls = run.sparse_calls + run.dense_calls
+        lines.append(f"  last run: {steps}{run.forwards} forwards, {calls} attention calls")
+        if run.sparse_calls:
+            lines.append(f"  sparse: {run.sparse_calls} calls, density {run.density:.1%}, backend {run.backend}")
+        else:
+            lines.append("  sparse: none")
+        lines += [
+            f"  dense:  {calls} calls, because of {reason}" for reason, calls in sorted(run.dense_reasons.items())
+        ]
+        lines.append(f"  computed attention pairs: {run.overall_density:.1%} of full attention in these layers")
+        for item in self._enabled:
+            lost = lost_layers(item.state, item.originals) if self.active else []
+            if lost:
+                lines.append(f"  LOST on {item.name}: {shortened(lost)} (processor replaced; enable again)")
+        return "\n".join(lines)
+
+
+def lost_layers(state: TransformerState, originals: list[tuple[Any, Any]]) -> list[str]:
+    """Names of layers whose processor somebody replaced after enabling. originals: (module, processor it had)."""
+    pairs = zip(state.layers, originals, strict=True)
+    return [layer.name for layer, (module, _) in pairs if not is_wrapped(module.processor, layer)]
+
+
+def shortened(names: list[str]) -> str:
+    """The first three of a list of names."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

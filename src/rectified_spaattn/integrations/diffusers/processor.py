@@ -1,0 +1,136 @@
+"""The seam: a backend in diffusers' dispatcher, and processors that tell it which layer calls.
+
+Data flow of one call: wrapped processor -> dispatch_attention_fn -> our backend -> the op `rectified_spaattn::layer`,
+which looks up the LayerState behind the layer's handle. The op is opaque to torch.compile, so the step, the grid and
+the schedule may change without a recompilation; the handle is a tensor, so all layers share one compiled block.
+"""
+
+import copy
+import functools
+import threading
+import weakref
+from typing import Any
+
+import torch
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+from .state import LayerState
+
+BACKEND_NAME = "rectified_spaattn"
+
+_layers: "weakref.WeakValueDictionary[int, LayerState]" = weakref.WeakValueDictionary()
+
+
+class _Caller(threading.local):
+    """The handle of the layer whose processor is running in this thread."""
+
+    handle: torch.Tensor | None = None
+
+
+_caller = _Caller()
+
+
+@torch.library.custom_op("rectified_spaattn::layer", mutates_args=())
+def layer_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    handle: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    """q, k, v: [B, S, H, D]; mask: bool [B, 1, 1, S] or None; handle: int64 scalar on the CPU. Returns [B, S, H, D]."""
+    layer = _layers.get(int(handle))
+    if layer is None:
+        raise RuntimeError(
+            "Rectified attention was disabled, but code compiled while it was enabled still runs. "
+            "Call torch.compiler.reset() and compile again after disable()."
+        )
+    return layer.attend(q, k, v, mask, scale).contiguous()
+
+
+@layer_attention.register_fake
+def _layer_attention_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    handle: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    return q.new_empty(q.shape)
+
+
+def _backend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> torch.Tensor:
+    """What dispatch_attention_fn calls for a wrapped processor."""
+    handle = _caller.handle
+    if handle is None:
+        raise RuntimeError(
+            f"The attention backend {BACKEND_NAME!r} was called by a processor it was not enabled for. "
+            "Use rectified_spaattn.enable(pipe); do not set the backend by its name."
+        )
+    if dropout_p or is_causal or enable_gqa:
+        raise ValueError(
+            f"rectified attention: got dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}; allowed: "
+            "0, False, False. Disable it on this model."
+        )
+    if _parallel_config is not None:
+        raise RuntimeError("Context parallelism with rectified attention is not supported yet: disable one of the two.")
+    return layer_attention(query, key, value, attn_mask, handle, scale)
+
+
+@functools.cache
+def backend_member() -> AttentionBackendName:
+    """Our member of diffusers' closed enum of backends, registered the first time it is asked for."""
+    member = str.__new__(AttentionBackendName, BACKEND_NAME)
+    member._name_, member._value_ = BACKEND_NAME.upper(), BACKEND_NAME
+    AttentionBackendName._member_map_[member._name_] = member
+    AttentionBackendName._value2member_map_[BACKEND_NAME] = member
+    AttentionBackendName._member_names_.append(member._name_)
+    _AttentionBackendRegistry.register(member)(_backend)
+    return member
+
+
+@functools.cache
+def _wrapped_class(processor_class: Any) -> Any:
+    """A subclass that names its layer while the stock __call__ runs; modules read its signature, hence wraps."""
+
+    @functools.wraps(processor_class.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _caller.handle = self.rectified_handle
+        try:
+            return processor_class.__call__(self, *args, **kwargs)
+        finally:
+            _caller.handle = None
+
+    wrapped = type(processor_class.__name__, (processor_class,), {"__call__": call, "__module__": __name__})
+    if processor_class in AttentionProcessorRegistry._registry:  # skip-layer guidance looks processors up by class
+        AttentionProcessorRegistry.register(wrapped, AttentionProcessorRegistry.get(processor_class))
+    return wrapped
+
+
+def wrap(processor: Any, layer: LayerState) -> Any:
+    """A copy of `processor` that attends through `layer`; the original stays as it is."""
+    wrapped = copy.copy(processor)
+    wrapped.__class__ = _wrapped_class(processor.__class__)
+    wrapped._attention_backend = backend_member()
+    wrapped.rectified_handle = layer.handle
+    wrapped.rectified_layer = layer  # keeps the layer alive as long as its processor
+    _layers[int(layer.handle)] = layer
+    return wrapped
+
+
+def is_wrapped(processor: Any, layer: LayerState) -> bool:
+    """Whether `processor` is still the one that attends through `layer`."""
+    return getattr(processor, "rectified_layer", None) is layer and processor._attention_backend is backend_member()

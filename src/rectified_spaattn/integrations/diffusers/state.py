@@ -1,0 +1,171 @@
+"""What the seam remembers between the forward of a transformer and the attention calls inside it."""
+
+import itertools
+import math
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...attention import rectified_attention
+from ...config import SparseConfig
+from ...layout import TokenLayout
+from .adapters import Grid
+
+_handles = itertools.count()
+
+
+class RunClock:
+    """The denoising step, shared by the transformers of one pipeline. A step that goes back starts a new run."""
+
+    def __init__(self, pipeline: Any | None) -> None:
+        self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
+        self._told: tuple[int, int | None] | None = None
+        self._last: int | None = None
+        self.run = 0
+
+    def tell(self, step: int, total: int | None) -> None:
+        self._told = (step, total)
+
+    def tells_steps(self) -> bool:
+        return self._from_scheduler() != (None, None)
+
+    def read(self) -> tuple[int | None, int | None]:
+        """(step, number of steps), each None where nobody knows it."""
+        step, total = self._told or self._from_scheduler()
+        if step is not None:
+            if self._last is not None and step < self._last:
+                self.run += 1
+            self._last = step
+        return step, total
+
+    def _from_scheduler(self) -> tuple[int | None, int | None]:
+        scheduler: Any = getattr(self._pipeline() if self._pipeline else None, "scheduler", None)
+        if not hasattr(scheduler, "step_index"):
+            return None, None
+        timesteps = getattr(scheduler, "timesteps", None)
+        return scheduler.step_index or 0, None if timesteps is None else len(timesteps)
+
+
+@dataclass(kw_only=True)
+class TransformerState:
+    """One transformer: its settings, and what its forward is doing now."""
+
+    config: SparseConfig
+    backend: str
+    clock: RunClock
+    text_first: bool
+    layers: list["LayerState"] = field(default_factory=list)
+    grid: Grid | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    run: int = -1
+    first_step: int | None = None
+    steps_seen: set[int] = field(default_factory=set)
+    forwards: int = 0
+
+    def begin_forward(self, grid: Grid) -> None:
+        """Called before every forward of the transformer."""
+        self.grid = grid
+        self.step, self.total_steps = self.clock.read()
+        if self.run != self.clock.run:
+            self.reset()
+        if self.first_step is None:
+            self.first_step = self.step
+        if self.step is not None:
+            self.steps_seen.add(self.step)
+        self.forwards += 1
+
+    def reset(self) -> None:
+        """Forget the run before."""
+        self.run, self.first_step, self.steps_seen, self.forwards = self.clock.run, None, set(), 0
+        for layer in self.layers:
+            layer.record = Record()
+
+    def warming_up(self) -> bool:
+        """Whether this step belongs to the dense ones at the start of this transformer's share of the run."""
+        if self.step is None or self.first_step is None:
+            return False
+        return self.step - self.first_step < self.config.dense_step_count(self.total_steps)
+
+
+@dataclass
+class Record:
+    """Calls of one layer in one run. `density` is a running sum that stays on the device: no synchronisation."""
+
+    sparse: int = 0
+    density: torch.Tensor | float = 0.0
+    dense: Counter[str] = field(default_factory=Counter)
+    backends: set[str] = field(default_factory=set)
+
+
+@dataclass(kw_only=True)
+class LayerState:
+    """One self-attention layer. `handle` is what compiled code carries in its place: a tensor, so layers share code."""
+
+    index: int
+    name: str
+    owner: TransformerState
+    dense_backend: Any
+    handle: torch.Tensor = field(default_factory=lambda: torch.tensor(next(_handles)))
+    record: Record = field(default_factory=Record)
+
+    def why_dense(self, layout: TokenLayout) -> str | None:
+        config = self.owner.config
+        if self.index in config.dense_layers:
+            return "dense_layers"
+        if self.owner.warming_up():
+            return "dense_steps"
+        if layout.num_blocks == 0:
+            return f"grid {layout.grid} is smaller than one block of {layout.block_size}"
+        return None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> torch.Tensor:
+        """q, k, v: [B, S, H, D] after RoPE; mask: bool [B, 1, 1, S], True = valid, or None. Returns [B, S, H, D]."""
+        state = self.owner
+        layout = self._layout(q.shape[1])
+        reason = self.why_dense(layout)
+        if reason is not None:
+            from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+            self.record.dense[reason] += 1
+            return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
+        text_mask = _text_mask(mask, layout)
+        out, stats = rectified_attention(
+            q, k, v, layout, state.config, text_mask=text_mask, scale=scale, backend=state.backend, return_stats=True
+        )
+        self.record.sparse += 1
+        self.record.density = self.record.density + stats.device_density
+        self.record.backends.add(stats.backend)
+        return out.to(q.dtype)
+
+    def _layout(self, sequence: int) -> TokenLayout:
+        state = self.owner
+        if state.grid is None:
+            raise RuntimeError(
+                f"{self.name}: attention ran before the transformer's forward. Call the transformer, not its blocks."
+            )
+        text = sequence - math.prod(state.grid)
+        if text < 0:
+            raise RuntimeError(
+                f"{self.name}: got {sequence} tokens for a grid of {state.grid}; allowed: at least "
+                f"{math.prod(state.grid)}. Something between the transformer and its attention drops tokens; "
+                "disable one of the two."
+            )
+        return TokenLayout.build(state.grid, text, state.text_first, state.config.block_size, state.config.order)
+
+
+def _text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor | None:
+    """The text part of a [B, 1, 1, S] key mask: bool [B, text]."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
+        raise ValueError(
+            f"attention mask: got {mask.dtype} {tuple(mask.shape)}; allowed: bool [B, 1, 1, S], True for a valid key."
+        )
+    start = 0 if layout.text_first else layout.video
+    return mask[:, 0, 0, start : start + layout.text]

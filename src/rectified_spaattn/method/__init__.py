@@ -1,0 +1,1 @@
+"""The method in plain PyTorch: pool -> estimate -> select -> gain -> rectify, and reference.py, the oracle."""

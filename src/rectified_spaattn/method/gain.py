@@ -1,0 +1,21 @@
+"""Stage 4: which dropped blocks are worth their pooled contribution (GAPR)."""
+
+import torch
+
+from ..config import Rectify
+from .pool import Pooled
+
+
+def gain(pooled: Pooled, block_mask: torch.Tensor, rectify: Rectify) -> torch.Tensor:
+    """bool [B, H, nb, nb]: the dropped blocks that are compensated. block_mask: bool, same shape, the critical blocks.
+
+    "ipar+gapr" compensates where |q̄·k̄| > |δq·k̄| + |q̄·δk| (unscaled logits), "none" nowhere, the others everywhere.
+    """
+    if rectify == "none":
+        return torch.zeros_like(block_mask)
+    if rectify != "ipar+gapr":
+        return ~block_mask
+    k_t, dk_t = pooled.k.transpose(-1, -2), pooled.dk.transpose(-1, -2)
+    worth = (pooled.q @ k_t).abs_()  # [B, H, nb, nb]
+    error = (pooled.dq @ k_t).abs_() + (pooled.q @ dk_t).abs_()
+    return ~block_mask & (worth > error)

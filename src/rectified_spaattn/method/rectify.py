@@ -1,0 +1,23 @@
+"""Stage 5: the factor R and the compensation C of every query block."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Rectification(NamedTuple):
+    """out = r * sparse attention + c. r: [B, H, nb]; c: [B, H, nb, D]; float32."""
+
+    r: torch.Tensor
+    c: torch.Tensor
+
+
+def rectify(probability: torch.Tensor, compensated: torch.Tensor, v_mean: torch.Tensor) -> Rectification:
+    """R_n = 1 - Σ P over compensated blocks, summed from what is left; C_n = Σ P_nm v̄_m over compensated blocks.
+
+    probability: [B, H, nb, nb + 1]; compensated: bool [B, H, nb, nb]; v_mean: [B, H, nb, D].
+    """
+    num_blocks = compensated.shape[-1]
+    to_blocks = probability[..., :num_blocks]
+    rest = to_blocks.masked_fill(compensated, 0).sum(-1) + probability[..., num_blocks]
+    return Rectification(r=rest, c=to_blocks.masked_fill(~compensated, 0) @ v_mean)

@@ -1,0 +1,116 @@
+"""The oracle: the whole method in float64, written as the equations read, sharing no code with the stages it judges."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:  # the oracle runs on torch alone
+    from ..config import SparseConfig
+    from ..layout import TokenLayout
+
+
+class Reference(NamedTuple):
+    """out: [B, S, H, D] float64, and the plan as in SparseStats (float64, bool)."""
+
+    out: torch.Tensor
+    block_mask: torch.Tensor
+    compensated: torch.Tensor
+    probability: torch.Tensor
+    r: torch.Tensor
+
+
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: "TokenLayout",
+    config: "SparseConfig",
+    text_valid: torch.Tensor,
+    scale: float,
+    block_mask: torch.Tensor | None = None,
+) -> Reference:
+    """Rectified sparse attention by loops over batch, heads and query blocks.
+
+    q, k, v: [B, S, H, D]; text_valid: bool [B, text]; block_mask: bool [B, H, nb, nb] or None.
+    """
+    device = q.device
+    q, k, v = q.double().cpu(), k.double().cpu(), v.double().cpu()
+    batch, _, heads, _ = q.shape
+    b, tiled, isolated = layout.block_size, layout.tiled.cpu(), layout.isolated.cpu()
+    nb = len(tiled) // b
+    out = torch.empty_like(q)
+    critical = torch.zeros(batch, heads, nb, nb, dtype=torch.bool)
+    compensated = torch.zeros_like(critical)
+    probability = torch.zeros(batch, heads, nb, nb + 1, dtype=torch.float64)
+    r = torch.zeros(batch, heads, nb, dtype=torch.float64)
+
+    for i in range(batch):
+        ones = torch.ones(layout.leftover, dtype=torch.bool)
+        valid = torch.cat([ones, text_valid[i].cpu()])
+        alone = isolated[valid]
+        for h in range(heads):
+            qt, kt, vt = (x[i, tiled, h].view(nb, b, x.shape[-1]) for x in (q, k, v))
+            k_alone, v_alone = k[i, alone, h], v[i, alone, h]
+            q_mean, k_mean, v_mean = qt.mean(1), kt.mean(1), vt.mean(1)
+            dq, dk = (qt - q_mean[:, None]).abs().mean(1), (kt - k_mean[:, None]).abs().mean(1)
+            columns, log_b = k_alone, torch.tensor(float(b), dtype=torch.float64).log()
+            if config.rectify == "pooled":
+                columns, log_b = _pooled_columns(k[i, isolated, h], valid, layout.leftover, b), log_b * 0
+
+            for n in range(nb):
+                logits = torch.cat([scale * (k_mean @ q_mean[n]) + log_b, scale * (columns @ q_mean[n])])
+                weights = (logits - logits.max()).exp()
+                weights = weights / weights.sum()
+                p = torch.cat([weights[:nb], weights[nb:].sum().view(1)])
+                keep = block_mask[i, h, n].cpu() if block_mask is not None else _critical(p, n, layout, config)
+                dropped = ~keep
+                worth = (k_mean @ q_mean[n]).abs()
+                error = (k_mean @ dq[n]).abs() + (dk @ q_mean[n]).abs()
+                given_back = dropped
+                if config.rectify == "none":
+                    given_back = torch.zeros_like(dropped)
+                elif config.rectify == "ipar+gapr":
+                    given_back = dropped & (worth > error)
+
+                k_kept = torch.cat([kt[keep].flatten(0, 1), k_alone])
+                v_kept = torch.cat([vt[keep].flatten(0, 1), v_alone])
+                if not len(k_kept):
+                    raise ValueError(f"block_mask: got no critical block for query block {n}; allowed: at least one.")
+                attended = (scale * (qt[n] @ k_kept.T)).softmax(-1) @ v_kept
+                r[i, h, n] = 1 - p[:nb][given_back].sum()
+                c = (p[:nb][given_back, None] * v_mean[given_back]).sum(0)
+                out[i, tiled[n * b : (n + 1) * b], h] = r[i, h, n] * attended + c
+                critical[i, h, n], compensated[i, h, n], probability[i, h, n] = keep, given_back, p
+
+            every_k, every_v = torch.cat([kt.flatten(0, 1), k_alone]), torch.cat([vt.flatten(0, 1), v_alone])
+            out[i, isolated, h] = (scale * (q[i, isolated, h] @ every_k.T)).softmax(-1) @ every_v
+
+    plan = (critical, compensated, probability, r)
+    return Reference(out.to(device), *(x.to(device) for x in plan))
+
+
+def _critical(p: torch.Tensor, n: int, layout: "TokenLayout", config: "SparseConfig") -> torch.Tensor:
+    nb = len(p) - 1
+    by_probability = sorted(range(nb), key=lambda m: (-p[m].item(), m))
+    top_k = max(1, int((1 - config.sparsity) * nb))
+    reached, for_top_p = p[nb].item(), 0
+    while reached < config.top_p and for_top_p < nb:
+        reached += p[by_probability[for_top_p]].item()
+        for_top_p += 1
+    keep = torch.zeros(nb, dtype=torch.bool)
+    keep[by_probability[: max(top_k, for_top_p)]] = True
+    if config.neighbours:
+        keep |= layout.neighbours[n].cpu()
+    if config.first_frame and layout.first_frame[n]:
+        keep |= layout.first_frame.cpu()
+    return keep
+
+
+def _pooled_columns(k_isolated: torch.Tensor, valid: torch.Tensor, leftover: int, b: int) -> torch.Tensor:
+    """One mean for the leftover video tokens, one for every b text tokens, over the valid ones: [columns, D]."""
+    starts = [0] if leftover else []
+    starts += range(leftover, len(valid), b)
+    ends = [*starts[1:], len(valid)]
+    spans = [(s, e) for s, e in zip(starts, ends, strict=True) if valid[s:e].any()]
+    means = [k_isolated[s:e][valid[s:e]].mean(0) for s, e in spans]
+    return torch.stack(means) if means else k_isolated[:0]

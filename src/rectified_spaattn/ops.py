@@ -1,0 +1,80 @@
+"""The operator as one node for torch.compile: a torch.library custom op with a fake.
+
+Arguments are plain values, as the schema of an op wants them; the layout is looked up in its cache.
+"""
+
+import torch
+
+from .backends import BACKENDS
+from .config import SparseConfig
+from .layout import TokenLayout
+
+_PLAN_DTYPE = torch.float32
+
+
+@torch.library.custom_op("rectified_spaattn::attention", mutates_args=())
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    text_mask: torch.Tensor | None,
+    block_mask: torch.Tensor | None,
+    grid: list[int],
+    text: int,
+    text_first: bool,
+    block_size: int,
+    order: str,
+    sparsity: float,
+    top_p: float,
+    rectify: str,
+    neighbours: bool,
+    first_frame: bool,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, block_mask, compensated, probability, r, as rectified_attention describes them."""
+    layout = TokenLayout.build((grid[0], grid[1], grid[2]), text, text_first, block_size, order)
+    config = SparseConfig(
+        sparsity=sparsity,
+        top_p=top_p,
+        rectify=rectify,  # type: ignore[arg-type]  # the schema has no Literal; SparseConfig checks it
+        neighbours=neighbours,
+        first_frame=first_frame,
+    )
+    valid = text_mask if text_mask is not None else q.new_ones(q.shape[0], text, dtype=torch.bool)
+    out, plan = BACKENDS[backend].run(q, k, v, layout, config, valid, scale, block_mask)
+    # an op may not return one of its inputs
+    critical = plan.block_mask.clone() if block_mask is not None else plan.block_mask
+    return out, critical, plan.compensated, plan.probability, plan.r
+
+
+@attention.register_fake
+def _attention_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    text_mask: torch.Tensor | None,
+    block_mask: torch.Tensor | None,
+    grid: list[int],
+    text: int,
+    text_first: bool,
+    block_size: int,
+    order: str,
+    sparsity: float,
+    top_p: float,
+    rectify: str,
+    neighbours: bool,
+    first_frame: bool,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    exact = torch.float64 if backend == "reference" else None
+    nb = grid[0] * grid[1] * grid[2] // block_size
+    square = (q.shape[0], q.shape[2], nb, nb)
+    return (
+        q.new_empty(q.shape, dtype=exact or q.dtype),
+        q.new_empty(square, dtype=torch.bool),
+        q.new_empty(square, dtype=torch.bool),
+        q.new_empty((*square[:3], nb + 1), dtype=exact or _PLAN_DTYPE),
+        q.new_empty(square[:3], dtype=exact or _PLAN_DTYPE),
+    )
