@@ -8,7 +8,7 @@ from ..layout import TokenLayout
 from ..method.plan import Plan, make_plan
 
 # Gathered keys and values of one SDPA call: small enough for a CPU's cache, large enough to be worth a GPU's launch.
-_CHUNK_BYTES_CPU = 4 << 20
+_CHUNK_BYTES_CPU = 2 << 20
 _CHUNK_BYTES = 512 << 20
 
 
@@ -27,67 +27,83 @@ def run(
     Returns out [B, S, H, D] and the plan. Raises ValueError where a query block is left without any key.
     """
     layout = layout.on(q.device)
-    batch, _, heads, head_dim = q.shape
-    q_tiled, k_tiled, v_tiled = (_take(x, layout.tiled).unflatten(2, (-1, layout.block_size)) for x in (q, k, v))
-    q_alone, k_alone, v_alone = (_take(x, layout.isolated) for x in (q, k, v))
-    leftover = text_valid.new_ones(batch, layout.leftover)
-    valid = torch.cat([leftover, text_valid], dim=1)  # [B, I]
-
-    plan = make_plan(q_tiled, k_tiled, v_tiled, k_alone, valid, layout, config, scale, block_mask)
-    _require_keys(plan.block_mask, valid)
-    attended = torch.empty_like(q_tiled)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for i in range(batch):
-        keep = valid[i].nonzero().squeeze(1)
-        k_all = _append(k_tiled[i], k_alone[i].index_select(1, keep))
-        v_all = _append(v_tiled[i], v_alone[i].index_select(1, keep))
-        _attend(q_tiled[i], k_all, v_all, plan.block_mask[i], len(keep), scale, attended[i])
-        if q_alone.shape[2]:
-            length = layout.num_blocks * layout.block_size + len(keep)
-            k_row, v_row = (x.flatten(1, 2)[None, :, :length] for x in (k_all, v_all))
-            dense = scaled_dot_product_attention(q_alone[i : i + 1], k_row, v_row, scale=scale)
-            out[i].index_copy_(0, layout.isolated, dense[0].transpose(0, 1))
-    for h in range(heads):  # head by head, so that the float32 products stay small
-        rectified = attended[:, h] * plan.r[:, h, :, None, None] + plan.c[:, h, :, None, :]
-        out[:, :, h].index_copy_(1, layout.tiled, rectified.to(q.dtype).view(batch, -1, head_dim))
-    return out, plan
+    plans = []
+    for i in range(q.shape[0]):  # samples differ in their valid text
+        mask = None if block_mask is None else block_mask[i : i + 1]
+        plans.append(_run_sample(q[i], k[i], v[i], layout, config, text_valid[i], scale, mask, out[i]))
+    return out, Plan(*(torch.cat(parts) for parts in zip(*plans, strict=True)))
+
+
+def _run_sample(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    config: SparseConfig,
+    text_valid: torch.Tensor,
+    scale: float,
+    block_mask: torch.Tensor | None,
+    out: torch.Tensor,
+) -> Plan:
+    """q, k, v, out: [S, H, D]; text_valid: bool [text]; block_mask: bool [1, H, nb, nb] or None."""
+    (_, heads, head_dim), num_blocks, block_size = q.shape, layout.num_blocks, layout.block_size
+    valid = torch.cat([text_valid.new_ones(layout.leftover), text_valid])  # [I]
+    alone = layout.isolated[valid]
+    stored = num_blocks + -(-len(alone) // block_size)  # blocks of keys: the tiled ones, then the isolated tokens
+    tail = layout.tiled.new_zeros(stored * block_size - layout.tiled.numel() - len(alone))  # gathered, never read
+    places = torch.cat([layout.tiled, alone, tail])
+
+    q_tiled = _take(q, layout.tiled).view(heads, num_blocks, block_size, head_dim)
+    k_all, v_all = (_take(x, places).view(heads, stored, block_size, head_dim) for x in (k, v))
+    k_alone = k.index_select(0, layout.isolated).transpose(0, 1)
+    tiled = (q_tiled[None], k_all[None, :, :num_blocks], v_all[None, :, :num_blocks])
+    plan = make_plan(*tiled, k_alone[None], valid[None], layout, config, scale, block_mask)
+    _require_keys(plan.block_mask, len(alone))
+    _attend(q_tiled, k_all, v_all, plan, len(alone), scale, out, layout)
+    if layout.isolated.numel():
+        q_alone = q.index_select(0, layout.isolated).transpose(0, 1)[None]  # [1, H, I, D]
+        length = num_blocks * block_size + len(alone)
+        k_row, v_row = (x.flatten(1, 2)[None, :, :length] for x in (k_all, v_all))
+        dense = scaled_dot_product_attention(q_alone, k_row, v_row, scale=scale)
+        out.index_copy_(0, layout.isolated, dense[0].transpose(0, 1))
+    return plan
+
+
+def _rows(places: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of an [S * H, D] view that hold the tokens at `places`, head after head: int64 [H * places]."""
+    return (places * heads + torch.arange(heads, device=places.device)[:, None]).flatten()
 
 
 def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    # [B, S, H, D] -> [B, H, places, D], contiguous
-    return x.index_select(1, places).transpose(1, 2).contiguous()
-
-
-def _append(tiled: torch.Tensor, alone: torch.Tensor) -> torch.Tensor:
-    """[H, nb, b, D] and [H, I, D] -> [H, nb + ceil(I / b), b, D]; what fills the last block is never read."""
-    heads, num_blocks, block_size, head_dim = tiled.shape
-    extra = -(-alone.shape[1] // block_size)
-    both = tiled.new_empty(heads, num_blocks + extra, block_size, head_dim)
-    both[:, :num_blocks] = tiled
-    both.view(heads, -1, head_dim)[:, num_blocks * block_size : num_blocks * block_size + alone.shape[1]] = alone
-    return both
+    # [S, H, D] -> [H * places, D] in one pass
+    heads = x.shape[1]
+    return x.reshape(-1, x.shape[2]).index_select(0, _rows(places, heads))
 
 
 def _attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    block_mask: torch.Tensor,
+    plan: Plan,
     isolated: int,
     scale: float,
     out: torch.Tensor,
+    layout: TokenLayout,
 ) -> None:
-    """Query blocks with equally many critical blocks share SDPA calls, so nothing is padded or masked.
+    """Writes R * softmax(...) V + C of every query block to its tokens' places in out.
 
-    q, out: [H, nb, b, D]; k, v: [H, nb + e, b, D] with `isolated` valid tokens in the last e blocks; block_mask: bool
-    [H, nb, nb].
+    Query blocks with equally many critical blocks share SDPA calls, so nothing is padded or masked. q: [H, nb, b, D];
+    k, v: [H, nb + e, b, D] with `isolated` tokens in the last e blocks; plan of one sample; out: [S, H, D].
     """
     heads, num_blocks, block_size, head_dim = q.shape
     stored = k.shape[1]
-    q, k, v, out = (x.flatten(0, 1) for x in (q, k, v, out))  # views: all four are contiguous
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    r, c = plan.r[0].flatten()[:, None, None], plan.c[0].flatten(0, 1)[:, None, :]
+    attended = torch.empty_like(q)
 
-    rows, columns = block_mask.flatten(0, 1).nonzero(as_tuple=True)
-    blocks = rows // num_blocks * stored + columns  # index into k and v, sorted by row
+    rows, columns = plan.block_mask[0].flatten(0, 1).nonzero(as_tuple=True)
+    blocks = rows // max(1, num_blocks) * stored + columns  # index into k and v, sorted by row
     counts = torch.bincount(rows, minlength=heads * num_blocks)
     starts = counts.cumsum(0) - counts
     tail = torch.arange(num_blocks, stored, device=q.device)
@@ -101,19 +117,21 @@ def _attend(
             alone = row[:, None] // num_blocks * stored + tail
             index = torch.cat([critical, alone], dim=1)
             k_kept, v_kept = (_gather(x, index)[:, :, :length] for x in (k, v))
-            out[row] = scaled_dot_product_attention(q[row, None], k_kept, v_kept, scale=scale)[:, 0]
+            sparse = scaled_dot_product_attention(q[row, None], k_kept, v_kept, scale=scale)[:, 0]
+            attended[row] = (sparse * r[row] + c[row]).to(q.dtype)
+    out.view(-1, head_dim).index_copy_(0, _rows(layout.tiled, heads), attended.view(-1, head_dim))
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     # [blocks, b, D] at [rows, n] -> [rows, 1, n * b, D]
-    return x.index_select(0, index.flatten()).view(index.shape[0], 1, -1, x.shape[-1])
+    return x.index_select(0, index.flatten()).view(len(index), 1, index.shape[1] * x.shape[1], x.shape[2])
 
 
-def _require_keys(block_mask: torch.Tensor, valid: torch.Tensor) -> None:
-    lonely = ~block_mask.any(-1) & ~valid.any(1)[:, None, None]
-    if lonely.any():
-        i, h, n = lonely.nonzero()[0].tolist()
+def _require_keys(block_mask: torch.Tensor, isolated: int) -> None:
+    lonely = ~block_mask.any(-1)
+    if isolated == 0 and lonely.any():
+        _, h, n = lonely.nonzero()[0].tolist()
         raise ValueError(
-            f"block_mask: got no critical block for query block {n} (batch {i}, head {h}), and there is no isolated "
-            "token to attend to; allowed: at least one block a row. Set its diagonal."
+            f"block_mask: got no critical block for query block {n} of head {h}, and there is no isolated token to "
+            "attend to; allowed: at least one block a row. Set its diagonal."
         )
