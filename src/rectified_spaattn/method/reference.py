@@ -1,5 +1,6 @@
 """The oracle: the whole method in float64, written as the equations read, sharing no code with the stages it judges."""
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -110,7 +111,6 @@ def _pooled_columns(k_isolated: torch.Tensor, valid: torch.Tensor, leftover: int
     """One mean for the leftover video tokens, one for every b text tokens, over the valid ones: [columns, D]."""
     starts = [0] if leftover else []
     starts += range(leftover, len(valid), b)
-    ends = [*starts[1:], len(valid)]
-    spans = [(s, e) for s, e in zip(starts, ends, strict=True) if valid[s:e].any()]
+    spans = [span for span in pairwise([*starts, len(valid)]) if valid[slice(*span)].any()]
     means = [k_isolated[s:e][valid[s:e]].mean(0) for s, e in spans]
     return torch.stack(means) if means else k_isolated[:0]
