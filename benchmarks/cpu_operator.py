@@ -1,0 +1,154 @@
+"""Times the operator against PyTorch's dense attention on the same tensors, on a CPU.
+
+    python benchmarks/cpu_operator.py [--csv FILE] [--threads 2] [--repeats 7] [--grid 16 24 24]
+
+Before anything is timed the results are checked. Every round calls dense attention and each configuration in turn, so
+that whatever slows the machine down slows all of them; the ratio is of medians. Dense attention is timed on the layout
+that a model has ([B, S, H, D] viewed as [B, H, S, D]) and on contiguous [B, H, S, D]; the faster one is the baseline.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.progress import Progress
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Row = dict[str, Any]
+HEADS, HEAD_DIM = 4, 64
+FIELDS = ("input", "sparsity", "block_size", "neighbours", "density", "dense_s", "dense_min_s", "dense_max_s")
+FIELDS += ("ours_s", "ours_min_s", "ours_max_s", "ratio", "dense_layout", "torch", "threads", "cpu")
+
+
+def gaussian(grid: tuple[int, int, int], heads: int = HEADS) -> Tensors:
+    """Independent normal q, k, v [1, S, H, D]: attention is spread evenly, the hardest case to select from."""
+    return tuple(torch.randn(1, grid[0] * grid[1] * grid[2], heads, HEAD_DIM) for _ in "qkv")  # type: ignore[return-value]
+
+
+def smooth(grid: tuple[int, int, int], heads: int = HEADS) -> Tensors:
+    """Fields that vary slowly over the grid, with some noise, and q near k: like a video model's attention."""
+
+    def field() -> torch.Tensor:
+        coarse = torch.randn(heads, HEAD_DIM, *(max(2, side // 6) for side in grid))
+        fine = torch.nn.functional.interpolate(coarse, size=grid, mode="trilinear", align_corners=True)
+        return fine.flatten(2).permute(2, 0, 1)[None] * 1.5
+
+    k = field()
+    q, v = k + 0.3 * field(), field()
+    return q + 0.3 * torch.randn_like(q), k + 0.3 * torch.randn_like(k), (v + 0.3 * torch.randn_like(v)).contiguous()
+
+
+INPUTS: dict[str, Callable[..., Tensors]] = {"gaussian": gaussian, "smooth": smooth}
+
+
+def check() -> None:
+    """Sparsity 0 is dense attention; the sparse result is that of the float64 reference. Raises AssertionError."""
+    grid = (4, 12, 12)
+    for (name, make), block_size in product(INPUTS.items(), (64, 128)):
+        q, k, v = make(grid, heads=1)
+        layout = TokenLayout.build(grid, block_size=block_size)
+        full = rectified_attention(q, k, v, layout, SparseConfig(sparsity=0))
+        dense = sdpa(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        torch.testing.assert_close(full, dense, rtol=1e-4, atol=1e-5)
+        options: dict[str, Any] = {"config": SparseConfig(neighbours=False), "return_stats": True}
+        sparse, stats = rectified_attention(q, k, v, layout, **options)
+        exact, exact_stats = rectified_attention(q, k, v, layout, **options, backend="reference")
+        assert torch.equal(stats.compensated, exact_stats.compensated), f"{name}, {block_size}: other blocks"
+        torch.testing.assert_close(sparse.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def measure(calls: dict[Any, Callable[[], object]], repeats: int, progress: Progress) -> dict[Any, list[float]]:
+    """Seconds of every call, `repeats` times in turns, after one round that is not counted."""
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    for turn in progress.track(range(repeats + 1), description="timing"):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def rows(name: str, tensors: Tensors, grid: tuple[int, int, int], repeats: int, progress: Progress) -> list[Row]:
+    views = tuple(x.transpose(1, 2) for x in tensors)
+    contiguous = tuple(x.contiguous() for x in views)
+    dense_calls = {"[B,S,H,D] view": lambda: sdpa(*views), "contiguous": lambda: sdpa(*contiguous)}
+    ours = {
+        (sparsity, block_size, neighbours): partial(
+            rectified_attention,
+            *tensors,
+            TokenLayout.build(grid, block_size=block_size),
+            SparseConfig(sparsity=sparsity, neighbours=neighbours),
+        )
+        for sparsity, block_size, neighbours in product((0.8, 0.9), (64, 128), (True, False))
+    }
+    seconds = measure({**dense_calls, **ours}, repeats, progress)
+    dense_layout = min(dense_calls, key=lambda layout: median(seconds[layout]))
+    dense = seconds[dense_layout]
+    table = []
+    for choices, call in ours.items():
+        _, stats = call(return_stats=True)
+        mine = seconds[choices]
+        timing = [median(dense), min(dense), max(dense), median(mine), min(mine), max(mine)]
+        machine = [dense_layout, torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
+        values = [name, *choices, stats.density, *timing, median(dense) / median(mine), *machine]
+        table.append(dict(zip(FIELDS, values, strict=True)))
+    return table
+
+
+def show(r: Row) -> str:
+    spread = f"{r['dense_s']:6.3f} ({r['dense_min_s']:.3f}-{r['dense_max_s']:.3f})"
+    ours = f"{r['ours_s']:6.3f} ({r['ours_min_s']:.3f}-{r['ours_max_s']:.3f})"
+    near = "yes" if r["neighbours"] else "no"
+    return (
+        f"{r['input']:9} {r['sparsity']:8} {r['block_size']:5} {near:>10} {r['density']:8.3f} "
+        f"{spread:>22} {ours:>22} {r['ratio']:6.2f}x  {r['dense_layout']}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", type=Path, help="write the table to this file too")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=7, help="7 or more")
+    parser.add_argument("--grid", type=int, nargs=3, default=(16, 24, 24), metavar=("T", "H", "W"))
+    arguments = parser.parse_args()
+    if arguments.repeats < 7:
+        parser.error(f"--repeats: got {arguments.repeats}; allowed: 7 or more, or the median says little.")
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    grid = tuple(arguments.grid)
+    check()
+
+    tokens = grid[0] * grid[1] * grid[2]
+    print(f"grid {grid}, {tokens} tokens, {HEADS} heads of {HEAD_DIM}, float32, torch {torch.__version__}, ", end="")
+    print(f"{torch.get_num_threads()} threads, median of {arguments.repeats} (min-max) in seconds; results checked")
+    print(f"{'input':9} sparsity block neighbours  density {'dense':>22} {'ours':>22}   ratio  dense layout")
+    table: list[Row] = []
+    with Progress(transient=True, disable=not sys.stdout.isatty()) as progress, torch.inference_mode():
+        for name, make in INPUTS.items():
+            done = rows(name, make(grid), grid, arguments.repeats, progress)
+            table += done
+            for row in done:
+                progress.console.print(show(row), markup=False, highlight=False, soft_wrap=True)
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(table)
+        print(f"wrote {arguments.csv}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The typer application: one function a command, options in, everything else elsewhere."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from .options import DEFAULT, QUICK, DemoOptions
+
+app = typer.Typer(
+    name="rectified-spaattn",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"rectified-spaattn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Rectified SpaAttn: training-free block-sparse attention for video diffusion transformers."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report, videos, figures and metrics.json.")] = Path(
+        "demo-output"
+    ),
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help=f"A first look: {QUICK.prompts} prompt, {QUICK.steps} steps, no 96 x 96 timing."),
+    ] = False,
+    prompts: Annotated[
+        int | None, typer.Option(help=f"How many of the fixed prompts.  [default: {DEFAULT.prompts}]")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A caption of your own, in the words the model knows; may be repeated.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds per prompt: 0, 1, ...")] = DEFAULT.seeds,
+    steps: Annotated[int | None, typer.Option(help=f"Denoising steps.  [default: {DEFAULT.steps}]")] = None,
+    size: Annotated[
+        int, typer.Option(help="Height and width in pixels; the model was trained at 64 and 96.")
+    ] = DEFAULT.size,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="Share of blocks to drop; may be repeated.  [default: 0.8 and 0.9]")
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens a block.")] = DEFAULT.block_size,
+    top_p: Annotated[float, typer.Option(help="Least attention mass the kept blocks hold.")] = DEFAULT.top_p,
+    neighbours: Annotated[
+        bool, typer.Option(help="Always keep blocks that touch in 3-D; on small grids these alone are many.")
+    ] = DEFAULT.neighbours,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = DEFAULT.device,
+    backend: Annotated[str, typer.Option(help="Attention backend, or auto.")] = DEFAULT.backend,
+    weights: Annotated[Path | None, typer.Option(help="Folder with weights of your own training.")] = None,
+) -> None:
+    """Generate the same videos with full, sparse and rectified attention, and write a report about them."""
+    base = QUICK if quick else DEFAULT
+    try:
+        options = DemoOptions(
+            out=out,
+            prompts=base.prompts if prompts is None else prompts,
+            captions=tuple(prompt or ()),
+            seeds=seeds,
+            steps=base.steps if steps is None else steps,
+            size=size,
+            sparsity=tuple(sorted(set(sparsity))) if sparsity else DEFAULT.sparsity,
+            block_size=block_size,
+            top_p=top_p,
+            neighbours=neighbours,
+            device=device,
+            backend=backend,
+            weights=weights,
+            timing_size=base.timing_size,
+            command=shlex.join(["rectified-spaattn", *sys.argv[1:]]),
+        )
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    from .demo import run
+
+    run(options)

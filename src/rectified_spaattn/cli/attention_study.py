@@ -1,0 +1,84 @@
+"""What the demo shows of single attention calls: output errors of every layer, and maps of one head."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import RECTIFY_MODES
+from ..demo.pipeline import DemoVideoPipeline
+from ..evaluation.attention_error import attention_error, block_masses, full_attention, misplaced, rectified_masses
+from ..evaluation.capture import AttentionCall, capture_attention, end_after
+from ..evaluation.paired import Pair, Settings, full_mode, generate
+from ..report.figures import CallName, curve_figure, error_figure, plan_figure
+from .options import RECTIFIED, DemoOptions
+
+
+def capture_and_warm_up(pipe: DemoVideoPipeline, pair: Pair, settings: Settings) -> list[AttentionCall]:
+    """The calls of all layers at the middle step of a full-attention run that ends there."""
+    step = settings.steps // 2
+    with capture_attention(pipe, step=step) as calls:
+        generate(pipe, full_mode(), pair, settings, after_step=end_after(step))
+    return calls
+
+
+def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Errors and figures as (what metrics.json gets, the figure files by name).
+
+    The maps show the middle layer and the middle head, whatever they look like, at the highest sparsity.
+    """
+    folder = options.out / "figures"
+    folder.mkdir(exist_ok=True)
+    files = {name: folder / f"{name}.png" for name in ("curve", "plan", "error")}
+    highest = max(options.sparsity)
+    call = calls[len(calls) // 2]
+    head = call.q.shape[2] // 2
+    name = CallName(layer=call.layer, head=head, step=call.step)
+
+    layout = call.layout(options.block_size)
+    stats = {mode: attention_error(call, options.config(highest, mode)).stats for mode in ("none", RECTIFIED)}
+    full = block_masses(call, layout, head)
+    maps = {"full attention": full}
+    maps |= {
+        label: rectified_masses(call, layout, head, stats[mode])
+        for label, mode in (("sparse, not rectified", "none"), ("rectified", RECTIFIED))
+    }
+    rectified = stats[RECTIFIED]
+    found = plan_figure(
+        files["plan"],
+        full,
+        rectified.probability[0, head],
+        rectified.block_mask[0, head],
+        rectified.compensated[0, head],
+        name,
+        highest,
+    )
+    wrong = {label: misplaced(mass, full) for label, mass in maps.items()}
+    errors = _errors(calls, options)
+    error_figure(files["error"], errors, {label: (mass, wrong[label]) for label, mass in maps.items()}, name, highest)
+    summary = {
+        "step": call.step,
+        "layers": [each.name for each in calls],
+        "relative_error": [
+            {"sparsity": sparsity, "rectify": mode, "mean": sum(values) / len(values), "by_layer": values}
+            for sparsity, by_mode in errors.items()
+            for mode, values in by_mode.items()
+        ],
+        "shown": {"layer": call.layer, "head": head, "sparsity": highest, **found, "misplaced": wrong},
+        "mean_distance_in_block": curve_figure(files["curve"]),
+    }
+    return summary, files
+
+
+def _errors(calls: Sequence[AttentionCall], options: DemoOptions) -> dict[float, dict[str, list[float]]]:
+    """sparsity -> rectify mode -> relative output error of every layer."""
+    exact = [full_attention(call) for call in calls]
+    return {
+        sparsity: {
+            mode: [
+                attention_error(call, options.config(sparsity, mode), full=full).relative_error
+                for call, full in zip(calls, exact, strict=True)
+            ]
+            for mode in RECTIFY_MODES
+        }
+        for sparsity in options.sparsity
+    }

@@ -1,0 +1,145 @@
+"""Take q, k and v out of a running pipeline: what its self-attention layers see at one denoising step."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+from ..config import SparseConfig
+from ..integrations.diffusers.adapters import adapter_for
+from ..integrations.diffusers.processor import wrap
+from ..integrations.diffusers.state import LayerState, RunClock, TransformerState
+from ..layout import TokenLayout
+
+
+class EndRun(Exception):
+    """Raised inside `capture_attention` to leave the pipeline early; it is swallowed there."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionCall:
+    """One full-attention call, copied to the CPU.
+
+    q, k, v    [B, S, H, D], float32, after QK-norm and RoPE, in the model's token order
+    text_mask  bool [B, text], True = valid
+    grid       (T, H, W) in tokens
+    layer      index among the video self-attention layers, and its name
+    step       denoising step, counted from 0
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    text_mask: torch.Tensor
+    grid: tuple[int, int, int]
+    text_first: bool
+    layer: int
+    name: str
+    step: int
+
+    def layout(self, block_size: int, order: str = "gilbert") -> TokenLayout:
+        """The layout of this call's tokens. Raises ValueError as TokenLayout.build does."""
+        return TokenLayout.build(self.grid, self.text_mask.shape[1], self.text_first, block_size, order)
+
+
+@dataclass(kw_only=True)
+class _Recorder(LayerState):
+    """A layer that attends as before and keeps a copy of its first call at the wanted step."""
+
+    wanted: int
+    calls: list[AttentionCall]
+    done: bool = field(default=False)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> torch.Tensor:
+        if self.owner.step == self.wanted and not self.done:
+            self.done = True
+            self.calls.append(self._call(q, k, v, mask))
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
+
+    def _call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> AttentionCall:
+        layout = self._layout(q.shape[1])
+        valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
+        if mask is not None:
+            start = 0 if layout.text_first else layout.video
+            valid = mask[:, 0, 0, start : start + layout.text].bool()
+        return AttentionCall(
+            **{name: x.detach().float().cpu().clone() for name, x in (("q", q), ("k", k), ("v", v))},
+            text_mask=valid.cpu().clone(),
+            grid=layout.grid,
+            text_first=layout.text_first,
+            layer=self.index,
+            name=self.name,
+            step=self.wanted,
+        )
+
+
+@contextmanager
+def capture_attention(pipe: Any, *, step: int, layers: Sequence[int] | None = None) -> Iterator[list[AttentionCall]]:
+    """Run the pipeline inside: the list that is yielded fills with one full-attention call a layer, in layer order.
+
+    pipe: a diffusers pipeline with a supported transformer, not enabled. step: which denoising step, from 0. layers:
+    indices of the self-attention layers, None for all. Attention runs in full, and on exit every processor is back.
+    With classifier-free guidance in two calls the first of them is kept.
+
+    Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, RuntimeError where
+    the model is enabled already or the step never ran.
+    """
+    model = pipe.transformer
+    adapter = adapter_for(model)
+    attentions: list[tuple[str, Any]] = adapter.attentions(model)
+    chosen = range(len(attentions)) if layers is None else sorted(set(layers))
+    beyond = [index for index in chosen if not 0 <= index < len(attentions)]
+    if beyond:
+        raise ValueError(f"layers: got {beyond}; allowed: 0 to {len(attentions) - 1}.")
+    if any(hasattr(module.processor, "rectified_layer") for _, module in attentions):
+        raise RuntimeError("capture_attention: the model is enabled; call disable() of its handle first.")
+
+    state = TransformerState(
+        config=SparseConfig(block_size=16), backend="auto", clock=RunClock(pipe), text_first=adapter.text_first
+    )
+    calls: list[AttentionCall] = []
+    originals = []
+    signature = inspect.signature(type(model).forward)
+
+    def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state.begin_forward(adapter.grid(module, signature.bind_partial(module, *args, **kwargs).arguments))
+
+    hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    try:
+        for index in chosen:
+            name, module = attentions[index]
+            recorder = _Recorder(
+                index=index,
+                name=name,
+                owner=state,
+                dense_backend=getattr(module.processor, "_attention_backend", None),
+                wanted=step,
+                calls=calls,
+            )
+            originals.append((module, module.processor))
+            module.set_processor(wrap(module.processor, recorder))
+        with suppress(EndRun):
+            yield calls
+    finally:
+        hook.remove()
+        for module, processor in originals:
+            module.set_processor(processor)
+    if not calls:
+        raise RuntimeError(f"capture_attention: step {step} never ran inside; allowed: a step of the run, from 0.")
+
+
+def end_after(step: int) -> Callable[..., dict[str, Any]]:
+    """A `callback_on_step_end` that ends the run after `step`; for use inside `capture_attention` only."""
+
+    def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index >= step:
+            raise EndRun
+        return tensors
+
+    return callback

@@ -1,0 +1,202 @@
+"""Paired generation: the same prompts and seeds under several attention modes, timed one by one."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..config import SparseConfig
+
+FULL = "full"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """One way to run attention.
+
+    name    short and fit for a file name
+    label   what a person reads
+    config  None: full attention, the model untouched
+    """
+
+    name: str
+    label: str
+    config: SparseConfig | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """What is generated under every mode: one prompt from one seed."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all generations have in common. Sizes in pixels."""
+
+    height: int
+    width: int
+    num_frames: int
+    steps: int
+    guidance_scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Clip:
+    """One generation.
+
+    video    [T, 3, H, W], float32 on the CPU, in [0, 1]
+    seconds  wall clock of the whole pipeline call, device synchronised
+    steps    wall clock of every denoising step, device synchronised; the first includes encoding the prompt
+    density  computed query-key pairs over all pairs, mean over the sparse calls; 1 for full attention
+    backend  what ran the sparse calls; "" for full attention
+    """
+
+    mode: Mode
+    pair: Pair
+    video: torch.Tensor
+    seconds: float
+    steps: tuple[float, ...]
+    density: float
+    backend: str
+
+
+OnStep = Callable[[Mode, Pair, int], None]  # (mode, pair, steps done so far)
+
+
+def full_mode() -> Mode:
+    """The reference that the other modes are compared with."""
+    return Mode(name=FULL, label="full attention", config=None)
+
+
+def generate(
+    pipe: Any,
+    mode: Mode,
+    pair: Pair,
+    settings: Settings,
+    *,
+    backend: str = "auto",
+    after_step: Callable[..., dict[str, Any]] | None = None,
+) -> Clip:
+    """One generation with a diffusers pipeline, which is left as it was.
+
+    pipe: a pipeline that takes prompt, height, width, num_frames, num_inference_steps, guidance_scale, generator,
+    output_type="pt" and callback_on_step_end, and returns `.frames` [1, T, 3, H, W] in [0, 1].
+    after_step: a `callback_on_step_end` in diffusers' terms.
+    The noise comes from a CPU generator, so a seed means the same noise on every device.
+    Raises RuntimeError where a sparse mode ran no sparse call, and what `enable` and the pipeline raise.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_without_progress_bar(pipe))
+        handle = None
+        if mode.config is not None:
+            from ..integrations.diffusers import enable
+
+            handle = stack.enter_context(enable(pipe, mode.config, backend=backend))
+        clock = _StepClock(pipe.device, after_step)
+        frames = pipe(
+            pair.prompt,
+            height=settings.height,
+            width=settings.width,
+            num_frames=settings.num_frames,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(pair.seed),
+            output_type="pt",
+            callback_on_step_end=clock,
+        ).frames
+        seconds = clock.elapsed()
+        stats = handle.stats() if handle is not None else None
+    if stats is not None and not stats.sparse_calls:
+        raise RuntimeError(
+            f"{mode.name}: no attention call ran sparse ({stats.dense_reasons}); the comparison would be of full "
+            "attention with itself. Use a smaller block_size, more pixels or fewer dense steps and layers."
+        )
+    return Clip(
+        mode=mode,
+        pair=pair,
+        video=frames[0].float().cpu(),
+        seconds=seconds,
+        steps=clock.steps(),
+        density=1.0 if stats is None else stats.density,
+        backend="" if stats is None else stats.backend,
+    )
+
+
+def warm_up(pipe: Any, modes: Sequence[Mode], pair: Pair, settings: Settings, *, backend: str = "auto") -> None:
+    """One denoising step under every mode, so that no timed run pays for first-use costs."""
+    for mode in modes:
+        generate(pipe, mode, pair, replace(settings, steps=1), backend=backend)
+
+
+def generate_pairs(
+    pipe: Any,
+    modes: Sequence[Mode],
+    pairs: Sequence[Pair],
+    settings: Settings,
+    *,
+    backend: str = "auto",
+    on_step: OnStep | None = None,
+) -> list[Clip]:
+    """Every pair under every mode, pair after pair, so that a busy machine disturbs all modes alike.
+
+    Nothing is warmed up here: call `warm_up` first. Raises as `generate` does.
+    """
+    clips = []
+    for pair in pairs:
+        for mode in modes:
+            if on_step is not None:
+                on_step(mode, pair, 0)
+            watch = None if on_step is None else partial(_after_step, on_step, mode, pair)
+            clips.append(generate(pipe, mode, pair, settings, backend=backend, after_step=watch))
+    return clips
+
+
+def _after_step(
+    on_step: OnStep, mode: Mode, pair: Pair, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]
+) -> dict[str, Any]:
+    on_step(mode, pair, step + 1)
+    return tensors
+
+
+@contextmanager
+def _without_progress_bar(pipe: Any) -> Iterator[None]:
+    before = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
+
+
+class _StepClock:
+    """A `callback_on_step_end` that notes when every step ended, and calls another one."""
+
+    def __init__(self, device: torch.device, then: Callable[..., dict[str, Any]] | None) -> None:
+        self._device = device
+        self._then = then
+        self._ends: list[float] = []
+        self._start = self._now()
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        self._ends.append(self.elapsed())
+        return tensors if self._then is None else self._then(pipe, step, timestep, tensors)
+
+    def elapsed(self) -> float:
+        """Seconds since the clock was made, all queued work included."""
+        return self._now() - self._start
+
+    def steps(self) -> tuple[float, ...]:
+        """Seconds of every step so far."""
+        return tuple(end - start for start, end in zip([0.0, *self._ends], self._ends, strict=False))
+
+    def _now(self) -> float:
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+        return time.perf_counter()

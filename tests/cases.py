@@ -1,0 +1,99 @@
+"""Inputs that several test files share: video-like tensors, drawn calls, strided views."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from rectified_spaattn import SparseConfig, TokenLayout
+
+MODES = ("none", "pooled", "ipar", "ipar+gapr")
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def video_like(
+    seed: int, batch: int, sequence: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32
+) -> Tensors:
+    """q, k, v [B, S, H, D] with runs of similar tokens, so that some blocks are worth compensating and some are not."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(noise: float) -> torch.Tensor:
+        runs = torch.randn(batch, -(-sequence // 16), heads, head_dim, generator=generator)
+        smooth = runs.repeat_interleave(16, dim=1)[:, :sequence]
+        return (smooth + noise * torch.randn(batch, sequence, heads, head_dim, generator=generator)).to(dtype)
+
+    return draw(0.3), draw(0.3), draw(1.0)
+
+
+@dataclass
+class Call:
+    """One call: rectified_attention(*c.qkv, c.layout, c.config, **c.options)."""
+
+    layout: TokenLayout
+    config: SparseConfig
+    qkv: Tensors = field(repr=False)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return (*self.qkv, self.layout, self.config)
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """bool [B, 1, 1, S], the keys that may be attended to."""
+        text, video = self.layout.text, self.layout.video
+        mask = self.options.get("text_mask")
+        mask = torch.ones(len(self.qkv[0]), text, dtype=torch.bool) if mask is None else mask
+        ones = torch.ones(len(mask), video, dtype=torch.bool)
+        return torch.cat([mask, ones] if self.layout.text_first else [ones, mask], 1)[:, None, None]
+
+
+GRIDS = ((4, 4, 8), (2, 8, 8), (3, 5, 7), (1, 11, 13), (7, 5, 5), (3, 8, 8), (1, 8, 16), (2, 7, 11), (11, 4, 5))
+GRIDS += ((1, 1, 67), (5, 6, 7), (1, 1, 1), (1, 3, 4))  # the last two hold no block
+
+
+@st.composite
+def calls(draw: Callable[..., Any], modes: tuple[str, ...] = MODES, min_blocks: int = 0) -> Call:
+    """Small calls of every kind: grids below one block, primes, one frame; no text, masked text, all text masked."""
+    block_size = draw(st.sampled_from((16, 32) if min_blocks else (16, 32, 64)))
+    grid = draw(st.sampled_from(GRIDS).filter(lambda g: g[0] * g[1] * g[2] >= min_blocks * block_size))
+    text = draw(st.sampled_from((0, 1, 5, 17, 40)))
+    layout = TokenLayout.build(
+        grid, text, draw(st.booleans()), block_size, draw(st.sampled_from(("gilbert", "tile", "raster")))
+    )
+    config = SparseConfig(
+        sparsity=draw(st.sampled_from((0.0, 0.4, 0.8, 0.95))),
+        top_p=draw(st.sampled_from((0.0, 0.3, 0.7, 0.9))),
+        rectify=draw(st.sampled_from(modes)),
+        neighbours=draw(st.sampled_from((False, False, True))),
+        first_frame=draw(st.sampled_from((False, False, True))),
+    )
+    batch, heads = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((1, 2, 3)))
+    head_dim, seed = draw(st.sampled_from((4, 8, 20))), draw(st.integers(0, 2**20))
+    options: dict[str, Any] = {"scale": draw(st.sampled_from((None, None, 0.1, 1.0)))}
+    kept = draw(st.sampled_from((None, 1.0, 0.5, 0.0)))
+    if kept is not None:  # any pattern of valid tokens, not only a prefix
+        options["text_mask"] = torch.rand(batch, text, generator=torch.Generator().manual_seed(seed)) < kept
+    return Call(layout, config, video_like(seed, batch, layout.sequence, heads, head_dim), options)
+
+
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([x, x + 1, x - 1], dim=2)[:, :, 0]
+
+
+def _sliced(x: torch.Tensor) -> torch.Tensor:
+    wide = torch.full((*x.shape[:3], 2 * x.shape[3] + 1), torch.nan, dtype=x.dtype)
+    wide[..., 1::2] = x
+    return wide[..., 1::2]
+
+
+# Same values, other strides.
+STRIDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "[B, H, S, D] in memory": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "batch innermost": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "qkv packed": _packed,
+    "every other element of a wider tensor": _sliced,
+    "one head expanded": lambda x: x[:, :, :1].expand(x.shape),
+}

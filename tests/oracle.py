@@ -1,0 +1,199 @@
+"""An independent oracle: the method of docs/method.md on dense S x S float64 matrices, without loops over blocks.
+
+Membership of tokens in blocks is a 0/1 matrix, so every stage is one einsum or one line of boolean algebra. Nothing
+here comes from the package but the order of the curve, which test_curve.py judges by itself.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from rectified_spaattn import SparseConfig, TokenLayout
+
+
+@dataclass
+class Truth:
+    """What a call must give. `weights` is the effective attention matrix: out = weights @ v, rows of sum 1."""
+
+    out: torch.Tensor  # [B, S, H, D]
+    weights: torch.Tensor  # [B, H, S, S]
+    critical: torch.Tensor  # bool [B, H, nb, nb]
+    compensated: torch.Tensor  # bool [B, H, nb, nb]
+    probability: torch.Tensor  # [B, H, nb, nb + 1]
+    r: torch.Tensor  # [B, H, nb]
+    density: float
+    undecided: torch.Tensor  # bool [B, H, nb, nb]: the gain is within float32 rounding of the pooling error
+
+
+def membership(layout: TokenLayout) -> torch.Tensor:
+    """0/1 [S, nb]: which token of the sequence is in which block; rows of zeros are isolated tokens."""
+    t, h, w = layout.grid
+    video, b = t * h * w, layout.block_size
+    start = layout.text if layout.text_first else 0
+    member = torch.zeros(video + layout.text, video // b, dtype=torch.float64)
+    for position, raster in enumerate(layout.order.tolist()):
+        if position // b < video // b:
+            member[start + raster, position // b] = 1
+    return member
+
+
+def touching(layout: TokenLayout) -> torch.Tensor:
+    """bool [nb, nb] by brute force over all pairs of video tokens: is any pair at most one step apart on every axis?"""
+    t, h, w = layout.grid
+    places = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w))
+    near = ((places[:, None] - places[None, :]).abs().amax(-1) <= 1).double()
+    member = _video_rows(layout)
+    return (member.T @ near @ member) > 0
+
+
+def holds_frame_0(layout: TokenLayout) -> torch.Tensor:
+    """bool [nb]"""
+    return _video_rows(layout)[: layout.grid[1] * layout.grid[2]].sum(0) > 0
+
+
+def _video_rows(layout: TokenLayout) -> torch.Tensor:
+    t, h, w = layout.grid
+    start = layout.text if layout.text_first else 0
+    return membership(layout)[start : start + t * h * w]
+
+
+def choose_blocks(probability: torch.Tensor, layout: TokenLayout, config: SparseConfig) -> torch.Tensor:
+    """Stage 3 by counting: a block's rank is how many blocks beat it, and it is kept for top_p while those above it,
+    with the isolated tokens, hold less than top_p. probability: [..., nb, nb + 1].
+    """
+    p, alone = probability[..., :-1].double(), probability[..., -1:].double()
+    nb = p.shape[-1]
+    index = torch.arange(nb)
+    mine, other = p[..., :, None], p[..., None, :]
+    beats = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))  # [..., mine, other]
+    rank = beats.sum(-1)
+    above = (beats * other).sum(-1)
+    keep = (rank < max(1, int((1 - config.sparsity) * nb))) | (alone + above < config.top_p)
+    if config.neighbours:
+        keep = keep | touching(layout)
+    if config.first_frame:
+        first = holds_frame_0(layout)
+        keep = keep | (first[:, None] & first[None, :])
+    return keep
+
+
+def oracle(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    config: SparseConfig,
+    *,
+    text_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    block_mask: torch.Tensor | None = None,
+    compensated: torch.Tensor | None = None,
+) -> Truth:
+    """q, k, v: [B, S, H, D]. `block_mask` and `compensated` replace stages 3 and 4 where selection could flip."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
+    batch, _, sequence, head_dim = q.shape
+    scale = head_dim**-0.5 if scale is None else scale
+    b, member = layout.block_size, membership(layout)  # [S, nb]
+    tiled = member.sum(1) > 0  # [S]
+    video = layout.grid[0] * layout.grid[1] * layout.grid[2]
+    text_at = torch.arange(layout.text) + (0 if layout.text_first else video)
+    valid = torch.ones(batch, sequence, dtype=torch.bool)
+    if text_mask is not None:
+        valid[:, text_at] = text_mask
+    alone = valid & ~tiled  # [B, S]
+    k, v = (x.masked_fill(~valid[:, None, :, None], 0) for x in (k, v))  # whatever padding holds, it is not attended to
+
+    # 1 pool
+    member_b = member / b
+    q_block = q.masked_fill(~tiled[:, None], 0)  # padding may hold NaN, and 0 * NaN is NaN
+    qm, km = (torch.einsum("bhsd,sn->bhnd", x, member_b) for x in (q_block, k))
+    dq, dk = (
+        torch.einsum("bhsd,sn->bhnd", (x - torch.einsum("bhnd,sn->bhsd", mean, member)).abs(), member_b)
+        for x, mean in ((q_block, qm), (k, km))
+    )
+
+    # 2 estimate
+    block_logits = scale * torch.einsum("bhnd,bhmd->bhnm", qm, km)
+    if config.rectify == "pooled":
+        columns, present = _pooled_columns(k, alone, layout, text_at, tiled)
+    else:
+        columns, present = k, alone
+        block_logits = block_logits + torch.log(torch.tensor(b, dtype=torch.float64))
+    alone_logits = scale * torch.einsum("bhnd,bhtd->bhnt", qm, columns)
+    alone_logits = alone_logits.masked_fill(~present[:, None, None, :], -torch.inf)
+    total = torch.logsumexp(torch.cat([block_logits, alone_logits], -1), -1, keepdim=True)
+    p_blocks = (block_logits - total).exp()
+    probability = torch.cat([p_blocks, (alone_logits - total).exp().sum(-1, keepdim=True)], -1)
+
+    # 3 select, 4 gain
+    critical = choose_blocks(probability, layout, config) if block_mask is None else block_mask
+    worth = torch.einsum("bhnd,bhmd->bhnm", qm, km).abs()
+    error = torch.einsum("bhnd,bhmd->bhnm", dq, km).abs() + torch.einsum("bhnd,bhmd->bhnm", qm, dk).abs()
+    bulk = torch.einsum("bhnd,bhmd->bhnm", qm.abs() + dq, km.abs() + dk)  # what float32 sums up, before it cancels
+    undecided = (worth - error).abs() <= head_dim * 2.0**-23 * bulk
+    if compensated is None:
+        compensated = {
+            "none": torch.zeros_like(critical),
+            "pooled": ~critical,
+            "ipar": ~critical,
+            "ipar+gapr": ~critical & (worth > error),
+        }[config.rectify]
+
+    # 5 rectify, 6 attend: one S x S matrix for all of it
+    r = 1 - (p_blocks * compensated).sum(-1)
+    spread = torch.einsum("bhnm,sn,tm->bhst", p_blocks * compensated / b, member, member)
+    sees = torch.einsum("bhnm,sn,tm->bhst", critical.double(), member, member) > 0
+    sees = sees | ~tiled[:, None]  # isolated queries see every key
+    sees = (sees | alone[:, None, None, :]) & valid[:, None, None, :]
+    logits = scale * torch.einsum("bhsd,bhtd->bhst", q, k)
+    attention = logits.masked_fill(~sees, -torch.inf).softmax(-1)
+    r_token = torch.einsum("bhn,sn->bhs", r, member) + (~tiled).double()
+    weights = r_token[..., None] * attention + spread
+    pairs = sees.double().mean(1).sum((1, 2)) / (sequence * valid.sum(1))
+    return Truth(
+        out=(weights @ v).transpose(1, 2),
+        weights=weights,
+        critical=critical,
+        compensated=compensated,
+        probability=probability,
+        r=r,
+        density=pairs.mean().item(),
+        undecided=undecided,
+    )
+
+
+def _pooled_columns(
+    k: torch.Tensor, alone: torch.Tensor, layout: TokenLayout, text_at: torch.Tensor, tiled: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The "pooled" ablation's isolated columns: one mean of the leftover video tokens, one of every b text tokens, over
+    the valid ones. Returns [B, H, columns, D] and bool [B, columns], which of them hold a token.
+    """
+    sequence = len(tiled)
+    groups = torch.zeros(sequence, 1 + -(-layout.text // layout.block_size), dtype=torch.float64)
+    groups[~tiled, 0] = 1
+    groups[text_at] = 0
+    groups[text_at, 1 + torch.arange(layout.text) // layout.block_size] = 1
+    weight = groups[None] * alone[..., None]  # [B, S, columns]
+    count = weight.sum(1)
+    means = torch.einsum("bhsd,bsc->bhcd", k, weight / count.clamp(min=1)[:, None])
+    return means, count > 0
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sees: torch.Tensor | None = None, scale: float | None = None
+) -> torch.Tensor:
+    """Full attention in float64, [B, S, H, D]; sees: bool, broadcastable to [B, H, S, S]."""
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    logits = (q.shape[-1] ** -0.5 if scale is None else scale) * q @ k.transpose(-1, -2)
+    if sees is not None:
+        logits = logits.masked_fill(~sees, -torch.inf)
+    return (logits.softmax(-1) @ v).transpose(1, 2)
+
+
+def sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sees: torch.Tensor | None = None, scale: float | None = None
+) -> torch.Tensor:
+    """PyTorch's own attention on [B, S, H, D], in the dtype of the inputs."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale)
+    return out.transpose(1, 2)

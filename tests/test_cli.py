@@ -1,0 +1,177 @@
+"""The command: help, friendly errors, and the whole demo with a tiny random model."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rectified_spaattn import cli
+from rectified_spaattn.cli.app import app
+from rectified_spaattn.cli.options import DEFAULT, QUICK, DemoOptions
+
+FILES = ("report.html", "metrics.json", "side-by-side.mp4", "side-by-side.png")
+MODES = ["full", "sparse-80", "rectified-80", "sparse-90", "rectified-90"]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from rectified_spaattn.demo.model import build_caption_encoder, build_transformer
+    from rectified_spaattn.demo.pipeline import DemoVideoPipeline
+
+    torch.manual_seed(0)
+    transformer = build_transformer(num_heads=1, num_layers=1, num_single_layers=1)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("weights")
+    DemoVideoPipeline(transformer, build_caption_encoder(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished demo: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    arguments = [
+        "--out",
+        out,
+        "--weights",
+        weights,
+        "--quick",
+        "--size",
+        32,
+        "--steps",
+        2,
+        "--prompts",
+        2,
+        "--seeds",
+        2,
+    ]
+    result = CliRunner().invoke(app, ["demo", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_help_names_the_command_and_its_options() -> None:
+    assert "demo" in CliRunner().invoke(app, ["--help"]).output
+    result = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "160"})
+    assert result.exit_code == 0
+    for option in ("--out", "--quick", "--prompts", "--seeds", "--steps", "--size", "--sparsity", "--device"):
+        assert option in result.output
+
+
+def test_version() -> None:
+    assert re.search(r"rectified-spaattn \d+\.\d+", CliRunner().invoke(app, ["--version"]).output)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--sparsity", "1.5"], "sparsity"),
+        (["--device", "tpu"], "allowed: auto, cpu or cuda"),
+        (["--steps", "0"], "allowed: 1 or more"),
+        (["--size", "30"], "multiple of 4"),
+        (["--block-size", "50"], "multiple of 16"),
+    ],
+)
+def test_bad_options_are_refused_with_what_is_allowed(arguments: list[str], told: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out"), *arguments], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert told in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_packages_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name in ("typer", "matplotlib") else object())
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert "typer, matplotlib" in str(stopped.value)
+    assert 'pip install "rectified-spaattn[demo]"' in str(stopped.value)
+
+
+def test_without_weights_the_message_says_what_to_do(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["demo", "--weights", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "no demo weights" in result.output
+
+
+def test_modes_differ_in_nothing_but_sparsity_and_rectification() -> None:
+    full, *sparse = DEFAULT.modes()
+    assert full.config is None
+    assert [mode.name for mode in sparse] == MODES[1:]
+    for mode in sparse:
+        assert mode.config is not None
+        same = mode.config.replace(sparsity=0.5, rectify="none")
+        assert same == DEFAULT.config(0.5, "none")
+    assert DemoOptions(sparsity=(0.875,)).modes()[1].name == "sparse-87.5"
+    assert QUICK.prompts * QUICK.steps < DEFAULT.prompts * DEFAULT.steps
+
+
+def test_demo_writes_every_file(run: tuple[Path, str]) -> None:
+    out, printed = run
+    assert all((out / name).stat().st_size > 1000 for name in FILES)
+    assert {path.stem for path in (out / "figures").iterdir()} == {"curve", "plan", "error"}
+    videos = sorted(path.name for path in (out / "videos").iterdir())
+    assert len(videos) == 4 * 5
+    assert videos[0] == "01-seed0-full.mp4"
+    assert iio.imread(out / "videos" / videos[0]).shape == (16, 384, 384, 3)
+    side = iio.imread(out / "side-by-side.mp4")
+    assert side.shape[0] == 16
+    assert 5 * 192 < side.shape[2] < 5 * 192 + 50
+    assert "Report:" in printed
+
+
+def test_metrics_json_agrees_with_itself_and_with_the_report(run: tuple[Path, str]) -> None:
+    out, printed = run
+    metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    assert [each["mode"] for each in metrics["means"]] == MODES
+    assert len(metrics["clips"]) == 4 * 5
+    assert {(each["prompt"], each["seed"]) for each in metrics["clips"]} == {
+        (prompt, seed) for prompt in {each["prompt"] for each in metrics["clips"]} for seed in (0, 1)
+    }
+    report = (out / "report.html").read_text()
+    for mean in metrics["means"][1:]:
+        clips = [each for each in metrics["clips"] if each["mode"] == mean["mode"]]
+        for name in ("psnr", "ssim", "density", "seconds"):
+            assert mean[name] == pytest.approx(math.fsum(each[name] for each in clips) / len(clips))
+        assert f"{mean['psnr']:.2f}" in report
+        assert f"{mean['psnr']:.2f}" in printed
+        assert mean["backend"] == "torch"
+    assert metrics["means"][0]["psnr"] is None
+    density = {each["mode"]: each["density"] for each in metrics["means"]}
+    assert density["sparse-80"] == density["rectified-80"]
+    assert density["sparse-90"] < density["sparse-80"] < 0.3
+    assert metrics["settings"]["seeds"] == [0, 1]
+    assert metrics["speed"] == []
+    assert set(metrics["versions"]) == {"rectified-spaattn", "python", "torch", "diffusers"}
+
+
+def test_a_second_run_replaces_the_videos_of_the_first(run: tuple[Path, str], weights: Path) -> None:
+    out, _ = run
+    caption = "a red solid circle moving right over a blue solid background"
+    arguments = [
+        "--out",
+        out,
+        "--weights",
+        weights,
+        "--size",
+        32,
+        "--steps",
+        1,
+        "--sparsity",
+        0.5,
+        "--prompt",
+        caption,
+        "--quick",
+    ]
+    result = CliRunner().invoke(app, ["demo", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    assert len(list((out / "videos").iterdir())) == 3
+    assert json.loads((out / "metrics.json").read_text())["clips"][0]["prompt"] == caption

@@ -1,0 +1,146 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rectified_spaattn import PRESETS, SparseConfig, preset
+
+configs = st.builds(
+    SparseConfig,
+    sparsity=st.one_of(st.just(0), st.floats(0, 1, exclude_max=True)),
+    top_p=st.floats(0, 1),
+    rectify=st.sampled_from(("none", "pooled", "ipar", "ipar+gapr")),
+    block_size=st.integers(1, 16).map(lambda n: 16 * n),
+    order=st.sampled_from(("gilbert", "tile", "raster")),
+    neighbours=st.booleans(),
+    first_frame=st.booleans(),
+    dense_steps=st.one_of(st.integers(0, 100), st.floats(0, 1, exclude_max=True)),
+    dense_layers=st.lists(st.integers(0, 60), max_size=4),
+)
+
+
+def test_defaults_are_the_papers() -> None:
+    assert dataclasses.asdict(SparseConfig()) == {
+        "sparsity": 0.8,
+        "top_p": 0.3,
+        "rectify": "ipar+gapr",
+        "block_size": 128,
+        "order": "gilbert",
+        "neighbours": True,
+        "first_frame": False,
+        "dense_steps": 0,
+        "dense_layers": (),
+    }
+
+
+def test_frozen_keyword_only_and_hashable() -> None:
+    config = SparseConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.sparsity = 0.5  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        SparseConfig(0.5)  # type: ignore[misc]
+    assert len({SparseConfig(dense_layers=(0, 1)), SparseConfig(dense_layers=(0, 1)), config}) == 2
+
+
+@given(config=configs)
+def test_a_dict_and_back(config: SparseConfig) -> None:
+    assert SparseConfig.from_dict(config.to_dict()) == config
+
+
+@given(config=configs)
+def test_a_dict_is_made_of_plain_values_that_yaml_keeps(config: SparseConfig) -> None:
+    assert SparseConfig.from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_what_a_dict_leaves_out_is_the_default() -> None:
+    assert SparseConfig.from_dict({}) == SparseConfig()
+    assert SparseConfig.from_dict({"sparsity": 0.9, "dense_layers": [0, 1]}) == SparseConfig(
+        sparsity=0.9, dense_layers=(0, 1)
+    )
+
+
+def test_dense_layers_end_as_a_tuple() -> None:
+    assert SparseConfig(dense_layers=[3, 1]).dense_layers == (3, 1)  # type: ignore[arg-type]
+    assert SparseConfig(dense_layers=range(2)).dense_layers == (0, 1)  # type: ignore[arg-type]
+
+
+def test_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("sparsity: 0.85\nrectify: none\nfirst_frame: true\ndense_steps: 5\ndense_layers: [0, 1]\n")
+    want = SparseConfig(sparsity=0.85, rectify="none", first_frame=True, dense_steps=5, dense_layers=(0, 1))
+    assert SparseConfig.from_yaml(path) == SparseConfig.from_yaml(str(path)) == want
+
+
+def test_replace_keeps_the_rest_and_checks() -> None:
+    config = SparseConfig(first_frame=True, dense_layers=(0,))
+    assert config.replace(sparsity=0.5) == SparseConfig(sparsity=0.5, first_frame=True, dense_layers=(0,))
+    assert config == SparseConfig(first_frame=True, dense_layers=(0,))
+    with pytest.raises(ValueError, match="sparsity"):
+        config.replace(sparsity=1.5)
+    with pytest.raises(TypeError, match="sparsty"):
+        config.replace(sparsty=0.5)
+
+
+@pytest.mark.parametrize(
+    ("dense_steps", "total", "count"),
+    [
+        (0, 50, 0),
+        (5, 50, 5),
+        (5, None, 5),
+        (1, None, 1),
+        (0.0, None, 0),
+        (0.1, 50, 5),
+        (0.1, 30, 3),
+        (0.1, 4, 0),
+        (0.1, 5, 1),  # half a step rounds up
+        (0.25, 10, 3),
+        (0.99, 1, 1),
+    ],
+)
+def test_dense_step_count(dense_steps: int | float, total: int | None, count: int) -> None:
+    got = SparseConfig(dense_steps=dense_steps).dense_step_count(total)
+    assert got == count
+    assert isinstance(got, int)
+
+
+def test_a_fraction_of_an_unknown_number_of_steps_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"dense_steps=0\.1 is a fraction"):
+        SparseConfig(dense_steps=0.1).dense_step_count(None)
+
+
+# The published settings: sparsity, dense steps of 50, dense layers, first frame; one row a transformer.
+TABLE = {
+    "hunyuan-video-t2v": [(0.80, 0, (), False)],
+    "wan2.1-t2v": [(0.75, 5, (0, 1), True)],
+    "wan2.1-i2v": [(0.75, 0, (0, 1), True)],
+    "wan2.2-t2v-a14b": [(0.85, 3, (0, 1), True), (0.85, 1, (0, 1), True)],
+    "wan2.2-i2v-a14b": [(0.85, 0, (0, 1), True), (0.85, 0, (0, 1), True)],
+    "wan2.2-ti2v-5b": [(0.75, 5, (0, 1), True)],
+    "cogvideox1.5-t2v": [(0.85, 5, (), False)],
+    "cogvideox1.5-i2v": [(0.75, 5, (), False)],
+    "flux.1-dev-4096": [(0.90, 0, (), False)],
+}
+
+
+def test_there_are_no_other_presets() -> None:
+    assert list(PRESETS) == list(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_presets_are_the_published_settings(name: str) -> None:
+    got = [(c.sparsity, c.dense_step_count(50), c.dense_layers, c.first_frame) for c in preset(name)]
+    assert got == TABLE[name]
+    assert PRESETS[name] == preset(name)
+    for config in preset(name):
+        rest = (config.top_p, config.block_size, config.rectify, config.order, config.neighbours)
+        assert rest == (0.3, 128, "ipar+gapr", "gilbert", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"), [("wan2.1-t2v", [3]), ("cogvideox1.5-i2v", [3]), ("wan2.2-t2v-a14b", [3, 1])]
+)
+def test_a_warm_up_of_5_of_50_is_a_share_and_one_of_3_steps_a_count(name: str, counts: list[int]) -> None:
+    assert [config.dense_step_count(30) for config in preset(name)] == counts

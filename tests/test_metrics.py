@@ -1,0 +1,264 @@
+"""Metrics against values computed by hand and by torchmetrics' classes, and what is measured of attention calls."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+from rectified_spaattn import SparseConfig
+from rectified_spaattn.demo.model import build_caption_encoder, build_transformer
+from rectified_spaattn.demo.pipeline import DemoVideoPipeline
+from rectified_spaattn.evaluation.attention_error import (
+    attention_error,
+    block_masses,
+    full_attention,
+    misplaced,
+    rectified_masses,
+)
+from rectified_spaattn.evaluation.capture import AttentionCall, capture_attention, end_after
+from rectified_spaattn.evaluation.metrics import finite_or_none, psnr, ssim
+from rectified_spaattn.evaluation.paired import Clip, Mode, Pair, Settings, full_mode, generate, generate_pairs
+from rectified_spaattn.evaluation.record import comparisons_record, scores_record
+from rectified_spaattn.evaluation.scores import means, pairs_won, score
+
+PROMPT = "a red solid circle moving right over a blue striped background"
+SETTINGS = Settings(height=32, width=32, num_frames=8, steps=3)
+SPARSE = SparseConfig(sparsity=0.8, top_p=0.0, block_size=32, neighbours=False)
+PLAIN = Mode(name="sparse-80", label="sparse 80%", config=SPARSE.replace(rectify="none"))
+RECTIFIED = Mode(name="rectified-80", label="rectified 80%", config=SPARSE)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DemoVideoPipeline:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    torch.manual_seed(0)
+    transformer = build_transformer(num_heads=2, num_layers=1, num_single_layers=1).eval()
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return DemoVideoPipeline(transformer, build_caption_encoder().eval(), FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.fixture(scope="module")
+def call(pipe: DemoVideoPipeline) -> AttentionCall:
+    with capture_attention(pipe, step=1, layers=[1]) as calls:
+        generate(pipe, full_mode(), Pair(prompt=PROMPT, seed=0), SETTINGS, after_step=end_after(1))
+    return calls[0]
+
+
+def clips(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_psnr_by_hand() -> None:
+    reference = torch.full((2, 4, 3, 16, 16), 0.5)
+    video = reference.clone()
+    video[0] += 0.1  # squared error 0.01 everywhere
+    video[1, :2] += 0.2  # squared error 0.04 in half of the frames
+    expected = torch.tensor([20.0, 10 * math.log10(1 / 0.02)])
+    torch.testing.assert_close(psnr(video, reference), expected, atol=1e-4, rtol=0)
+
+
+def test_psnr_of_identical_clips_is_infinite_and_null_in_json() -> None:
+    video = clips(1, 2, 3, 16, 16)
+    assert psnr(video, video).item() == math.inf
+    assert ssim(video, video).item() == pytest.approx(1.0)
+    assert finite_or_none(math.inf) is None
+    assert finite_or_none(20.5) == 20.5
+
+
+def test_metrics_agree_with_the_classes_of_torchmetrics() -> None:
+    video, reference = clips(2, 3, 3, 24, 32), clips(2, 3, 3, 24, 32, seed=1)
+    for b in range(2):
+        peak = PeakSignalNoiseRatio(data_range=1.0)(video[b], reference[b])
+        torch.testing.assert_close(psnr(video, reference)[b], peak)
+        frames = [
+            StructuralSimilarityIndexMeasure(data_range=1.0)(video[b, t : t + 1], reference[b, t : t + 1])
+            for t in range(3)
+        ]
+        torch.testing.assert_close(ssim(video, reference)[b], torch.stack(frames).mean())
+
+
+def test_ssim_of_two_flat_clips_by_hand() -> None:
+    a, b = 0.25, 0.5  # without variance only the term of the means is left
+    expected = (2 * a * b + 0.01**2) / (a * a + b * b + 0.01**2)
+    found = ssim(torch.full((1, 1, 3, 16, 16), a), torch.full((1, 1, 3, 16, 16), b))
+    assert found.item() == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("video", "reference", "error", "told"),
+    [
+        (clips(1, 2, 3, 16, 16), clips(1, 2, 3, 16, 20), ValueError, "allowed: reference's"),
+        (clips(1, 2, 16, 16, 3), clips(1, 2, 16, 16, 3), ValueError, r"allowed: \[B, T, 3, H, W\]"),
+        (clips(1, 2, 3, 16, 16) * 255, clips(1, 2, 3, 16, 16), ValueError, "allowed: 0 to 1"),
+        (clips(1, 2, 3, 16, 16) * math.nan, clips(1, 2, 3, 16, 16), ValueError, "allowed: 0 to 1"),
+        (clips(1, 2, 3, 16, 16).to(torch.uint8), clips(1, 2, 3, 16, 16), TypeError, "allowed: a floating tensor"),
+    ],
+)
+def test_metrics_refuse_other_input(
+    video: torch.Tensor, reference: torch.Tensor, error: type[Exception], told: str
+) -> None:
+    for metric in (psnr, ssim):
+        with pytest.raises(error, match=told):
+            metric(video, reference)
+
+
+def test_ssim_refuses_frames_below_its_window() -> None:
+    with pytest.raises(ValueError, match="11 x 11"):
+        ssim(clips(1, 1, 3, 8, 16), clips(1, 1, 3, 8, 16))
+
+
+def clip(mode: Mode, pair: Pair, brightness: float, seconds: float) -> Clip:
+    video = torch.full((2, 3, 16, 16), brightness)
+    return Clip(
+        mode=mode,
+        pair=pair,
+        video=video,
+        seconds=seconds,
+        steps=(seconds / 2, seconds / 2),
+        density=0.2,
+        backend="torch",
+    )
+
+
+def test_scores_means_and_wins_by_hand() -> None:
+    first, second = Pair(prompt="a", seed=0), Pair(prompt="a", seed=1)
+    made = [
+        clip(full_mode(), first, 0.5, 8.0),
+        clip(PLAIN, first, 0.6, 4.0),  # 20 dB
+        clip(RECTIFIED, first, 0.51, 4.0),  # 40 dB
+        clip(full_mode(), second, 0.5, 8.0),
+        clip(PLAIN, second, 0.51, 4.0),  # 40 dB
+        clip(RECTIFIED, second, 0.6, 4.0),  # 20 dB
+    ]
+    scores = score(made)
+    assert [round(each.psnr, 2) for each in scores] == [math.inf, 20, 40, math.inf, 40, 20]
+    full, plain, rectified = means(made, scores)
+    assert (full.speedup, plain.speedup, plain.step_seconds, plain.clips) == (1.0, 2.0, 2.0, 2)
+    assert plain.psnr == pytest.approx(30, abs=1e-3)
+    assert pairs_won(scores, "rectified-80", "sparse-80") == (1, 2)
+
+    row = comparisons_record([full_mode(), PLAIN, RECTIFIED], [full, plain, rectified], scores)[0]
+    assert row["psnr_gain"] == pytest.approx(0, abs=1e-3)
+    assert (row["sparse"], row["rectified"], row["pairs_won"], row["pairs"]) == ("sparse-80", "rectified-80", 1, 2)
+    assert scores_record(scores)[0]["psnr"] is None
+    with pytest.raises(ValueError, match="alone"):
+        score(made[1:3])
+
+
+def test_pairs_start_from_the_same_noise_and_leave_the_pipeline_alone(pipe: DemoVideoPipeline) -> None:
+    processors = dict(pipe.transformer.attn_processors)
+    pairs = [Pair(prompt=PROMPT, seed=3), Pair(prompt=PROMPT, seed=4)]
+    seen: list[tuple[str, int, int]] = []
+    made = generate_pairs(
+        pipe,
+        [full_mode(), PLAIN, full_mode()],
+        pairs,
+        SETTINGS,
+        on_step=lambda mode, pair, step: seen.append((mode.name, pair.seed, step)),
+    )
+    assert torch.equal(made[0].video, made[2].video)
+    assert not torch.equal(made[0].video, made[1].video)
+    assert not torch.equal(made[0].video, made[3].video)
+    assert seen[:8] == [("full", 3, step) for step in range(4)] + [("sparse-80", 3, step) for step in range(4)]
+    assert made[0].video.shape == (8, 3, 32, 32)
+    assert (made[0].density, made[0].backend) == (1.0, "")
+    assert (made[1].backend, len(made[1].steps)) == ("torch", 3)
+    assert 0.1 < made[1].density < 0.3
+    assert sum(made[1].steps) <= made[1].seconds
+    assert all(pipe.transformer.attn_processors[name] is processor for name, processor in processors.items())
+
+
+def test_a_mode_that_runs_no_sparse_call_is_an_error(pipe: DemoVideoPipeline) -> None:
+    dense = Mode(name="nothing", label="nothing", config=SPARSE.replace(dense_layers=(0, 1)))
+    with pytest.raises(RuntimeError, match="no attention call ran sparse"):
+        generate(pipe, dense, Pair(prompt=PROMPT, seed=0), SETTINGS)
+
+
+def test_capture_reads_the_wanted_call_and_puts_processors_back(pipe: DemoVideoPipeline) -> None:
+    processors = dict(pipe.transformer.attn_processors)
+    run = {"prompt": PROMPT, "height": 32, "width": 32, "num_frames": 8, "num_inference_steps": 3}
+    untouched = pipe(**run, generator=torch.Generator().manual_seed(0)).frames
+    with capture_attention(pipe, step=2) as calls:
+        watched = pipe(**run, generator=torch.Generator().manual_seed(0)).frames
+    assert torch.equal(watched, untouched)
+    assert [(each.layer, each.step) for each in calls] == [(0, 2), (1, 2)]
+    assert calls[0].q.shape == (1, 8 * 8 * 8 + 32, 2, 64)
+    assert calls[0].grid == (8, 8, 8)
+    assert calls[0].text_mask.sum() == len(PROMPT.split()) + 1  # and the start token
+    assert all(pipe.transformer.attn_processors[name] is processor for name, processor in processors.items())
+
+
+def test_capture_refuses_what_it_cannot_do(pipe: DemoVideoPipeline) -> None:
+    import rectified_spaattn as rsa
+
+    with pytest.raises(ValueError, match="allowed: 0 to 1"), capture_attention(pipe, step=0, layers=[2]):
+        pass
+    with pytest.raises(RuntimeError, match="never ran"), capture_attention(pipe, step=9):
+        pass
+    with (
+        rsa.enable(pipe, SPARSE),
+        pytest.raises(RuntimeError, match="is enabled"),
+        capture_attention(pipe, step=0),
+    ):
+        pass
+
+
+def test_capture_passes_other_errors_on_and_still_cleans_up(pipe: DemoVideoPipeline) -> None:
+    processors = dict(pipe.transformer.attn_processors)
+    with pytest.raises(ZeroDivisionError), capture_attention(pipe, step=0):
+        raise ZeroDivisionError
+    assert all(pipe.transformer.attn_processors[name] is processor for name, processor in processors.items())
+
+
+def test_attention_error_is_zero_when_nothing_is_dropped(call: AttentionCall) -> None:
+    nothing = attention_error(call, SPARSE.replace(sparsity=0.0, rectify="none"))
+    assert nothing.relative_error < 1e-5
+    assert attention_error(call, PLAIN.config).relative_error > 100 * nothing.relative_error
+
+
+def test_full_attention_ignores_padding(call: AttentionCall) -> None:
+    keep = torch.cat([torch.ones(8 * 8 * 8, dtype=torch.bool), call.text_mask[0]])
+    q, k, v = (x[:, keep].transpose(1, 2) for x in (call.q, call.k, call.v))
+    expected = scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(full_attention(call)[:, keep], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_masses_are_those_of_the_softmax(call: AttentionCall) -> None:
+    layout = call.layout(32)
+    full = block_masses(call, layout, head=1)
+    torch.testing.assert_close(full.sum(-1), torch.ones(16))
+    keep = torch.cat([torch.ones(8 * 8 * 8, dtype=torch.bool), call.text_mask[0]])
+    weights = (call.q[0, :, 1] @ call.k[0, keep, 1].T / 8).softmax(-1)  # head_dim 64
+    members = layout.order[32:64]  # block 1
+    to_block_3 = weights[members][:, layout.order[96:128]].sum(1).mean()
+    torch.testing.assert_close(full[1, 3], to_block_3)
+    torch.testing.assert_close(full[1, -1], weights[members][:, 512:].sum(1).mean())
+
+
+def test_rectified_masses_explain_the_output(call: AttentionCall) -> None:
+    """Values that are constant on every block make the output a function of the masses alone."""
+    layout, head = call.layout(32), 0
+    values = torch.randn(17, generator=torch.Generator().manual_seed(0))
+    v = torch.full_like(call.v, float(values[-1]))
+    v[:, layout.tiled] = values[:-1].repeat_interleave(32).view(1, -1, 1, 1)
+    flat = AttentionCall(**{**vars(call), "v": v})
+    for config in (SPARSE.replace(rectify="none"), SPARSE.replace(rectify="ipar"), SPARSE):
+        result = attention_error(flat, config)
+        from rectified_spaattn import rectified_attention
+
+        out = rectified_attention(flat.q, flat.k, flat.v, layout, config, text_mask=flat.text_mask)
+        masses = rectified_masses(flat, layout, head, result.stats)
+        torch.testing.assert_close(masses.sum(-1), torch.ones(16), atol=1e-4, rtol=0)
+        by_block = out[0, layout.tiled, head, 0].view(16, 32).mean(1)
+        torch.testing.assert_close(masses @ values, by_block, atol=1e-4, rtol=1e-3)
+
+
+def test_misplaced_by_hand() -> None:
+    full = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]])
+    other = torch.tensor([[0.7, 0.1, 0.2], [0.1, 0.1, 0.8]])
+    assert misplaced(other, full) == pytest.approx(0.1)  # 0.2 of the first row's mass, none of the second's
+    assert misplaced(full, full) == 0

@@ -1,0 +1,290 @@
+"""rectified_attention against the oracle, in every dtype, and what every call must keep to."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from cases import MODES, STRIDED, Call, calls, video_like
+from oracle import Truth, choose_blocks, dense, oracle, sdpa
+from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
+from rectified_spaattn.backends import torch_gather
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MEDIUM = TokenLayout.build((4, 8, 9), text=11, block_size=32)  # 9 blocks, 11 text tokens
+ODD = TokenLayout.build((5, 7, 9), text=13, text_first=True, block_size=32)  # 9 blocks and 27 leftover tokens
+
+
+def truth_for(call: Call, block_mask: torch.Tensor, compensated: torch.Tensor) -> Truth:
+    """The oracle with the choices of stage 3 made, and those of stage 4 where float32 may fall either way."""
+    free = oracle(*call.arguments, **call.options, block_mask=block_mask)
+    flipped = free.compensated != compensated
+    assert not (flipped & ~free.undecided).any()
+    if not flipped.any():
+        return free
+    return oracle(*call.arguments, **call.options, block_mask=block_mask, compensated=compensated)
+
+
+def budget(call: Call, want: torch.Tensor) -> float:
+    """Three times the error that SDPA makes in this dtype on these tensors, and one unit in the last place of the
+    largest output: the operator rounds to the dtype twice (attention, then rectification), SDPA once.
+    """
+    q, k, v = call.qkv
+    v = v.masked_fill(~call.valid.transpose(1, 3), 0)
+    scale = call.options.get("scale")
+    sees = None if call.valid.all() else call.valid
+    error = sdpa(q, k, v, sees=sees, scale=scale).double() - dense(q, k, v, sees=sees, scale=scale)
+    return 3 * error.abs().max().item() + torch.finfo(q.dtype).eps * want.abs().max().item()
+
+
+def within_budget(call: Call) -> None:
+    out, stats = rectified_attention(*call.arguments, **call.options, return_stats=True, backend="torch")
+    assert out.dtype == call.qkv[0].dtype
+    assert out.shape == call.qkv[0].shape
+    want = truth_for(call, stats.block_mask, stats.compensated)
+    torch.testing.assert_close(stats.probability.double(), want.probability, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(stats.r.double(), want.r, rtol=2e-5, atol=1e-6)
+    assert stats.density == pytest.approx(want.density, rel=1e-12)
+    assert stats.backend == "torch"
+    assert (out.double() - want.out).abs().max().item() <= budget(call, want.out)
+
+
+@settings(max_examples=120)
+@given(call=calls(), dtype=st.sampled_from((torch.float64, torch.float32, torch.bfloat16)))
+def test_reference_is_the_oracle(call: Call, dtype: torch.dtype) -> None:
+    """Two writings of the design, whatever the input's dtype: float64 within."""
+    call.qkv = tuple(x.to(dtype) for x in call.qkv)
+    want = oracle(*call.arguments, **call.options)
+    out, stats = rectified_attention(*call.arguments, **call.options, return_stats=True, backend="reference")
+    assert out.dtype == stats.probability.dtype == stats.r.dtype == torch.float64
+    assert torch.equal(stats.block_mask, want.critical)
+    assert torch.equal(stats.compensated, want.compensated)
+    torch.testing.assert_close(stats.probability, want.probability, rtol=0, atol=1e-12)
+    torch.testing.assert_close(stats.r, want.r, rtol=0, atol=1e-12)
+    assert stats.density == pytest.approx(want.density, rel=1e-12)
+    assert stats.backend == "reference"
+    assert (out - want.out).abs().max().item() <= 1e-10
+
+
+@settings(max_examples=120)
+@given(call=calls(), dtype=st.sampled_from(DTYPES))
+def test_torch_is_the_oracle_within_the_error_of_sdpa(call: Call, dtype: torch.dtype) -> None:
+    call.qkv = tuple(x.to(dtype) for x in call.qkv)
+    within_budget(call)
+
+
+@settings(max_examples=60)
+@given(call=calls(min_blocks=2), dtype=st.sampled_from(DTYPES), keep=st.sampled_from((0.0, 0.2, 0.5, 1.0)))
+def test_with_the_callers_blocks(call: Call, dtype: torch.dtype, keep: float) -> None:
+    """Any pattern, empty rows too; stage 3 adds nothing to it."""
+    call.qkv = tuple(x.to(dtype) for x in call.qkv)
+    batch, _, heads, _ = call.qkv[0].shape
+    nb = call.layout.num_blocks
+    mask = torch.rand(batch, heads, nb, nb, generator=torch.Generator().manual_seed(nb)) < keep
+    if not call.layout.leftover:  # then a row may not be empty
+        mask |= torch.eye(nb, dtype=torch.bool)
+    options: dict[str, Any] = {**call.options, "block_mask": mask, "return_stats": True}
+
+    out, stats = rectified_attention(*call.arguments, **options, backend="reference")
+    assert torch.equal(stats.block_mask, mask)
+    want = oracle(*call.arguments, **call.options, block_mask=mask)
+    assert (out - want.out).abs().max().item() <= 1e-10
+
+    out, stats = rectified_attention(*call.arguments, **options, backend="torch")
+    assert torch.equal(stats.block_mask, mask)
+    want = truth_for(call, mask, stats.compensated)
+    assert (out.double() - want.out).abs().max().item() <= budget(call, want.out)
+
+
+@settings(max_examples=80)
+@given(call=calls(min_blocks=2))
+def test_torch_keeps_the_blocks_that_its_own_probabilities_ask_for(call: Call) -> None:
+    _, stats = rectified_attention(*call.arguments, **call.options, return_stats=True, backend="torch")
+    blocks, alone = stats.probability.double().split([call.layout.num_blocks, 1], dim=-1)
+    sums = alone + blocks.sort(-1, descending=True).values.cumsum(-1)
+    assume(((sums - call.config.top_p).abs() > 1e-6).all())  # else rounding decides
+    assert torch.equal(stats.block_mask, choose_blocks(stats.probability, call.layout, call.config))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("text", [0, 20])
+def test_without_any_isolated_key(mode: str, backend: str, text: int) -> None:
+    """No leftover tokens, and no text or none that is valid."""
+    layout = TokenLayout.build((2, 4, 8), text=text, block_size=16)
+    config = SparseConfig(rectify=mode, sparsity=0.6, neighbours=False)  # type: ignore[arg-type]
+    options = {"text_mask": torch.zeros(2, text, dtype=torch.bool)}
+    call = Call(layout, config, video_like(9, 2, layout.sequence, 2, 8), options)
+    out, stats = rectified_attention(*call.arguments, **options, backend=backend, return_stats=True)
+    want = truth_for(call, stats.block_mask, stats.compensated)
+    assert (stats.probability[..., -1] == 0).all()
+    assert (out - want.out).abs().max().item() <= (1e-10 if backend == "reference" else budget(call, want.out))
+
+
+@pytest.mark.parametrize("layout", [MEDIUM, ODD])
+def test_the_inputs_make_all_three_kinds_of_block(layout: TokenLayout) -> None:
+    """Critical, compensated and rejected: otherwise the comparisons above prove little."""
+    q, k, v = video_like(0, 2, layout.sequence, 2, 16)
+    config = SparseConfig(sparsity=0.8, top_p=0, neighbours=False)
+    _, stats = rectified_attention(q, k, v, layout, config, return_stats=True)
+    rejected = ~stats.block_mask & ~stats.compensated
+    for kind in (stats.block_mask, stats.compensated, rejected):
+        assert kind.float().mean() > 0.05
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_many_chunks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """72 query blocks of different counts, in one SDPA call a row, and in a few rows a call."""
+    layout = TokenLayout.build((8, 12, 12), text=7, block_size=32)
+    config = SparseConfig(rectify=mode, top_p=0.5)  # type: ignore[arg-type]
+    call = Call(layout, config, video_like(3, 1, layout.sequence, 2, 32))
+    within_budget(call)
+    whole = rectified_attention(*call.arguments)
+    for size in (1, 200_000):
+        monkeypatch.setattr(torch_gather, "_CHUNK_BYTES_CPU", size)
+        torch.testing.assert_close(rectified_attention(*call.arguments), whole, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=60)
+@given(call=calls(), name=st.sampled_from(sorted(STRIDED)), backend=st.sampled_from(("torch", "reference")))
+def test_strides_do_not_matter(call: Call, name: str, backend: str) -> None:
+    strided = tuple(STRIDED[name](x) for x in call.qkv)
+    contiguous = tuple(x.contiguous() for x in strided)
+    got = rectified_attention(*strided, call.layout, call.config, **call.options, backend=backend)
+    want = rectified_attention(*contiguous, call.layout, call.config, **call.options, backend=backend)
+    assert torch.equal(got, want)
+
+
+@settings(max_examples=40)
+@given(call=calls(), backend=st.sampled_from(("torch", "reference")))
+def test_inputs_stay_as_they_are_and_the_same_call_gives_the_same_bits(call: Call, backend: str) -> None:
+    if call.layout.num_blocks:
+        nb, (batch, _, heads, _) = call.layout.num_blocks, call.qkv[0].shape
+        call.options["block_mask"] = torch.eye(nb, dtype=torch.bool).repeat(batch, heads, 1, 1)
+    given_tensors = [*call.qkv, *(x for x in call.options.values() if isinstance(x, torch.Tensor))]
+    before = [x.clone() for x in given_tensors]
+    first, stats = rectified_attention(*call.arguments, **call.options, backend=backend, return_stats=True)
+    for now, then in zip(given_tensors, before, strict=True):
+        assert torch.equal(now, then)
+    again, stats_again = rectified_attention(*call.arguments, **call.options, backend=backend, return_stats=True)
+    assert torch.equal(first, again)
+    for name in ("block_mask", "compensated", "probability", "r"):
+        assert torch.equal(getattr(stats, name), getattr(stats_again, name))
+        assert all(getattr(stats, name).data_ptr() != x.data_ptr() for x in given_tensors if x.numel())
+
+
+@pytest.fixture
+def poisoned() -> Any:
+    """PyTorch fills every new, uninitialised tensor with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("layout", [MEDIUM, ODD, TokenLayout.build((1, 3, 3), text=2, block_size=16)])
+@pytest.mark.parametrize("text", ["all", "some", "none"])
+def test_every_element_is_written_and_none_is_read_before(layout: TokenLayout, text: str, backend: str) -> None:
+    assert torch.empty(9).isnan().all()
+    assert torch.empty_like(torch.zeros(9)).isnan().all()
+    assert torch.zeros(2).new_empty(9).isnan().all()
+    mask = torch.tensor({"all": [1], "some": [1, 0], "none": [0]}[text]).bool().repeat(2, layout.text)[:, : layout.text]
+    q, k, v = video_like(1, 2, layout.sequence, 2, 8)
+    for mode in MODES:
+        config = SparseConfig(rectify=mode)  # type: ignore[arg-type]
+        out, stats = rectified_attention(q, k, v, layout, config, text_mask=mask, backend=backend, return_stats=True)
+        assert not out.isnan().any()
+        assert not stats.probability.isnan().any()
+        assert not stats.r.isnan().any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e8])
+def test_large_logits(mode: str, size: float) -> None:
+    """No overflow: every output is a mean of values, so it stays among them."""
+    q, k, v = video_like(2, 1, ODD.sequence, 2, 8)
+    out, stats = rectified_attention(size * q, size * k, v, ODD, SparseConfig(rectify=mode), return_stats=True)  # type: ignore[arg-type]
+    assert out.isfinite().all()
+    assert stats.probability.isfinite().all()
+    assert (out <= v.amax(1, keepdim=True) + 1e-5).all()
+    assert (out >= v.amin(1, keepdim=True) - 1e-5).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_float16_at_its_ends(mode: str) -> None:
+    config = SparseConfig(rectify=mode)  # type: ignore[arg-type]
+    q, k, v = (torch.sign(x).half() for x in video_like(4, 1, ODD.sequence, 2, 8))
+    out = rectified_attention(q, k, v * 65504, ODD, config)
+    assert out.isfinite().all()
+    out = rectified_attention(q * 200, k * 200, v, ODD, config)  # unscaled logits to 320,000, beyond float16
+    assert out.isfinite().all()
+    assert (out.abs() <= 1).all()
+    tiny = [x * 6e-8 for x in (q, k, v)]  # the smallest float16 above 0
+    assert all((x != 0).all() for x in tiny)
+    assert (rectified_attention(*tiny, ODD, config).abs() <= 6e-8).all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("k_value", [0.0, 0.5])
+def test_identical_keys_are_ties_and_ties_go_to_the_lower_index(backend: str, k_value: float) -> None:
+    """Small integers times powers of two: every product is exact, so all logits of a row are equal."""
+    layout = TokenLayout.build((4, 8, 8), block_size=16)
+    q = torch.randint(-4, 5, (2, layout.sequence, 2, 4)).float()
+    k, v = torch.full_like(q, k_value), torch.randn_like(q)
+    config = SparseConfig(sparsity=0.7, top_p=0.0, neighbours=False)
+    _, stats = rectified_attention(q, k, v, layout, config, scale=0.25, return_stats=True, backend=backend)
+    assert (stats.block_mask == (torch.arange(16) < 4)).all()  # floor(0.3 * 16)
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype: torch.dtype, autocast: torch.dtype) -> None:
+    """Pipelines run under it. The plan is float32 all the same."""
+    q, k, v = video_like(5, 2, MEDIUM.sequence, 2, 16, dtype)
+    config = SparseConfig(neighbours=False)
+    want, plain = rectified_attention(q, k, v, MEDIUM, config, return_stats=True)
+    with torch.autocast("cpu", autocast):
+        got, stats = rectified_attention(q, k, v, MEDIUM, config, return_stats=True)
+    assert stats.probability.dtype == stats.r.dtype == torch.float32
+    assert torch.equal(stats.block_mask, plain.block_mask)
+    assert got.dtype == dtype
+    assert torch.equal(got, want)
+
+
+def test_inference_mode_and_a_default_dtype_change_nothing() -> None:
+    q, k, v = video_like(6, 1, ODD.sequence, 2, 8)
+    want = rectified_attention(q, k, v, ODD)
+    with torch.inference_mode():
+        assert torch.equal(rectified_attention(q, k, v, ODD), want)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(rectified_attention(q, k, v, ODD), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_auto_is_torch_on_a_cpu_and_never_the_reference() -> None:
+    q, k, v = video_like(7, 1, ODD.sequence, 1, 8)
+    out, stats = rectified_attention(q, k, v, ODD, return_stats=True)
+    assert stats.backend == "torch"
+    assert torch.equal(out, rectified_attention(q, k, v, ODD, backend="torch"))
+
+
+def test_defaults_are_the_default_config_and_the_usual_scale() -> None:
+    q, k, v = video_like(8, 1, ODD.sequence, 1, 16)
+    all_valid = torch.ones(1, ODD.text, dtype=torch.bool)
+    want = rectified_attention(q, k, v, ODD, SparseConfig(), text_mask=all_valid, scale=0.25)
+    assert torch.equal(rectified_attention(q, k, v, ODD), want)
+
+
+def test_gradients_are_refused_not_wrong() -> None:
+    q, k, v = (x.requires_grad_() for x in video_like(10, 1, ODD.sequence, 1, 8))
+    with pytest.raises(RuntimeError, match="backward"):
+        rectified_attention(q, k, v, ODD).sum().backward()
+    assert q.grad is None

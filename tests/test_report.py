@@ -1,0 +1,248 @@
+"""Videos, figures and the report: what is written is what was measured."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rectified_spaattn import TokenLayout
+from rectified_spaattn.report import figures
+from rectified_spaattn.report.html import Media, data_uri, decibel, percent, write_report
+from rectified_spaattn.report.video import Row, difference, enlarge, labelled_grid, write_mp4
+
+
+def flat_clip(red: float, frames: int = 5, side: int = 16) -> torch.Tensor:
+    clip = torch.zeros(frames, 3, side, side)
+    clip[:, 0] = red
+    return clip
+
+
+def test_enlarge_repeats_pixels_for_whole_factors() -> None:
+    clip = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    large = enlarge(clip, 24)
+    assert large.shape == (2, 24, 24, 3)
+    expected = (clip * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(large[:, 1::3, 1::3], expected)
+    assert enlarge(clip, 20).shape == (2, 20, 20, 3)
+    assert enlarge(torch.zeros(1, 3, 8, 16), 32).shape == (1, 16, 32, 3)
+
+
+def test_difference_is_white_where_clips_agree() -> None:
+    away = difference(flat_clip(0.3), flat_clip(0.0), gain=2.0)
+    torch.testing.assert_close(away, torch.full((5, 3, 16, 16), 1 - 2 * 0.3 / 3))
+    assert difference(flat_clip(0.3), flat_clip(0.3), gain=4.0).min() == 1
+
+
+def test_grid_puts_every_clip_in_its_cell_and_survives_the_video(tmp_path: Path) -> None:
+    levels = [[0.2, 0.4, 0.6], [0.8, 1.0, 0.0]]
+    rows = [Row(caption=f"row {i}", clips=[flat_clip(level) for level in row]) for i, row in enumerate(levels)]
+    grid = labelled_grid(["a\n1", "b\n2", "c\n3"], rows, cell=64)
+    assert grid.dtype == np.uint8
+    assert len(grid) == 5
+    assert grid.shape[1] % 2 == grid.shape[2] % 2 == 0
+    assert 3 * 64 < grid.shape[2] < 3 * 64 + 40
+
+    path = tmp_path / "grid.mp4"
+    write_mp4(path, grid)
+    read = iio.imread(path)
+    assert read.shape == grid.shape
+    assert iio.immeta(path)["codec"] == "h264"
+    for frames, tolerance in ((grid, 0), (read, 12)):
+        cell_rows = [row for row in range(grid.shape[1]) if abs(int(frames[2, row, 40, 1]) - 0) <= tolerance]
+        first, last = cell_rows[8], cell_rows[-8]  # inside the cells of the first and of the last row
+        centres = [6 + 32 + x * 70 for x in range(3)]
+        for y, row in ((first, levels[0]), (last, levels[1])):
+            reds = [int(frames[2, y, x, 0]) for x in centres]
+            assert reds == pytest.approx([255 * level for level in row], abs=tolerance + 1)
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "told"),
+    [
+        ([], [], "one or more"),
+        (["a", "b"], [Row(caption="r", clips=[flat_clip(1)])], "allowed: 2, one a column"),
+        (["a"], [Row(caption="r", clips=[None])], "got no clip"),
+        (["a", "b"], [Row(caption="r", clips=[flat_clip(1, frames=2), flat_clip(1, frames=3)])], "the same number"),
+    ],
+)
+def test_grid_refuses_what_does_not_fit(columns: list[str], rows: list[Row], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        labelled_grid(columns, rows)
+
+
+def test_mp4_refuses_odd_sides_and_floats(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="even sides"):
+        write_mp4(tmp_path / "x.mp4", np.zeros((2, 15, 16, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="uint8"):
+        write_mp4(tmp_path / "x.mp4", np.zeros((2, 16, 16, 3)))
+
+
+def test_curve_figure_measures_how_compact_blocks_are(tmp_path: Path) -> None:
+    spread = figures.curve_figure(tmp_path / "curve.png", grid=(4, 4, 4), block_size=16)
+    points = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))  # a slice of one frame
+    by_hand = torch.nn.functional.pdist(points).mean().item()
+    assert spread["raster"] == pytest.approx(by_hand, rel=1e-5)
+    assert spread["gilbert"] < spread["raster"]
+    assert figures.mean_distance(TokenLayout.build((4, 4, 4), 0, False, 16, "tile")) <= spread["raster"]
+    assert Image.open(tmp_path / "curve.png").width > 800
+
+
+def test_plan_figure_counts_blocks_and_mass(tmp_path: Path) -> None:
+    full = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.2, 0.2, 0.5, 0.1], [0.1, 0.1, 0.7, 0.1]])
+    critical = torch.tensor([[True, False, False], [False, False, True], [False, False, True]])
+    compensated = torch.tensor([[False, True, False], [True, False, False], [False, False, False]])
+    call = figures.CallName(layer=1, head=0, step=2)
+    found = figures.plan_figure(tmp_path / "plan.png", full, full, critical, compensated, call, 0.8)
+    assert found["correlation"] == pytest.approx(1)
+    assert found["critical_blocks"] == pytest.approx(1 / 3)
+    assert found["critical_mass"] == pytest.approx((0.4 + 0.5 + 0.7) / 3)
+    assert found["compensated_mass"] == pytest.approx((0.3 + 0.2) / 3)
+    assert found["rejected_mass"] == pytest.approx((0.2 + 0.2 + 0.2) / 3)
+    assert found["text_mass"] == pytest.approx(0.1)
+    assert Image.open(tmp_path / "plan.png").width > 800
+
+
+def test_error_figure_is_drawn(tmp_path: Path) -> None:
+    errors = {0.8: {mode: [0.1, 0.2] for mode in figures.MODE_COLOURS}}
+    full = torch.full((4, 5), 0.2)
+    call = figures.CallName(layer=1, head=0, step=2)
+    figures.error_figure(tmp_path / "error.png", errors, {"full": (full, 0.0), "sparse": (full, 0.5)}, call, 0.8)
+    assert Image.open(tmp_path / "error.png").width > 800
+
+
+class _Page(HTMLParser):
+    """Text of a page, and everything it would load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "poster", "srcset")]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture
+def metrics() -> dict[str, Any]:
+    config = {
+        "sparsity": 0.8, "top_p": 0.0, "rectify": "ipar+gapr", "block_size": 64, "order": "gilbert", "neighbours": False,
+        "first_frame": False, "dense_steps": 0, "dense_layers": [],
+    }  # fmt: skip
+
+    def clip(mode: str, seed: int, psnr: float | None, ssim: float, seconds: float) -> dict[str, Any]:
+        return {
+            "mode": mode, "prompt": "a <b>red</b> circle", "seed": seed, "psnr": psnr, "ssim": ssim,
+            "density": 0.1963, "seconds": seconds, "backend": "torch",
+        }  # fmt: skip
+
+    def mean(mode: str, label: str, psnr: float | None, ssim: float, seconds: float) -> dict[str, Any]:
+        return {
+            "mode": mode, "label": label, "clips": 2, "psnr": psnr, "ssim": ssim, "density": 0.1963,
+            "seconds": seconds, "step_seconds": seconds / 12, "speedup": 9.5 / seconds, "backend": "torch",
+        }  # fmt: skip
+
+    return {
+        "command": "rectified-spaattn demo --prompts 2",
+        "created": "2026-01-02T03:04:05+00:00",
+        "versions": {"rectified-spaattn": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "diffusers": "0.42.1"},
+        "device": {"type": "cpu", "name": "Some CPU", "threads": 2, "load_average": 0.37},
+        "settings": {
+            "height": 64, "width": 64, "num_frames": 16, "steps": 12, "guidance_scale": 1.0, "dtype": "float32",
+            "prompts": 1, "seeds": [0, 1],
+        },
+        "modes": [
+            {"name": "full", "label": "full attention", "config": None},
+            {"name": "sparse-80", "label": "sparse 80%", "config": {**config, "rectify": "none"}},
+            {"name": "rectified-80", "label": "rectified 80%", "config": config},
+        ],
+        "means": [
+            mean("full", "full attention", None, 1.0, 9.51), mean("sparse-80", "sparse 80%", 21.345, 0.87654, 6.07),
+            mean("rectified-80", "rectified 80%", 24.5678, 0.91234, 6.54),
+        ],
+        "comparisons": [
+            {
+                "sparsity": 0.8, "sparse": "sparse-80", "rectified": "rectified-80", "psnr_gain": -3.2228,
+                "ssim_gain": 0.0358, "pairs_won": 1, "pairs": 2,
+            }
+        ],
+        "clips": [
+            clip("full", 0, None, 1.0, 9.11), clip("sparse-80", 0, 20.777, 0.85111, 6.22),
+            clip("rectified-80", 0, 23.123, 0.90777, 6.33), clip("rectified-80", 1, None, 1.0, 6.44),
+        ],
+        "attention": {
+            "step": 6, "layers": ["a"], "relative_error": [],
+            "shown": {
+                "layer": 0, "head": 1, "sparsity": 0.8, "text_mass": 0.0345,
+                "misplaced": {"full attention": 0.0, "sparse, not rectified": 0.456, "rectified": 0.123},
+            },
+            "mean_distance_in_block": {"raster": 4.2021, "gilbert": 2.6034},
+        },
+        "speed": [
+            {"mode": "full", "label": "full attention", "size": 96, "density": 1.0, "step_seconds": 3.219, "speedup": 1.0},
+            {"mode": "rectified-80", "label": "rectified 80%", "size": 96, "density": 0.2, "step_seconds": 1.411, "speedup": 2.28},
+        ],
+        "seconds_total": 123.4,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def page(metrics: dict[str, Any], tmp_path: Path) -> _Page:
+    picture, video = tmp_path / "p.png", tmp_path / "v.mp4"
+    Image.new("RGB", (4, 4)).save(picture)
+    write_mp4(video, np.zeros((2, 16, 16, 3), dtype=np.uint8))
+    names = ("curve", "plan", "error")
+    write_report(
+        tmp_path / "report.html", metrics, Media(video=video, still=picture, figures=dict.fromkeys(names, picture))
+    )
+    parsed = _Page()
+    parsed.feed((tmp_path / "report.html").read_text())
+    return parsed
+
+
+def test_report_holds_every_number(page: _Page, metrics: dict[str, Any]) -> None:
+    text = " ".join("".join(page.text).split("metrics.json")[0].split())  # without the copy of the file at the end
+    for row in metrics["means"] + metrics["clips"]:
+        if row["mode"] != "full":
+            assert decibel(row["psnr"]) in text
+            assert f"{row['ssim']:.4f}" in text
+        assert f"{row['seconds']:.2f}" in text
+        assert percent(row["density"]) in text
+    for row in metrics["means"] + metrics["speed"]:
+        assert f"{row['step_seconds']:.3f}" in text
+        assert f"{row['speedup']:.2f}×" in text
+    for fact in ("loses 3.22 dB", "closer in 1 of 2 pairs", "3.5%", "45.6%", "12.3%", "4.20", "2.60", "123 s in all"):
+        assert fact in text
+    for value in (*metrics["versions"].values(), metrics["command"], metrics["created"], "Some CPU", "0.37", "0, 1"):
+        assert value in text
+
+
+def test_report_ends_with_metrics_json_and_escapes_prompts(page: _Page, metrics: dict[str, Any]) -> None:
+    raw = re.search(r"metrics\.json(\{.*\})", "".join(page.text), re.DOTALL)
+    assert raw is not None
+    assert json.loads(raw[1]) == metrics
+    assert "a <b>red</b> circle" in "".join(page.text)  # as text, which the parser gives back unescaped
+
+
+def test_report_loads_nothing_from_outside(page: _Page) -> None:
+    assert len(page.loads) == 5
+    assert all(value.startswith(("data:image/png;base64,", "data:video/mp4;base64,")) for value in page.loads)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert "viewport" not in page.text
+    assert "url(" not in "".join(page.text)
+
+
+def test_data_uri_refuses_other_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"allowed: \.png, \.mp4"):
+        data_uri(tmp_path / "x.svg")
