@@ -1,6 +1,6 @@
 """Which step of the method helps, measured on the demo model: clips against full attention, and single attention calls.
 
-    python benchmarks/demo_quality.py [--prompts 8] [--seeds 1] [--size 64] [--block-size 64] [--device auto] [--out runs/quality]
+    python benchmarks/demo_quality.py [--prompts 8] [--seeds 1] [--size 64] [--block-size 64] [--out runs/quality]
 
 Writes clips.csv and attention.csv and prints both as Markdown tables: mean and 95% interval over the prompt-seed pairs.
 """
@@ -21,7 +21,7 @@ from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.config import RECTIFY_MODES
 from rectified_spaattn.demo.pipeline import load_demo_pipeline
 from rectified_spaattn.demo.prompts import PROMPTS
-from rectified_spaattn.evaluation.attention_error import full_attention
+from rectified_spaattn.evaluation.attention_error import block_masses, full_attention
 from rectified_spaattn.evaluation.capture import AttentionCall, capture_attention, end_after
 from rectified_spaattn.evaluation.paired import Mode, Pair, Settings, full_mode, generate
 from rectified_spaattn.evaluation.scores import score
@@ -80,7 +80,7 @@ def attention_rows(pipe, pairs: list[Pair], settings: Settings, sparsities: list
 
 
 def _variants(call: AttentionCall, sparsity: float, block_size: int) -> Rows:
-    """One row a variant: relative error on the tiled tokens, mass P gives to kept and isolated, share accepted."""
+    """One row a variant: relative error on the tiled tokens; exact and estimated mass that was kept; share accepted."""
     layout, scale = call.layout(block_size), call.q.shape[-1] ** -0.5
     q, k, v = (_tiles(x, layout) for x in (call.q, call.k, call.v))
     k_alone = call.k[:, layout.isolated].transpose(1, 2)
@@ -111,13 +111,36 @@ def _variants(call: AttentionCall, sparsity: float, block_size: int) -> Rows:
         "ipar, R only": _apply(sparse, ipar.r, 0 * ipar.c),
         "ipar, C only": _apply(sparse, torch.ones_like(ipar.r), ipar.c),
         "ipar+gapr": _apply(sparse, paper.r, paper.c),
+        "exact mass of every row for R, C as in ipar": _row_masses(call, layout, critical) * sparse
+        + ipar.c[..., None, :],
     }
-    kept = (stats.probability[..., :-1] * critical).sum(-1) + stats.probability[..., -1]
-    shared = {"kept_mass": kept.mean().item(), "accepted": (gated.sum() / every.sum()).item()}
+    exact_p = torch.stack([block_masses(call, layout, head) for head in range(q.shape[1])])[None]
+    shared = {
+        "kept_mass": _kept(exact_p, critical),
+        "estimated": _kept(stats.probability, critical),
+        "accepted": (gated.sum() / every.sum()).item(),
+    }
     return [
         {"variant": name, "relative_error": ((out - exact).norm() / exact.norm()).item(), **shared}
         for name, out in outputs.items()
     ]
+
+
+def _kept(probability: torch.Tensor, critical: torch.Tensor) -> float:
+    """Mean mass on critical blocks and isolated tokens. probability: [B, H, nb, nb + 1]."""
+    return ((probability[..., :-1] * critical).sum(-1) + probability[..., -1]).mean().item()
+
+
+def _row_masses(call: AttentionCall, layout: TokenLayout, critical: torch.Tensor) -> torch.Tensor:
+    """Exact mass that every single query gives to its critical blocks and the isolated tokens: [B, H, nb, b, 1]."""
+    q, k = (x.transpose(1, 2) for x in (call.q, call.k))
+    valid = torch.cat([call.text_mask.new_ones(len(call.text_mask), layout.video), call.text_mask], dim=1)
+    logits = q[:, :, layout.tiled] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, H, nb * b, S]
+    logits.masked_fill_(~valid[:, None, None], -math.inf)
+    to_blocks = logits.softmax(-1)[..., layout.tiled].unflatten(-1, (layout.num_blocks, layout.block_size)).sum(-1)
+    dropped = ~critical.repeat_interleave(layout.block_size, 2)  # [B, H, nb * b, nb]
+    kept = 1 - (to_blocks * dropped).sum(-1, keepdim=True)
+    return kept.unflatten(2, (layout.num_blocks, layout.block_size))
 
 
 def _apply(sparse: torch.Tensor, r: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -145,6 +168,24 @@ def table(rows: Rows, columns: tuple[str, ...]) -> str:
         mine = [row for row in rows if (row["sparsity"], row["variant"]) == (sparsity, variant)]
         cells = [_interval(mine, column) for column in columns]
         lines.append(f"| {sparsity:.0%} | {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_layer(rows: Rows, sparsity: float) -> str:
+    """A Markdown table at one sparsity: layers down, the first and last captured step across."""
+    steps = sorted({row["step"] for row in rows})
+    variants = ("none", "ipar", "ipar+gapr", "exact mass of every row for R, C as in ipar")
+    columns = [(variant, "relative_error") for variant in variants]
+    columns += [("none", "kept_mass"), ("none", "estimated")]
+    names = ["error none", "error ipar", "error ipar+gapr", "error exact R", "kept mass", "estimated"]
+    lines = [
+        f"| layer, {sparsity:.0%} | step | " + " | ".join(names) + " |",
+        "|---|---|" + "---|" * len(names),
+    ]
+    for layer, step in itertools.product(sorted({row["layer"] for row in rows}), (steps[0], steps[-1])):
+        here = [row for row in rows if (row["layer"], row["step"], row["sparsity"]) == (layer, step, sparsity)]
+        cells = [fmean(row[value] for row in here if row["variant"] == variant) for variant, value in columns]
+        lines.append(f"| {layer} | {step} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -191,7 +232,8 @@ def main(
     )
     print(f"torch {torch.__version__}; {' '.join(sys.argv)}\n")
     print(table(clips, ("psnr", "ssim", "density")), "\n")
-    print(table(calls, ("relative_error", "kept_mass", "accepted")))
+    print(table(calls, ("relative_error", "kept_mass", "estimated", "accepted")), "\n")
+    print(by_layer(calls, sparsities[-1]))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ from rectified_spaattn.cli.options import DEFAULT, QUICK, DemoOptions
 
 FILES = ("report.html", "metrics.json", "side-by-side.mp4", "side-by-side.png")
 MODES = ["full", "sparse-80", "rectified-80", "sparse-90", "rectified-90"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +129,7 @@ def test_demo_writes_every_file(run: tuple[Path, str]) -> None:
     assert all((out / name).stat().st_size > 1000 for name in FILES)
     assert {path.stem for path in (out / "figures").iterdir()} == {"curve", "plan", "error"}
     videos = sorted(path.name for path in (out / "videos").iterdir())
-    assert len(videos) == 4 * 5
+    assert len(videos) == 2 * 5
     assert videos[0] == "01-seed0-full.mp4"
     assert iio.imread(out / "videos" / videos[0]).shape == (16, 384, 384, 3)
     side = iio.imread(out / "side-by-side.mp4")
@@ -132,7 +142,7 @@ def test_metrics_json_agrees_with_itself_and_with_the_report(run: tuple[Path, st
     out, printed = run
     metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
     assert [each["mode"] for each in metrics["means"]] == MODES
-    assert len(metrics["clips"]) == 4 * 5
+    assert len(metrics["clips"]) == 2 * 5
     assert {(each["prompt"], each["seed"]) for each in metrics["clips"]} == {
         (prompt, seed) for prompt in {each["prompt"] for each in metrics["clips"]} for seed in (0, 1)
     }

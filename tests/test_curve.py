@@ -59,7 +59,7 @@ def test_gilbert_blocks_are_compact(grid: Grid, b: int) -> None:
     box = extents(gilbert(grid, b), grid, b).double()
     edge = b ** (1 / 2) if grid[0] == 1 else b ** (1 / 3)
     assert box.amax(1).mean() < 2 * edge
-    assert box.prod(1).mean() < 3 * b
+    assert box.prod(1).mean() < 2 * b
     assert box.amax(1).mean() < extents(raster(grid, b), grid, b).double().amax(1).mean() / 2
 
 

@@ -1,6 +1,7 @@
 """Metrics against values computed by hand and by torchmetrics' classes, and what is measured of attention calls."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,6 +29,15 @@ SETTINGS = Settings(height=32, width=32, num_frames=8, steps=3)
 SPARSE = SparseConfig(sparsity=0.8, top_p=0.0, block_size=32, neighbours=False)
 PLAIN = Mode(name="sparse-80", label="sparse 80%", config=SPARSE.replace(rectify="none"))
 RECTIFIED = Mode(name="rectified-80", label="rectified 80%", config=SPARSE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def write_mp4(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
         pixelformat="yuv420p",
         quality=None,
         macro_block_size=1,
-        output_params=["-crf", "18", "-movflags", "+faststart"],
+        output_params=["-crf", "18", "-preset", "veryfast", "-movflags", "+faststart"],
         ffmpeg_log_level="error",
     )
 
