@@ -59,8 +59,6 @@ def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
         32,
         "--steps",
         2,
-        "--prompts",
-        2,
         "--seeds",
         2,
     ]

@@ -82,6 +82,8 @@ def test_raster_neighbours_by_hand() -> None:
 def test_a_block_that_begins_in_frame_0_counts_as_first_frame() -> None:
     layout = TokenLayout.build((3, 3, 8), block_size=16, order="raster")  # 24 tokens a frame
     assert layout.first_frame.tolist() == [True, True, False, False]
+    one_token = TokenLayout.build((3, 1, 17), block_size=16, order="raster")  # the second block holds its last token
+    assert one_token.first_frame.tolist() == [True, True, False]
 
 
 def test_a_grid_below_one_block_is_all_isolated() -> None:

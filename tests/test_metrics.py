@@ -149,11 +149,11 @@ def test_scores_means_and_wins_by_hand() -> None:
     full, plain, rectified = means(made, scores)
     assert (full.speedup, plain.speedup, plain.step_seconds, plain.clips) == (1.0, 2.0, 2.0, 2)
     assert plain.psnr == pytest.approx(30, abs=1e-3)
-    assert pairs_won(scores, "rectified-80", "sparse-80") == (1, 2)
+    assert pairs_won(scores, "rectified-80", "sparse-80", "psnr") == (1, 2)
 
     row = comparisons_record([full_mode(), PLAIN, RECTIFIED], [full, plain, rectified], scores)[0]
     assert row["psnr_gain"] == pytest.approx(0, abs=1e-3)
-    assert (row["sparse"], row["rectified"], row["pairs_won"], row["pairs"]) == ("sparse-80", "rectified-80", 1, 2)
+    assert (row["sparse"], row["rectified"], row["psnr_won"], row["pairs"]) == ("sparse-80", "rectified-80", 1, 2)
     assert scores_record(scores)[0]["psnr"] is None
     with pytest.raises(ValueError, match="alone"):
         score(made[1:3])

@@ -136,6 +136,19 @@ def test_the_inputs_make_all_three_kinds_of_block(layout: TokenLayout) -> None:
         assert kind.float().mean() > 0.05
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", [MEDIUM, ODD])
+def test_halves_are_rounded_twice_and_no_more(layout: TokenLayout, mode: str, dtype: torch.dtype) -> None:
+    """Attention and the result are rounded; R and C are not. Two independent roundings: the square root of 2 of one."""
+    config = SparseConfig(rectify=mode, neighbours=False)  # type: ignore[arg-type]
+    call = Call(layout, config, video_like(11, 2, layout.sequence, 2, 32, dtype))
+    out, stats = rectified_attention(*call.arguments, return_stats=True)
+    want = truth_for(call, stats.block_mask, stats.compensated).out
+    once = (want.to(dtype).double() - want).square().mean().sqrt()
+    assert (out.double() - want).square().mean().sqrt() < 2**0.5 * once
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_many_chunks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """72 query blocks of different counts, in one SDPA call a row, and in a few rows a call."""

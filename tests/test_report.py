@@ -173,8 +173,8 @@ def metrics() -> dict[str, Any]:
         ],
         "comparisons": [
             {
-                "sparsity": 0.8, "sparse": "sparse-80", "rectified": "rectified-80", "psnr_gain": -3.2228,
-                "ssim_gain": 0.0358, "pairs_won": 1, "pairs": 2,
+                "sparsity": 0.8, "sparse": "sparse-80", "rectified": "rectified-80", "psnr_gain": 3.2228,
+                "ssim_gain": -0.0358, "psnr_won": 2, "ssim_won": 1, "pairs": 2,
             }
         ],
         "clips": [
@@ -222,7 +222,19 @@ def test_report_holds_every_number(page: _Page, metrics: dict[str, Any]) -> None
     for row in metrics["means"] + metrics["speed"]:
         assert f"{row['step_seconds']:.3f}" in text
         assert f"{row['speedup']:.2f}×" in text
-    for fact in ("loses 3.22 dB", "closer in 1 of 2 pairs", "3.5%", "45.6%", "12.3%", "4.20", "2.60", "123 s in all"):
+    for fact in (
+        "gains 3.22 dB",
+        "closer in 2 of 2 pairs",
+        "loses 0.0358",
+        "closer in 1 of 2 pairs",
+        "measures disagree",
+        "3.5%",
+        "45.6%",
+        "12.3%",
+        "4.20",
+        "2.60",
+        "123 s in all",
+    ):
         assert fact in text
     for value in (*metrics["versions"].values(), metrics["command"], metrics["created"], "Some CPU", "0.37", "0, 1"):
         assert value in text

@@ -99,7 +99,7 @@ class SparseConfig:
 
     def _replace(self, values: Mapping[str, Any]) -> "SparseConfig":
         known = [field.name for field in dataclasses.fields(self)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(set(values) - set(known), key=repr)
         if unknown:
             raise TypeError(f"SparseConfig: got unknown key(s) {unknown}; allowed: {known}. Check the spelling.")
         return dataclasses.replace(self, **values)

@@ -106,14 +106,14 @@ class TokenLayout:
 
 @lru_cache(maxsize=64)
 def _build(grid: tuple[int, int, int], text: int, text_first: bool, block_size: int, order: str) -> TokenLayout:
-    curve = torch.tensor(ORDERS[order](grid, block_size), dtype=torch.int64)
+    curve = torch.tensor(ORDERS[order](grid, block_size), dtype=torch.int64, device="cpu")
     video = curve.numel()
     inverse = torch.empty_like(curve)
-    inverse[curve] = torch.arange(video)
+    inverse[curve] = torch.arange(video, device="cpu")
     num_blocks = video // block_size
     block_of = inverse // block_size
     block_of[block_of >= num_blocks] = -1  # leftover tokens belong to no block
-    first_frame = torch.zeros(num_blocks, dtype=torch.bool)
+    first_frame = torch.zeros(num_blocks, dtype=torch.bool, device="cpu")
     in_frame_0 = block_of[: grid[1] * grid[2]]
     first_frame[in_frame_0[in_frame_0 >= 0]] = True
 
@@ -131,13 +131,13 @@ def _build(grid: tuple[int, int, int], text: int, text_first: bool, block_size: 
         neighbours=_touching(block_of.view(grid), num_blocks),
         first_frame=first_frame,
         tiled=places[: num_blocks * block_size],
-        isolated=torch.cat([places[num_blocks * block_size :], text_start + torch.arange(text)]),
+        isolated=torch.cat([places[num_blocks * block_size :], text_start + torch.arange(text, device="cpu")]),
     )
 
 
 def _touching(block_of: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """bool [nb, nb]: blocks with tokens at most one step apart along every axis. block_of: [T, H, W], -1 for none."""
-    touching = torch.eye(num_blocks, dtype=torch.bool)
+    touching = torch.eye(num_blocks, dtype=torch.bool, device="cpu")
     half_space = [offset for offset in product((0, 1), (-1, 0, 1), (-1, 0, 1)) if offset > (0, 0, 0)]
     for offset in half_space:
         near, far = block_of, block_of

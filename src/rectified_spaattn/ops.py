@@ -42,9 +42,12 @@ def attention(
         first_frame=first_frame,
     )
     valid = text_mask if text_mask is not None else q.new_ones(q.shape[0], text, dtype=torch.bool)
-    out, plan = BACKENDS[backend].run(q, k, v, layout, config, valid, scale, block_mask)
+    if block_mask is not None:
+        block_mask = block_mask.contiguous()
+    with torch.autocast(q.device.type, enabled=False):  # the stages choose their dtypes themselves
+        out, plan = BACKENDS[backend].run(q, k, v, layout, config, valid, scale, block_mask)
     # an op may not return one of its inputs
-    critical = plan.block_mask.clone() if block_mask is not None else plan.block_mask
+    critical = plan.block_mask.clone() if plan.block_mask is block_mask else plan.block_mask
     return out, critical, plan.compensated, plan.probability, plan.r
 
 

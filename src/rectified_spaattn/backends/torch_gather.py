@@ -100,7 +100,7 @@ def _attend(
     stored = k.shape[1]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     r, c = plan.r[0].flatten()[:, None, None], plan.c[0].flatten(0, 1)[:, None, :]
-    attended = torch.empty_like(q)
+    attended, done = torch.empty_like(q), 0  # in the order in which query blocks are attended
 
     rows, columns = plan.block_mask[0].flatten(0, 1).nonzero(as_tuple=True)
     blocks = rows // max(1, num_blocks) * stored + columns  # index into k and v, sorted by row
@@ -108,23 +108,29 @@ def _attend(
     starts = counts.cumsum(0) - counts
     tail = torch.arange(num_blocks, stored, device=q.device)
     budget = _CHUNK_BYTES_CPU if q.device.type == "cpu" else _CHUNK_BYTES
-    for count in counts.unique().tolist():
-        same = (counts == count).nonzero().squeeze(1)
+    order = counts.argsort(stable=True)
+    for count, rows_of_count in zip(*(x.tolist() for x in counts.unique(return_counts=True)), strict=True):
+        same = order[done : done + rows_of_count]
+        critical = blocks[starts[same, None] + torch.arange(count, device=q.device)]
+        index = torch.cat([critical, same[:, None] // num_blocks * stored + tail], dim=1)
         length = count * block_size + isolated
         at_once = max(1, budget // (2 * k.element_size() * head_dim * max(1, length)))
-        for row in same.split(at_once):
-            critical = blocks[starts[row, None] + torch.arange(count, device=q.device)]
-            alone = row[:, None] // num_blocks * stored + tail
-            index = torch.cat([critical, alone], dim=1)
-            k_kept, v_kept = (_gather(x, index)[:, :, :length] for x in (k, v))
+        buffers = k.new_empty(2, min(at_once, len(same)) * index.shape[1], block_size, head_dim)
+        for row, kept in zip(same.split(at_once), index.split(at_once), strict=True):
+            k_kept, v_kept = (
+                _gather(x, kept, buffer)[:, :, :length] for x, buffer in zip((k, v), buffers, strict=True)
+            )
             sparse = scaled_dot_product_attention(q[row, None], k_kept, v_kept, scale=scale)[:, 0]
-            attended[row] = (sparse * r[row] + c[row]).to(q.dtype)
-    out.view(-1, head_dim).index_copy_(0, _rows(layout.tiled, heads), attended.view(-1, head_dim))
+            torch.addcmul(c[row], sparse, r[row], out=attended[done : done + len(row)])
+            done += len(row)
+    places = _rows(layout.tiled, heads).view(-1, block_size)[order]
+    out.view(-1, head_dim).index_copy_(0, places.flatten(), attended.view(-1, head_dim))
 
 
-def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def _gather(x: torch.Tensor, index: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
     # [blocks, b, D] at [rows, n] -> [rows, 1, n * b, D]
-    return x.index_select(0, index.flatten()).view(len(index), 1, index.shape[1] * x.shape[1], x.shape[2])
+    torch.index_select(x, 0, index.flatten(), out=buffer[: index.numel()])
+    return buffer[: index.numel()].view(len(index), 1, index.shape[1] * x.shape[1], x.shape[2])
 
 
 def _require_keys(block_mask: torch.Tensor, isolated: int) -> None:

@@ -22,7 +22,7 @@ from .options import DemoOptions
 from .output import TABLE_WIDTH, mean_table, write_videos
 
 FRAMES = 16
-_TIMING_STEPS = 3
+_TIMING_STEPS = 2
 
 
 def run(options: DemoOptions, console: Console | None = None) -> Path:
@@ -74,7 +74,8 @@ def run(options: DemoOptions, console: Console | None = None) -> Path:
         report = options.out / "report.html"
         write_report(report, metrics, Media(video=media.video, still=media.still, figures=figures))
         watch.say("done")
-    console.print(mean_table(mean, metrics), width=TABLE_WIDTH, crop=False, soft_wrap=True)
+    wide = Console(file=console.file, width=max(console.width, TABLE_WIDTH))
+    wide.print(mean_table(mean, metrics), crop=False)
     console.print(f"Report: {report.resolve()}", soft_wrap=True)
     return report
 

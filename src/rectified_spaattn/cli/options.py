@@ -20,7 +20,7 @@ class DemoOptions:
     """
 
     out: Path = Path("demo-output")
-    prompts: int = 4
+    prompts: int = 3
     captions: tuple[str, ...] = ()
     seeds: int = 1
     steps: int = 12
@@ -75,4 +75,4 @@ class DemoOptions:
 
 
 DEFAULT = DemoOptions()
-QUICK = DemoOptions(prompts=1, steps=8, timing_size=None)
+QUICK = DemoOptions(prompts=1, steps=6, timing_size=None)

@@ -64,8 +64,8 @@ def comparisons_record(
 ) -> list[dict[str, Any]]:
     """Rectified against not rectified at every sparsity.
 
-    psnr_gain: difference of the mean PSNRs in dB, null where one is infinite; ssim_gain likewise; pairs_won: pairs in
-    which the rectified clip has the higher PSNR.
+    psnr_gain: difference of the mean PSNRs in dB, null where one is infinite; ssim_gain: of the mean SSIMs; psnr_won,
+    ssim_won: pairs in which the rectified clip has the higher value.
     """
     mean = {each.mode: each for each in means}
     plain = {mode.config.sparsity: mode for mode in modes if mode.config and mode.config.rectify == "none"}
@@ -74,7 +74,8 @@ def comparisons_record(
         if mode.config is None or mode.config.rectify == "none":
             continue
         other = plain[mode.config.sparsity]
-        won, pairs = pairs_won(scores, mode.name, other.name)
+        psnr_won, pairs = pairs_won(scores, mode.name, other.name, "psnr")
+        ssim_won, _ = pairs_won(scores, mode.name, other.name, "ssim")
         rows.append(
             {
                 "sparsity": mode.config.sparsity,
@@ -82,7 +83,8 @@ def comparisons_record(
                 "rectified": mode.name,
                 "psnr_gain": finite_or_none(mean[mode.name].psnr - mean[other.name].psnr),
                 "ssim_gain": mean[mode.name].ssim - mean[other.name].ssim,
-                "pairs_won": won,
+                "psnr_won": psnr_won,
+                "ssim_won": ssim_won,
                 "pairs": pairs,
             }
         )

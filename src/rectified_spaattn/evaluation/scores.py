@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import Literal
 
 from .metrics import psnr, ssim
 from .paired import FULL, Clip, Pair
@@ -96,8 +97,8 @@ def _mean(label: str, scores: Sequence[Score], step_seconds: float, speedup: flo
     )
 
 
-def pairs_won(scores: Sequence[Score], mode: str, against: str) -> tuple[int, int]:
-    """In how many pairs `mode` has the higher PSNR, and how many pairs there are."""
-    other = {(s.prompt, s.seed): s.psnr for s in scores if s.mode == against}
+def pairs_won(scores: Sequence[Score], mode: str, against: str, metric: Literal["psnr", "ssim"]) -> tuple[int, int]:
+    """In how many pairs `mode` has the higher value of `metric`, and how many pairs there are."""
+    other = {(s.prompt, s.seed): getattr(s, metric) for s in scores if s.mode == against}
     mine = [s for s in scores if s.mode == mode]
-    return sum(s.psnr > other[s.prompt, s.seed] for s in mine), len(mine)
+    return sum(getattr(s, metric) > other[s.prompt, s.seed] for s in mine), len(mine)

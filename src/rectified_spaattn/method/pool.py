@@ -4,9 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-# Deviations need a copy of the block they describe; this bounds it to 64 Mi elements at a time.
-_CHUNK_ELEMENTS = 1 << 26
-
 
 class Pooled(NamedTuple):
     """Block statistics, each [B, H, nb, D], float32 (float64 for float64 input)."""
@@ -36,10 +33,10 @@ def _block_mean(x: torch.Tensor) -> torch.Tensor:
 def _mean_and_deviation(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mean = _block_mean(x)
     deviation = torch.empty_like(mean)
-    heads = max(1, _CHUNK_ELEMENTS * x.shape[1] // max(1, x.numel()))
-    for h in range(0, x.shape[1], heads):
-        part = slice(h, h + heads)
-        deviation[:, part] = (x[:, part] - mean[:, part].unsqueeze(3)).abs_().mean(dim=3)
+    distance = mean.new_empty(x[:, 0].shape)  # one head at a time, so that a long video needs no copy of all
+    for h in range(x.shape[1]):
+        torch.sub(x[:, h], mean[:, h].unsqueeze(2), out=distance)
+        deviation[:, h] = distance.abs_().mean(dim=2)
     return mean, deviation
 
 

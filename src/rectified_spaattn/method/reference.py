@@ -39,7 +39,7 @@ def reference(
     batch, _, heads, _ = q.shape
     b, tiled, isolated = layout.block_size, layout.tiled.cpu(), layout.isolated.cpu()
     nb = len(tiled) // b
-    out = torch.empty_like(q)
+    out = torch.empty(q.shape, dtype=torch.float64)
     critical = torch.zeros(batch, heads, nb, nb, dtype=torch.bool)
     compensated = torch.zeros_like(critical)
     probability = torch.zeros(batch, heads, nb, nb + 1, dtype=torch.float64)
