@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from oracle import choose_blocks
 from rectified_spaattn import SparseConfig, TokenLayout
-from rectified_spaattn.method import pool as pool_module
 from rectified_spaattn.method.estimate import estimate, estimate_pooled
 from rectified_spaattn.method.gain import gain
 from rectified_spaattn.method.pool import Pooled, pool
@@ -62,18 +61,6 @@ def test_pool_of_large_halves_does_not_overflow() -> None:
     got = pool(x, x, x)
     assert (got.q == 0).all()
     assert (got.dq == 65504).all()
-
-
-def test_pool_in_chunks_of_heads_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = torch.randn(3, 2, 5, 3, 16, 8)
-    whole = pool(q, k, v)
-    for elements in (1, 2 * 2 * 3 * 16 * 8):
-        monkeypatch.setattr(pool_module, "_CHUNK_ELEMENTS", elements)
-        for got, want in zip(pool(q, k, v), whole, strict=True):
-            assert torch.equal(got, want)
-
-
-# --- estimate
 
 
 def tensors(*values: list[list[float]]) -> list[torch.Tensor]:
