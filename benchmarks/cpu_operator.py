@@ -27,7 +27,7 @@ from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Row = dict[str, Any]
 HEADS, HEAD_DIM = 4, 64
-FIELDS = ("input", "sparsity", "block_size", "neighbours", "density", "dense_s", "dense_min_s", "dense_max_s")
+FIELDS = ("input", "sparsity", "block_size", "selection", "density", "dense_s", "dense_min_s", "dense_max_s")
 FIELDS += ("ours_s", "ours_min_s", "ours_max_s", "ratio", "dense_layout", "torch", "threads", "cpu")
 
 
@@ -49,6 +49,8 @@ def smooth(grid: tuple[int, int, int], heads: int = HEADS) -> Tensors:
     return q + 0.3 * torch.randn_like(q), k + 0.3 * torch.randn_like(k), (v + 0.3 * torch.randn_like(v)).contiguous()
 
 
+# "exact" keeps the nominal share of blocks; "default" adds what top-p and the 3-D neighbours ask for
+SELECTIONS: dict[str, dict[str, Any]] = {"exact": {"top_p": 0.0, "neighbours": False}, "default": {}}
 INPUTS: dict[str, Callable[..., Tensors]] = {"gaussian": gaussian, "smooth": smooth}
 
 
@@ -85,13 +87,13 @@ def rows(name: str, tensors: Tensors, grid: tuple[int, int, int], repeats: int, 
     contiguous = tuple(x.contiguous() for x in views)
     dense_calls = {"[B,S,H,D] view": lambda: sdpa(*views), "contiguous": lambda: sdpa(*contiguous)}
     ours = {
-        (sparsity, block_size, neighbours): partial(
+        (sparsity, block_size, selection): partial(
             rectified_attention,
             *tensors,
             TokenLayout.build(grid, block_size=block_size),
-            SparseConfig(sparsity=sparsity, neighbours=neighbours),
+            SparseConfig(sparsity=sparsity, **SELECTIONS[selection]),
         )
-        for sparsity, block_size, neighbours in product((0.8, 0.9), (64, 128), (True, False))
+        for sparsity, block_size, selection in product((0.8, 0.9), (64, 128), SELECTIONS)
     }
     seconds = measure({**dense_calls, **ours}, repeats, progress)
     dense_layout = min(dense_calls, key=lambda layout: median(seconds[layout]))
@@ -110,9 +112,8 @@ def rows(name: str, tensors: Tensors, grid: tuple[int, int, int], repeats: int, 
 def show(r: Row) -> str:
     spread = f"{r['dense_s']:6.3f} ({r['dense_min_s']:.3f}-{r['dense_max_s']:.3f})"
     ours = f"{r['ours_s']:6.3f} ({r['ours_min_s']:.3f}-{r['ours_max_s']:.3f})"
-    near = "yes" if r["neighbours"] else "no"
     return (
-        f"{r['input']:9} {r['sparsity']:8} {r['block_size']:5} {near:>10} {r['density']:8.3f} "
+        f"{r['input']:9} {r['sparsity']:8} {r['block_size']:5} {r['selection']:>10} {r['density']:8.3f} "
         f"{spread:>22} {ours:>22} {r['ratio']:6.2f}x  {r['dense_layout']}"
     )
 
@@ -134,7 +135,7 @@ def main() -> None:
     tokens = grid[0] * grid[1] * grid[2]
     print(f"grid {grid}, {tokens} tokens, {HEADS} heads of {HEAD_DIM}, float32, torch {torch.__version__}, ", end="")
     print(f"{torch.get_num_threads()} threads, median of {arguments.repeats} (min-max) in seconds; results checked")
-    print(f"{'input':9} sparsity block neighbours  density {'dense':>22} {'ours':>22}   ratio  dense layout")
+    print(f"{'input':9} sparsity block  selection  density {'dense':>22} {'ours':>22}   ratio  dense layout")
     table: list[Row] = []
     with Progress(transient=True, disable=not sys.stdout.isatty()) as progress, torch.inference_mode():
         for name, make in INPUTS.items():

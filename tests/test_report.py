@@ -158,6 +158,7 @@ def metrics() -> dict[str, Any]:
         "created": "2026-01-02T03:04:05+00:00",
         "versions": {"rectified-spaattn": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "diffusers": "0.42.1"},
         "device": {"type": "cpu", "name": "Some CPU", "threads": 2, "load_average": 0.37},
+        "load_average_after": 2.91,
         "settings": {
             "height": 64, "width": 64, "num_frames": 16, "steps": 12, "guidance_scale": 1.0, "dtype": "float32",
             "prompts": 1, "seeds": [0, 1],
@@ -236,7 +237,15 @@ def test_report_holds_every_number(page: _Page, metrics: dict[str, Any]) -> None
         "123 s in all",
     ):
         assert fact in text
-    for value in (*metrics["versions"].values(), metrics["command"], metrics["created"], "Some CPU", "0.37", "0, 1"):
+    for value in (
+        *metrics["versions"].values(),
+        metrics["command"],
+        metrics["created"],
+        "Some CPU",
+        "0.37",
+        "2.91",
+        "0, 1",
+    ):
         assert value in text
 
 

@@ -7,8 +7,8 @@ from ..config import SparseConfig
 from ..layout import TokenLayout
 from ..method.plan import Plan, make_plan
 
-# Gathered keys and values of one SDPA call: small enough for a CPU's cache, large enough to be worth a GPU's launch.
-_CHUNK_BYTES_CPU = 2 << 20
+# Gathered keys and values of one SDPA call: bounded memory, and enough work to be worth the call (measured on a CPU).
+_CHUNK_BYTES_CPU = 16 << 20
 _CHUNK_BYTES = 512 << 20
 
 

@@ -61,6 +61,7 @@ def run(options: DemoOptions, console: Console | None = None) -> Path:
         metrics: dict[str, Any] = {
             "command": options.command,
             **environment,
+            "load_average_after": record.load_average(),
             "settings": record.settings_record(settings, pipe.transformer.dtype, range(options.seeds), _prompts(pairs)),
             "modes": record.modes_record(modes),
             "means": record.scores_record(mean),

@@ -31,9 +31,14 @@ def environment(device: torch.device) -> dict[str, Any]:
             "type": device.type,
             "name": device_name(device),
             "threads": torch.get_num_threads(),
-            "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+            "load_average": load_average(),
         },
     }
+
+
+def load_average() -> float | None:
+    """Runnable processes, averaged over the last minute; None on systems that do not tell."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def device_name(device: torch.device) -> str:
