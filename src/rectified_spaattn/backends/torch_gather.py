@@ -8,7 +8,7 @@ from ..layout import TokenLayout
 from ..method.plan import Plan, make_plan
 
 # Gathered keys and values of one SDPA call: bounded memory, and enough work to be worth the call (measured on a CPU).
-_CHUNK_BYTES_CPU = 16 << 20
+_CHUNK_BYTES_CPU = 32 << 20
 _CHUNK_BYTES = 512 << 20
 
 
