@@ -1,5 +1,18 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
 from hypothesis import settings
 
 # The same examples everywhere and no time limit an example: CI machines are slow and shared.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,7 +1,6 @@
 """Metrics against values computed by hand and by torchmetrics' classes, and what is measured of attention calls."""
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,13 +30,7 @@ PLAIN = Mode(name="sparse-80", label="sparse 80%", config=SPARSE.replace(rectify
 RECTIFIED = Mode(name="rectified-80", label="rectified 80%", config=SPARSE)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and lose much on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from .pool import stage_dtype
+
 
 def estimate(
     q_mean: torch.Tensor,
@@ -59,8 +61,7 @@ def estimate_pooled(
 
 def _masked_mean(x: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean over the valid tokens of x [B, H, n, D] -> [B, H, D], and whether there was one [B]."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = x.to(dtype).masked_fill(~valid[:, None, :, None], 0).sum(dim=2)
+    total = x.to(stage_dtype(x.dtype)).masked_fill(~valid[:, None, :, None], 0).sum(dim=2)
     count = valid.sum(dim=1)
     return total / count.clamp(min=1)[:, None, None], count > 0
 
