@@ -12,7 +12,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from ..config import SparseConfig
 from ..integrations.diffusers.adapters import adapter_for
 from ..integrations.diffusers.processor import wrap
-from ..integrations.diffusers.state import LayerState, RunClock, TransformerState
+from ..integrations.diffusers.state import LayerState, RunClock, TransformerState, key_text_mask
 from ..layout import TokenLayout
 
 
@@ -64,10 +64,9 @@ class _Recorder(LayerState):
 
     def _call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> AttentionCall:
         layout = self._layout(q.shape[1])
-        valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
-        if mask is not None:
-            start = 0 if layout.text_first else layout.video
-            valid = mask[:, 0, 0, start : start + layout.text].bool()
+        valid = key_text_mask(mask, layout)
+        if valid is None:
+            valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
         return AttentionCall(
             **{name: x.detach().float().cpu().clone() for name, x in (("q", q), ("k", k), ("v", v))},
             text_mask=valid.cpu().clone(),

@@ -134,7 +134,7 @@ class LayerState:
 
             self.record.dense[reason] += 1
             return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
-        text_mask = _text_mask(mask, layout)
+        text_mask = key_text_mask(mask, layout)
         out, stats = rectified_attention(
             q, k, v, layout, state.config, text_mask=text_mask, scale=scale, backend=state.backend, return_stats=True
         )
@@ -159,7 +159,7 @@ class LayerState:
         return TokenLayout.build(state.grid, text, state.text_first, state.config.block_size, state.config.order)
 
 
-def _text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor | None:
+def key_text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor | None:
     """The text part of a [B, 1, 1, S] key mask: bool [B, text]."""
     if mask is None:
         return None
