@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 
 from . import ops
-from .backends import choose
+from .backends import Call, choose
 from .config import SparseConfig
 from .layout import TokenLayout
 
@@ -91,7 +91,7 @@ def rectified_attention(
     text_mask: bool [B, text], True where a text token is valid; None: all are. Invalid ones are never attended to.
     scale: factor of the logits, D**-0.5 by default.
     block_mask: bool [B, H, nb, nb], critical blocks chosen by the caller in place of stage 3.
-    backend: "auto", "torch" or "reference".
+    backend: "auto", "fa4", "triton", "torch" or "reference"; `rectified-spaattn doctor` tells which can run here.
 
     Returns out [B, S, H, D] in q's dtype (float64 from "reference"), and SparseStats with return_stats=True.
     Raises TypeError or ValueError for input of the wrong kind, RuntimeError where the named backend cannot run it.
@@ -103,7 +103,7 @@ def rectified_attention(
     square = (q.shape[0], q.shape[2], layout.num_blocks, layout.num_blocks)
     _check_mask("block_mask", block_mask, square, q)
     scale = q.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
-    backend = choose(backend, q.device, q.dtype)
+    backend = choose(backend, Call(q.device, q.dtype, q.shape[-1], layout.block_size, layout.num_blocks))
     out, critical, compensated, probability, r = ops.attention(
         q,
         k,

@@ -90,6 +90,12 @@ class TokenLayout:
         """Video tokens that fill no whole block; they come first in `isolated`."""
         return self.video - self.num_blocks * self.block_size
 
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """int32 [rows]: place in the sequence of tiled and then isolated tokens, -1 up to a whole number of blocks."""
+        places = torch.cat([self.tiled, self.isolated])
+        return torch.nn.functional.pad(places, (0, -len(places) % self.block_size), value=-1).int()
+
     def on(self, device: torch.device) -> "TokenLayout":
         """The same layout with its tensors on `device`; cached."""
         if device.type == "cpu":

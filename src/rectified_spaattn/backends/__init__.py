@@ -9,7 +9,8 @@ from ..config import SparseConfig
 from ..layout import TokenLayout
 from ..method.plan import Plan
 from ..method.reference import reference
-from . import torch_gather
+from . import fa4, torch_gather, triton
+from .call import Call, Stages
 
 Run = Callable[
     [
@@ -27,10 +28,15 @@ Run = Callable[
 
 
 class Backend(NamedTuple):
-    """`why_not` gives the reason why a call on this device and dtype cannot run, or None where it can."""
+    """One way to run the operator.
+
+    why_not  gives the reason why a call cannot run, or None where it can
+    stages   the stages of one call by name, each a function that runs it once more; None where there is nothing to time
+    """
 
     run: Run
-    why_not: Callable[[torch.device, torch.dtype], str | None]
+    why_not: Callable[[Call], str | None]
+    stages: Callable[..., Stages] | None = None
 
 
 def _run_reference(
@@ -48,27 +54,30 @@ def _run_reference(
     return done.out, Plan(done.block_mask, done.compensated, done.probability, done.r, unused)
 
 
-def _not_float64(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "float64 runs on backend='reference' only" if dtype == torch.float64 else None
-
-
 BACKENDS: dict[str, Backend] = {
-    "torch": Backend(torch_gather.run, _not_float64),
-    "reference": Backend(_run_reference, lambda device, dtype: None),
+    "fa4": Backend(fa4.run, fa4.why_not, fa4.stages),
+    "triton": Backend(triton.run, triton.why_not, triton.stages),
+    "torch": Backend(torch_gather.run, torch_gather.why_not),
+    "reference": Backend(_run_reference, lambda call: None),
 }
-AUTO_ORDER = ("torch",)  # fastest first; the oracle is never chosen unasked
+# Fastest first. The oracle is never chosen unasked, nor are kernels where they could only be interpreted.
+AUTO_ORDER = {"cuda": ("fa4", "triton", "torch")}
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(name: str, call: Call) -> str:
     """The backend that runs a call: `name` itself, or for "auto" the fastest that can.
 
     Raises ValueError for an unknown name, RuntimeError where the named backend (or, for "auto", none) can run the call.
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"backend: got {name!r}; allowed: one of {['auto', *BACKENDS]}.")
-    reasons = {n: BACKENDS[n].why_not(device, dtype) for n in (AUTO_ORDER if name == "auto" else (name,))}
+    candidates = AUTO_ORDER.get(call.device.type, ("torch",)) if name == "auto" else (name,)
+    reasons = {candidate: BACKENDS[candidate].why_not(call) for candidate in candidates}
     for candidate, reason in reasons.items():
         if reason is None:
             return candidate
     told = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
-    raise RuntimeError(f"backend={name!r} cannot run {dtype} on {device}: {told}.")
+    raise RuntimeError(
+        f"backend={name!r} cannot run {call.dtype} on {call.device}: {told}. "
+        "`rectified-spaattn doctor` shows what can run here."
+    )

@@ -6,6 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..config import SparseConfig
 from ..layout import TokenLayout
 from ..method.plan import Plan, make_plan
+from .call import Call
 
 # Gathered keys and values of one SDPA call: bounded memory, and enough work to be worth the call (measured on a CPU).
 _CHUNK_BYTES_CPU = 32 << 20
@@ -33,6 +34,10 @@ def run(
         mask = None if block_mask is None else block_mask[i : i + 1]
         plans.append(_run_sample(q[i], k[i], v[i], layout, config, text_valid[i], scale, mask, out[i]))
     return out, Plan(*(torch.cat(parts) for parts in zip(*plans, strict=True)))
+
+
+def why_not(call: Call) -> str | None:
+    return "float64 runs on backend='reference' only" if call.dtype == torch.float64 else None
 
 
 def _run_sample(

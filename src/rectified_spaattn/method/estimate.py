@@ -42,6 +42,18 @@ def estimate_pooled(
     Shapes as in `estimate`.
     """
     to_blocks = scale * q_mean @ k_mean.transpose(-1, -2)  # [B, H, nb, nb]
+    columns, present = pooled_columns(k_isolated, valid, block_size, leftover)
+    to_isolated = scale * q_mean @ columns.transpose(-1, -2)
+    return _softmax_with_sum(to_blocks, to_isolated.masked_fill(~present[:, None, None, :], -math.inf))
+
+
+def pooled_columns(
+    k_isolated: torch.Tensor, valid: torch.Tensor, block_size: int, leftover: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of the valid isolated keys: one for the `leftover` first ones, one for every block_size text tokens.
+
+    k_isolated: [B, H, I, D]; valid: bool [B, I]. Returns [B, H, columns, D], and bool [B, columns]: was any key valid?
+    """
     columns = [
         _masked_mean(part, part_valid)
         for kind, kind_valid in (
@@ -52,11 +64,8 @@ def estimate_pooled(
         if part.shape[2]
     ]
     if not columns:
-        return _softmax_with_sum(to_blocks, to_blocks[..., :0])
-    k_columns = torch.stack([mean for mean, _ in columns], dim=2).to(q_mean.dtype)  # [B, H, columns, D]
-    present = torch.stack([some for _, some in columns], dim=1)  # bool [B, columns]
-    to_isolated = scale * q_mean @ k_columns.transpose(-1, -2)
-    return _softmax_with_sum(to_blocks, to_isolated.masked_fill(~present[:, None, None, :], -math.inf))
+        return k_isolated.to(stage_dtype(k_isolated.dtype)), valid
+    return torch.stack([mean for mean, _ in columns], dim=2), torch.stack([some for _, some in columns], dim=1)
 
 
 def _masked_mean(x: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,163 @@
+"""Stage 6 on a GPU: attention over listed key blocks and isolated keys, rectified and stored where the token was."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..layout import TokenLayout
+from ..method.plan import Plan
+from .plan import BlockLists
+from .tile import Tiled
+
+
+class Partial(NamedTuple):
+    """Attention over the listed blocks alone, done elsewhere: out [B, H, rows, D], any strides with D innermost, and
+    its log-sum-exp, float32 [B, H, rows], contiguous.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+class Tiling(NamedTuple):
+    """How a kernel is launched: queries a program, keys a step, warps, pipeline stages, and most registers a thread."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+
+def attend(
+    tiled: Tiled, lists: BlockLists, plan: Plan, layout: TokenLayout, scale: float, partial: Partial | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """R * (attention over listed blocks and isolated keys) + C for tiled queries, full attention for isolated ones.
+
+    layout: on the tensors' device. With `partial` only the isolated keys are attended to here, and joined to it.
+    Returns out [B, S, H, D] in the model's token order, and the log-sum-exp of the logits of every query over the keys
+    it attended to, float32 [B, H, rows], in block order.
+    """
+    batch, heads, rows, head_dim = tiled.q.shape
+    b = layout.block_size
+    out = tiled.q.new_empty(batch, layout.sequence, heads, head_dim)
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
+    tiling = tiling_for(out.device, b, head_dim, resume=partial is not None)
+    # a descriptor cannot be of nothing: where one kind of keys is absent, and never read, the other stands in
+    listed = (tiled.k, tiled.v) if tiled.k.numel() else (tiled.k_tail, tiled.v_tail)
+    tail = (tiled.k_tail, tiled.v_tail) if tiled.k_tail.numel() else listed
+    given = (tiled.q, lse) if partial is None else partial  # not read without `partial`
+    options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
+    _attend_kernel[(rows // tiling.block_m, batch * heads)](
+        _rows_of(tiled.q, tiling.block_m), *(_rows_of(x, tiling.block_n) for x in (*listed, *tail)),
+        lists.count, lists.index, tiled.tail_bias, tiled.tail_end, layout.places, plan.r, plan.c,
+        out, lse, *given, *given[0].stride()[:3], *out.stride()[:3],
+        heads, layout.num_blocks, rows, scale / math.log(2),
+        BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim, RESUME=partial is not None,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
+    )  # fmt: skip
+    return out, lse
+
+
+def _rows_of(x: torch.Tensor, count: int) -> TensorDescriptor:
+    """x: [..., D], contiguous, read `count` rows at a time."""
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [count, x.shape[-1]])
+
+
+def tiling_for(device: torch.device, block: int, head_dim: int, resume: bool) -> Tiling:
+    """The tiling of a GPU; the interpreter on a CPU takes Hopper's."""
+    if torch.version.hip:
+        return tiling_of("hip", block, head_dim, resume)
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return tiling_of(f"{major}{minor}", block, head_dim, resume)
+
+
+def tiling_of(arch: str, block: int, head_dim: int, resume: bool) -> Tiling:
+    """arch: "hip", or the compute capability as in "90". Shared memory decides: 64 KiB, 99 KiB, or 163 and more."""
+    wide = block * head_dim > 8192
+    if arch == "hip":
+        return Tiling(block, 32, 4, 1)
+    if arch in ("90", "100", "103"):
+        # two programs or more an SM: one computes its softmax while the others multiply
+        return Tiling(64, 64, 4, 1, 128) if resume else Tiling(block, 64, 4, 3)
+    if arch == "80":
+        return Tiling(block, 64, 8 if wide else 4, 2)
+    return Tiling(block, 32, 8 if wide else 4, 2)
+
+
+@triton.jit
+def _absorb(acc, total, top, score, scale, v):
+    """One tile of keys joins a running softmax. score * scale is in powers of two."""
+    new_top = tl.maximum(top, tl.max(score, 1) * scale)
+    against = tl.where(new_top == float("-inf"), 0.0, new_top)
+    # [BLOCK_M, BLOCK_N]
+    p = tl.exp2(score * scale - against[:, None])
+    shrink = tl.exp2(top - against)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
+    return acc, total, new_top
+
+
+@triton.jit
+def _attend_kernel(
+    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc,
+    count_ptr, index_ptr, bias_ptr, end_ptr, places_ptr, r_ptr, c_ptr,
+    out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+    partial_sb, partial_sh, partial_ss,
+    out_sb, out_ss, out_sh,
+    heads, num_blocks, rows, scale,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, RESUME: tl.constexpr,
+):  # fmt: skip
+    # blocks of isolated queries attend to every key: they start first
+    first = rows - (tl.program_id(0) + 1) * BLOCK_M
+    n = first // BLOCK
+    head = tl.program_id(1)
+    batch, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    i = first + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, HEAD_DIM)
+    own = head.to(tl.int64) * rows + i
+    # [BLOCK_M, HEAD_DIM]
+    q = q_desc.load([head * rows + first, 0])
+    if RESUME:
+        from_partial = partial_ptr + batch * partial_sb + h * partial_sh
+        acc = tl.load(from_partial + i.to(tl.int64)[:, None] * partial_ss + d[None, :]).to(tl.float32)
+        # [BLOCK_M]
+        top = tl.load(partial_lse_ptr + own) * 1.4426950408889634
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+    else:
+        acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+        top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        listed = head.to(tl.int64) * (rows // BLOCK) + n
+        index_row = index_ptr + listed * num_blocks
+        steps: tl.constexpr = BLOCK // BLOCK_N
+        count = tl.load(count_ptr + listed) * steps
+        for j in tl.range(0, count):
+            at = (head * num_blocks + tl.load(index_row + j // steps)) * BLOCK + j % steps * BLOCK_N
+            # [BLOCK_M, BLOCK_N]
+            score = tl.dot(q, k_desc.load([at, 0]).T)
+            acc, total, top = _absorb(acc, total, top, score, scale, v_desc.load([at, 0]))
+
+    # Keys that carry a bias of their own. A further range of such keys is one more loop like this one.
+    tail = rows - num_blocks * BLOCK
+    for start in tl.range(0, tl.load(end_ptr + batch), BLOCK_N, num_stages=1):
+        at = head * tail + start
+        # [BLOCK_N]
+        bias = tl.load(bias_ptr + batch * tail + start + tl.arange(0, BLOCK_N))
+        score = tl.dot(q, k_tail_desc.load([at, 0]).T) * scale + bias[None, :]
+        acc, total, top = _absorb(acc, total, top, score, 1.0, v_tail_desc.load([at, 0]))
+
+    result = acc / total[:, None]
+    if n < num_blocks:
+        planned = head.to(tl.int64) * num_blocks + n
+        # [HEAD_DIM]
+        c = tl.load(c_ptr + planned * HEAD_DIM + d)
+        result = result * tl.load(r_ptr + planned) + c[None, :]
+    place = tl.load(places_ptr + i).to(tl.int64)
+    to = out_ptr + batch * out_sb + h * out_sh
+    tl.store(to + place[:, None] * out_ss + d[None, :], result.to(q.dtype), mask=place[:, None] >= 0)
+    tl.store(lse_ptr + own, (top + tl.log2(total)) * 0.6931471805599453)

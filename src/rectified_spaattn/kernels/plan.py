@@ -1,0 +1,305 @@
+"""Stages 2 to 5 on a GPU: the implicit full attention, the critical blocks as packed lists, gain, R and C."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..config import SparseConfig
+from ..layout import TokenLayout
+from ..method.estimate import pooled_columns
+from ..method.plan import Plan
+from ..method.select import top_k_of
+from .tile import Tiled
+
+
+class BlockLists(NamedTuple):
+    """The key blocks of every query block, sorted. Blocks of isolated queries come last and list every key block.
+
+    count: int32 [B, H, rows / b]; index: int32 [B, H, rows / b, nb], of which the first `count` are set.
+    """
+
+    count: torch.Tensor
+    index: torch.Tensor
+
+
+
+
+def make_plan(
+    tiled: Tiled, layout: TokenLayout, config: SparseConfig, scale: float, block_mask: torch.Tensor | None
+) -> tuple[Plan, BlockLists]:
+    """block_mask: bool [B, H, nb, nb], contiguous, in place of stage 3, or None. Nothing here waits for the device."""
+    lists, probability, compensated = _empty(tiled, layout)
+    critical = block_mask if block_mask is not None else torch.empty_like(compensated)
+    r = probability.new_empty(probability.shape[:3])
+    c = torch.zeros(tiled.pooled.v.shape[1:], dtype=torch.float32, device=r.device)
+    if layout.num_blocks:
+        scores(tiled, layout, config, scale, probability, compensated)
+        select(layout, config, probability, critical, compensated, r, lists, given=block_mask is not None)
+        if config.rectify != "none":
+            compensate(probability, compensated, tiled.pooled.v, c)
+    else:
+        lists.count.zero_()
+    return Plan(critical, compensated, probability, r, c), lists
+
+
+def _empty(tiled: Tiled, layout: TokenLayout) -> tuple[BlockLists, torch.Tensor, torch.Tensor]:
+    """Lists, probability [B, H, nb, nb + 1] and compensated [B, H, nb, nb], not filled yet."""
+    batch, heads, rows, _ = tiled.q.shape
+    nb, device = layout.num_blocks, tiled.q.device
+    shape = (batch, heads, rows // layout.block_size)
+    lists = BlockLists(
+        count=torch.empty(shape, dtype=torch.int32, device=device),
+        index=torch.empty(*shape, max(nb, 1), dtype=torch.int32, device=device),
+    )
+    probability = torch.empty(batch, heads, nb, nb + 1, dtype=torch.float32, device=device)
+    return lists, probability, torch.empty(batch, heads, nb, nb, dtype=torch.bool, device=device)
+
+
+def scores(
+    tiled: Tiled,
+    layout: TokenLayout,
+    config: SparseConfig,
+    scale: float,
+    logits: torch.Tensor,
+    worthwhile: torch.Tensor,
+) -> None:
+    """Fills logits [B, H, nb, nb + 1] of the estimate, the last column being the log-sum-exp over isolated keys, and
+    for "ipar+gapr" worthwhile [B, H, nb, nb]: is the gain of compensating above its error?
+    """
+    _, batch, heads, nb, head_dim = tiled.pooled.q.shape
+    log_b = math.log(layout.block_size)
+    k_tail, bias = tiled.k_tail, tiled.tail_bias
+    if config.rectify == "pooled":
+        isolated = layout.isolated.numel()
+        columns, present = pooled_columns(
+            k_tail[:, :, :isolated], bias[:, :isolated] == 0, layout.block_size, layout.leftover
+        )
+        log_b, k_tail = 0.0, columns
+        bias = torch.zeros(present.shape, device=present.device).masked_fill_(~present, -torch.inf)
+    pooled = tiled.pooled
+    block = 64
+    tiles = triton.cdiv(nb, block)
+    _scores_kernel[(tiles * (tiles + 1), batch * heads)](
+        pooled.q, pooled.dq, pooled.k, pooled.dk, k_tail, bias, logits, worthwhile,
+        k_tail.stride(0), k_tail.stride(1), k_tail.shape[2],
+        heads, nb, batch * heads * nb * head_dim, scale, log_b,
+        HEAD_DIM=head_dim, BLOCK=block, CHUNK=32, GAIN=config.rectify == "ipar+gapr", num_warps=4,
+    )  # fmt: skip
+
+
+def select(
+    layout: TokenLayout,
+    config: SparseConfig,
+    logits: torch.Tensor,
+    critical: torch.Tensor,
+    compensated: torch.Tensor,
+    r: torch.Tensor,
+    lists: BlockLists,
+    given: bool,
+) -> None:
+    """Turns logits into probability in place, fills critical (unless it is given), compensated (which holds what
+    `scores` found worthwhile), r and the lists.
+    """
+    batch, heads, nb, _ = logits.shape
+    blocks = lists.count.shape[2]
+    width = triton.next_power_of_2(nb + 1)
+    _select_kernel[(blocks, batch * heads)](
+        logits, critical, compensated, r, lists.count, lists.index,
+        layout.neighbours, layout.first_frame,
+        nb, top_k_of(config.sparsity, nb), config.top_p,
+        WIDTH=width, GIVEN=given, TOP_P=config.top_p > 0,
+        NEIGHBOURS=config.neighbours, FIRST_FRAME=config.first_frame,
+        COMPENSATE=config.rectify != "none", GAIN=config.rectify == "ipar+gapr",
+        num_warps=min(max(width // 512, 1), 16),
+    )  # fmt: skip
+
+
+def compensate(probability: torch.Tensor, compensated: torch.Tensor, v_mean: torch.Tensor, c: torch.Tensor) -> None:
+    """Fills c [B, H, nb, D]: the sum of P_nm v̄_m over compensated blocks m. v_mean: [2, B, H, nb, D] as in Tiled."""
+    _, batch, heads, nb, head_dim = v_mean.shape
+    _compensate_kernel[(triton.cdiv(nb, 64), batch * heads)](
+        probability, compensated, v_mean, c, nb, c.numel(),
+        HEAD_DIM=head_dim, BLOCK=64, BLOCK_K=16, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dot(a, a_low, b, b_low, acc):
+    """acc + (a + a_low) @ (b + b_low), without the product of the two low halves, which is below float32's rounding."""
+    acc = tl.dot(a_low, b, acc, input_precision="ieee")
+    acc = tl.dot(a, b_low, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _scores_kernel(
+    q_ptr, dq_ptr, k_ptr, dk_ptr, tail_ptr, bias_ptr, logits_ptr, worth_ptr,
+    tail_sb, tail_sh, tail,
+    heads, num_blocks, half, scale, log_b,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(num_blocks, BLOCK)
+    row, column = tl.program_id(0) // (tiles + 1), tl.program_id(0) % (tiles + 1)
+    head = tl.program_id(1).to(tl.int64)
+    n = row * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, CHUNK)
+    mean = head * num_blocks * HEAD_DIM
+    row_logits = logits_ptr + (head * num_blocks + n) * (num_blocks + 1)
+    if column < tiles:
+        m = column * BLOCK + tl.arange(0, BLOCK)
+        # [BLOCK, BLOCK]
+        score = tl.zeros((BLOCK, BLOCK), tl.float32)
+        q_error = tl.zeros((BLOCK, BLOCK), tl.float32)
+        k_error = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for start in tl.range(0, HEAD_DIM, CHUNK):
+            # [BLOCK, CHUNK]
+            at_q = mean + n[:, None] * HEAD_DIM + start + d[None, :]
+            at_k = mean + m[:, None] * HEAD_DIM + start + d[None, :]
+            in_q, in_k = n[:, None] < num_blocks, m[:, None] < num_blocks
+            q = tl.load(q_ptr + at_q, mask=in_q, other=0.0)
+            q_low = tl.load(q_ptr + half + at_q, mask=in_q, other=0.0)
+            k = tl.load(k_ptr + at_k, mask=in_k, other=0.0)
+            k_low = tl.load(k_ptr + half + at_k, mask=in_k, other=0.0)
+            score = _dot(q, q_low, k.T, k_low.T, score)
+            if GAIN:
+                dq = tl.load(dq_ptr + at_q, mask=in_q, other=0.0)
+                dq_low = tl.load(dq_ptr + half + at_q, mask=in_q, other=0.0)
+                q_error = _dot(dq, dq_low, k.T, k_low.T, q_error)
+                dk = tl.load(dk_ptr + at_k, mask=in_k, other=0.0)
+                dk_low = tl.load(dk_ptr + half + at_k, mask=in_k, other=0.0)
+                k_error = _dot(q, q_low, dk.T, dk_low.T, k_error)
+        inside = (n[:, None] < num_blocks) & (m[None, :] < num_blocks)
+        tl.store(row_logits[:, None] + m[None, :], score * scale + log_b, mask=inside)
+        if GAIN:
+            worth = tl.abs(score) > tl.abs(q_error) + tl.abs(k_error)
+            tl.store(worth_ptr + (head * num_blocks + n[:, None]) * num_blocks + m[None, :], worth, mask=inside)
+    else:
+        # the isolated keys: log-sum-exp as the softmax goes, in one column
+        # [BLOCK]
+        top = tl.full((BLOCK,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        batch = head // heads
+        from_tail = tail_ptr + batch * tail_sb + (head % heads) * tail_sh
+        for first in tl.range(0, tail, BLOCK):
+            t = first + tl.arange(0, BLOCK)
+            score = tl.zeros((BLOCK, BLOCK), tl.float32)
+            for start in tl.range(0, HEAD_DIM, CHUNK):
+                at_q = mean + n[:, None] * HEAD_DIM + start + d[None, :]
+                q = tl.load(q_ptr + at_q, mask=n[:, None] < num_blocks, other=0.0)
+                q_low = tl.load(q_ptr + half + at_q, mask=n[:, None] < num_blocks, other=0.0)
+                at_k = t[:, None].to(tl.int64) * HEAD_DIM + start + d[None, :]
+                k = tl.load(from_tail + at_k, mask=t[:, None] < tail, other=0.0).to(tl.float32)
+                k_high = k.to(q.dtype)
+                k_low = (k - k_high.to(tl.float32)).to(q.dtype)
+                score = _dot(q, q_low, k_high.T, k_low.T, score)
+            bias = tl.load(bias_ptr + batch * tail + t, mask=t < tail, other=float("-inf"))
+            score = score * scale + bias[None, :]
+            new_top = tl.maximum(top, tl.max(score, 1))
+            against = tl.where(new_top == float("-inf"), 0.0, new_top)
+            total = total * tl.exp(top - against) + tl.sum(tl.exp(score - against[:, None]), 1)
+            top = new_top
+        tl.store(row_logits + num_blocks, top + tl.log(total), mask=n < num_blocks)
+
+
+@triton.jit
+def _select_kernel(
+    logits_ptr, critical_ptr, compensated_ptr, r_ptr, count_ptr, index_ptr,
+    neighbours_ptr, first_frame_ptr,
+    num_blocks, top_k, top_p,
+    WIDTH: tl.constexpr, GIVEN: tl.constexpr, TOP_P: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, FIRST_FRAME: tl.constexpr,
+    COMPENSATE: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    # [WIDTH]
+    m = tl.arange(0, WIDTH)
+    inside = m < num_blocks
+    listed = head * tl.num_programs(0) + n
+    if n >= num_blocks:
+        tl.store(count_ptr + listed, num_blocks)
+        tl.store(index_ptr + listed * num_blocks + m, m, mask=inside)
+        return
+    row = head * num_blocks + n
+    logits = tl.load(logits_ptr + row * (num_blocks + 1) + m, mask=m <= num_blocks, other=float("-inf"))
+    weight = tl.exp(logits - tl.max(logits, 0))
+    probability = weight / tl.sum(weight, 0)
+    tl.store(logits_ptr + row * (num_blocks + 1) + m, probability, mask=m <= num_blocks)
+    isolated = tl.sum(tl.where(m == num_blocks, probability, 0.0), 0)
+    probability = tl.where(inside, probability, 0.0)
+
+    if GIVEN:
+        keep = tl.load(critical_ptr + row * num_blocks + m, mask=inside, other=0) != 0
+    else:
+        # The bits of a float >= 0 are ordered as the float is: two thresholds, built from the highest bit down.
+        # kth: the top_k-th largest probability; edge: the smallest one above which blocks hold less than top_p.
+        bits = tl.where(inside, probability.to(tl.int32, bitcast=True), -1)
+        kth = 0
+        edge = 0
+        for place in tl.static_range(15):
+            step = 1 << (28 - 2 * place)  # two bits a turn: the three sums do not wait for each other
+            one = tl.sum((bits >= kth + step).to(tl.int32), 0) >= top_k
+            two = tl.sum((bits >= kth + 2 * step).to(tl.int32), 0) >= top_k
+            three = tl.sum((bits >= kth + 3 * step).to(tl.int32), 0) >= top_k
+            kth += step * (one.to(tl.int32) + two.to(tl.int32) + three.to(tl.int32))
+            if TOP_P:
+                one = isolated + tl.sum(tl.where(bits >= edge + step, probability, 0.0), 0) >= top_p
+                two = isolated + tl.sum(tl.where(bits >= edge + 2 * step, probability, 0.0), 0) >= top_p
+                three = isolated + tl.sum(tl.where(bits >= edge + 3 * step, probability, 0.0), 0) >= top_p
+                edge += step * (one.to(tl.int32) + two.to(tl.int32) + three.to(tl.int32))
+        # of equal probabilities the lower index goes first
+        ties = (bits == kth).to(tl.int32)
+        wanted = top_k - tl.sum((bits > kth).to(tl.int32), 0)
+        keep = (bits > kth) | ((ties != 0) & (tl.cumsum(ties, 0) <= wanted))
+        if TOP_P:
+            ties = (bits == edge).to(tl.int32)
+            above = isolated + tl.sum(tl.where(bits > edge, probability, 0.0), 0)
+            reached = above + (tl.cumsum(ties, 0) - 1).to(tl.float32) * probability
+            keep |= (bits > edge) | ((ties != 0) & (reached < top_p))
+        if NEIGHBOURS:
+            keep |= tl.load(neighbours_ptr + n.to(tl.int64) * num_blocks + m, mask=inside, other=0) != 0
+        if FIRST_FRAME:
+            mine = tl.load(first_frame_ptr + n) != 0
+            keep |= (tl.load(first_frame_ptr + m, mask=inside, other=0) != 0) & mine
+        tl.store(critical_ptr + row * num_blocks + m, keep, mask=inside)
+
+    if GAIN:
+        compensated = (tl.load(compensated_ptr + row * num_blocks + m, mask=inside, other=0) != 0) & ~keep
+    elif COMPENSATE:
+        compensated = inside & ~keep
+    else:
+        compensated = inside & ~inside
+    tl.store(compensated_ptr + row * num_blocks + m, compensated, mask=inside)
+    tl.store(r_ptr + row, isolated + tl.sum(tl.where(compensated, 0.0, probability), 0))
+    kept = (keep & inside).to(tl.int32)
+    tl.store(count_ptr + listed, tl.sum(kept, 0))
+    tl.store(index_ptr + listed * num_blocks + tl.cumsum(kept, 0) - 1, m, mask=kept != 0)
+
+
+@triton.jit
+def _compensate_kernel(
+    probability_ptr, compensated_ptr, v_ptr, c_ptr, num_blocks, half,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, HEAD_DIM)
+    row = (head * num_blocks + n)[:, None]
+    # [BLOCK, HEAD_DIM]
+    total = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    for start in tl.range(0, num_blocks, BLOCK_K):
+        m = start + tl.arange(0, BLOCK_K)
+        inside = (n[:, None] < num_blocks) & (m[None, :] < num_blocks)
+        # [BLOCK, BLOCK_K]
+        given = tl.load(compensated_ptr + row * num_blocks + m[None, :], mask=inside, other=0) != 0
+        weight = tl.load(probability_ptr + row * (num_blocks + 1) + m[None, :], mask=inside & given, other=0.0)
+        # [BLOCK_K, HEAD_DIM]
+        at_v = (head * num_blocks + m)[:, None] * HEAD_DIM + d[None, :]
+        v = tl.load(v_ptr + at_v, mask=m[:, None] < num_blocks, other=0.0)
+        v_low = tl.load(v_ptr + half + at_v, mask=m[:, None] < num_blocks, other=0.0)
+        high = weight.to(v.dtype)
+        low = (weight - high.to(tl.float32)).to(v.dtype)
+        total = _dot(high, low, v, v_low, total)
+    tl.store(c_ptr + row * HEAD_DIM + d[None, :], total, mask=n[:, None] < num_blocks)

@@ -1,0 +1,35 @@
+"""The stages before attention one by one, for whoever wants to time them."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ..config import SparseConfig
+from ..layout import TokenLayout
+from ..method.plan import Plan
+from .plan import BlockLists, compensate, make_plan, scores, select
+from .tile import Tiled, tile
+
+
+def before_attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    config: SparseConfig,
+    text_valid: torch.Tensor,
+    scale: float,
+) -> tuple[Tiled, Plan, BlockLists, dict[str, Callable[[], object]]]:
+    """What `attend` needs, and the stages that made it as functions that run one of them again on tensors of its own."""
+    tiled = tile(q, k, v, layout, text_valid)
+    plan, lists = make_plan(tiled, layout, config, scale, None)
+    critical, worthwhile, r = plan.block_mask.clone(), plan.compensated.clone(), plan.r.clone()
+    logits, again = plan.probability.clone(), BlockLists(*(x.clone() for x in lists))
+    named: dict[str, Callable[[], object]] = {
+        "tile + pool": partial(tile, q, k, v, layout, text_valid),
+        "scores, gain": partial(scores, tiled, layout, config, scale, logits, worthwhile),
+        "select, lists, R": partial(select, layout, config, logits, critical, worthwhile, r, again, given=False),
+        "C": partial(compensate, plan.probability, plan.compensated, tiled.pooled.v, torch.empty_like(plan.c)),
+    }
+    return tiled, plan, lists, named

@@ -1,0 +1,141 @@
+"""Stage 1 on a GPU: one pass that puts q, k, v into block order and pools every block."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..layout import TokenLayout
+from ..method.pool import Pooled
+
+
+class Tiled(NamedTuple):
+    """q, k, v in block order, and what was learned on the way.
+
+    q               [B, H, rows, D]: the nb tiled blocks, then the isolated tokens, then zeros up to whole blocks
+    k, v            [B, H, nb*b, D], the tiled blocks
+    k_tail, v_tail  [B, H, rows - nb*b, D], the isolated tokens; zeros where a token is not valid
+    pooled          block statistics, each [2, B, H, nb, D]: the float32 value as the sum of two bfloat16, which is right
+                    to 16 bits and lets tensor cores multiply it (float32 and zeros where there are none)
+    tail_bias       float32 [B, rows - nb*b], what to add to an isolated key's logit: 0, or -inf where it is not valid
+    tail_end        int32 [B], isolated keys from here on are not valid
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    k_tail: torch.Tensor
+    v_tail: torch.Tensor
+    pooled: Pooled
+    tail_bias: torch.Tensor
+    tail_end: torch.Tensor
+
+
+def tile(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, text_valid: torch.Tensor) -> Tiled:
+    """q, k, v: [B, S, H, D], any strides; layout on their device; text_valid: bool [B, text]."""
+    batch, _, heads, head_dim = q.shape
+    b, nb, places = layout.block_size, layout.num_blocks, layout.places
+    rows, tiled = places.numel(), layout.tiled.numel()
+    tail_bias = torch.empty(batch, rows - tiled, dtype=torch.float32, device=q.device)
+    tail_end = torch.empty(batch, dtype=torch.int32, device=q.device)
+    _tail_kernel[(batch,)](
+        text_valid, tail_bias, tail_end, text_valid.stride(0), text_valid.stride(1),
+        layout.leftover, layout.text, rows - tiled, BLOCK=b,
+    )  # fmt: skip
+    ordered = [q.new_empty(batch, heads, n, head_dim) for n in (rows, tiled, tiled, rows - tiled, rows - tiled)]
+    half = torch.bfloat16 if q.is_cuda else torch.float32
+    pooled = Pooled(*(q.new_empty(2, batch, heads, nb, head_dim, dtype=half) for _ in range(5)))
+    _tile_kernel[(rows // b * heads, batch, 3)](
+        q, k, v, *ordered, *pooled, places, tail_bias,
+        *q.stride(), *k.stride(), *v.stride(),
+        heads, nb, rows, batch * heads * nb * head_dim,
+        BLOCK=b, HEAD_DIM=head_dim, num_warps=4,
+    )  # fmt: skip
+    return Tiled(*ordered, pooled, tail_bias, tail_end)
+
+
+@triton.jit
+def _tail_kernel(valid_ptr, bias_ptr, end_ptr, valid_sb, valid_st, leftover, text, tail, BLOCK: tl.constexpr):
+    batch = tl.program_id(0).to(tl.int64)
+    end = 0
+    for start in tl.range(0, tail, BLOCK):
+        # [BLOCK]
+        i = start + tl.arange(0, BLOCK)
+        word = i - leftover
+        is_text = (word >= 0) & (word < text)
+        valid = tl.load(valid_ptr + batch * valid_sb + word * valid_st, mask=is_text, other=0) != 0
+        valid |= i < leftover
+        tl.store(bias_ptr + batch * tail + i, tl.where(valid, 0.0, float("-inf")))
+        end = tl.maximum(end, tl.max(tl.where(valid, i + 1, 0), 0))
+    tl.store(end_ptr + batch, end)
+
+
+@triton.jit
+def _tile_kernel(
+    q_ptr, k_ptr, v_ptr,
+    q_out, k_out, v_out, k_tail, v_tail,
+    q_mean, k_mean, v_mean, q_deviation, k_deviation,
+    places_ptr, bias_ptr,
+    q_sb, q_ss, q_sh, q_sd,
+    k_sb, k_ss, k_sh, k_sd,
+    v_sb, v_ss, v_sh, v_sd,
+    heads, num_blocks, rows, half,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    # heads vary fastest: programs that run together read neighbouring memory of [B, S, H, D]
+    n, h, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
+    which = tl.program_id(2)
+    at, h = batch * heads + h, h.to(tl.int64)
+    if which == 0:
+        from_q = q_ptr + batch * q_sb + h * q_sh
+        rows_out = q_out + (at * rows + n * BLOCK) * HEAD_DIM
+        _tile(from_q, q_ss, q_sd, rows_out, q_out, q_mean, q_deviation, places_ptr, bias_ptr,
+              at, batch, n, num_blocks, rows, half, BLOCK, HEAD_DIM, KEYS=False, DEVIATION=True)  # fmt: skip
+    elif which == 1:
+        from_k = k_ptr + batch * k_sb + h * k_sh
+        rows_out = k_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
+        _tile(from_k, k_ss, k_sd, rows_out, k_tail, k_mean, k_deviation, places_ptr, bias_ptr,
+              at, batch, n, num_blocks, rows, half, BLOCK, HEAD_DIM, KEYS=True, DEVIATION=True)  # fmt: skip
+    else:
+        from_v = v_ptr + batch * v_sb + h * v_sh
+        rows_out = v_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
+        _tile(from_v, v_ss, v_sd, rows_out, v_tail, v_mean, v_mean, places_ptr, bias_ptr,
+              at, batch, n, num_blocks, rows, half, BLOCK, HEAD_DIM, KEYS=True, DEVIATION=False)  # fmt: skip
+
+
+@triton.jit
+def _tile(
+    from_ptr, stride_s, stride_d, to_ptr, tail_ptr, mean_ptr, deviation_ptr, places_ptr, bias_ptr,
+    head, batch, n, num_blocks, rows, half,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, DEVIATION: tl.constexpr,
+):  # fmt: skip
+    """One block of one tensor. KEYS: isolated tokens go to a tensor of their own, zeros in place of invalid ones."""
+    i = tl.arange(0, BLOCK)
+    d = tl.arange(0, HEAD_DIM)
+    # [BLOCK]
+    place = tl.load(places_ptr + n * BLOCK + i).to(tl.int64)
+    wanted = place >= 0
+    tail = n - num_blocks
+    if KEYS and tail >= 0:
+        tail_rows = rows - num_blocks * BLOCK
+        wanted &= tl.load(bias_ptr + batch * tail_rows + tail * BLOCK + i) == 0
+        to_ptr = tail_ptr + (head * tail_rows + tail * BLOCK) * HEAD_DIM
+    # [BLOCK, HEAD_DIM]
+    x = tl.load(from_ptr + place[:, None] * stride_s + d[None, :] * stride_d, mask=wanted[:, None], other=0.0)
+    tl.store(to_ptr + i[:, None] * HEAD_DIM + d[None, :], x)
+    if tail < 0:
+        # [HEAD_DIM]
+        pooled = (head * num_blocks + n) * HEAD_DIM + d
+        wide = x.to(tl.float32)
+        mean = tl.sum(wide, 0) / BLOCK
+        _store_halves(mean_ptr + pooled, half, mean)
+        if DEVIATION:
+            _store_halves(deviation_ptr + pooled, half, tl.sum(tl.abs(wide - mean[None, :]), 0) / BLOCK)
+
+
+@triton.jit
+def _store_halves(to_ptr, half, x):
+    high = x.to(to_ptr.dtype.element_ty)
+    tl.store(to_ptr, high)
+    tl.store(to_ptr + half, (x - high.to(tl.float32)).to(high.dtype))
