@@ -1,9 +1,7 @@
 """`rectified-spaattn bench op` on a CPU: shapes, checks, timing, rows, files, the figure and the command."""
 
 import math
-import statistics
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +14,10 @@ from rectified_spaattn.benchmark import op, shapes
 from rectified_spaattn.benchmark.baselines import BASELINES
 from rectified_spaattn.benchmark.check import BenchError
 from rectified_spaattn.benchmark.op import Measured, OpSettings, measure, runnable
-from rectified_spaattn.benchmark.panels import panels, spread
+from rectified_spaattn.benchmark.panels import panels
 from rectified_spaattn.benchmark.record import Machine, Row, StageRow, machine, read_csv, write_csv
-from rectified_spaattn.benchmark.shapes import MODEL_SHAPES, SHAPES
-from rectified_spaattn.benchmark.timing import Timed, interleaved, sets_for, summary
+from rectified_spaattn.benchmark.shapes import SHAPES
+from rectified_spaattn.benchmark.timing import Timed
 from rectified_spaattn.cli.app import app
 from rectified_spaattn.report.figures import speed_figure
 
@@ -68,32 +66,6 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(op, "interleaved", refuse)
     return timed
-
-
-@pytest.mark.parametrize(
-    ("name", "video", "text", "text_first", "heads", "head_dim"),
-    [
-        ("hunyuan-video", 115_200, 256, False, 24, 128),
-        ("wan-14b", 75_600, 0, False, 40, 128),
-        ("wan-1.3b-480p", 32_760, 0, False, 12, 128),
-        ("cogvideox1.5", 44_880, 226, True, 48, 64),
-        ("flux-4096", 65_536, 512, True, 24, 128),
-        ("tiny", 256, 10, False, 2, 64),
-    ],
-)
-def test_shapes_are_those_of_the_models(
-    name: str, video: int, text: int, text_first: bool, heads: int, head_dim: int
-) -> None:
-    shape = SHAPES[name]
-    assert (shape.video, shape.text, shape.text_first) == (video, text, text_first)
-    assert (shape.heads, shape.head_dim, shape.tokens) == (heads, head_dim, video + text)
-    small = shape.small()
-    assert small.video <= 4096
-    assert (small.text, small.head_dim, small.heads) == (text, head_dim, 2)
-    if name != "tiny":
-        assert small.video > 1500
-        assert small.layout(128).leftover  # isolated video tokens are checked, too
-        assert name in MODEL_SHAPES
 
 
 def test_rows_are_complete_and_consistent() -> None:
@@ -225,33 +197,6 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], told: str) -
         settings(**changes)
 
 
-def test_calls_are_interleaved_on_rotating_inputs_and_the_warm_up_does_not_count() -> None:
-    seen: list[tuple[str, int]] = []
-    rounds: list[tuple[int, int]] = []
-    calls = {
-        name: Timed(lambda i, name=name: seen.append((name, i)), repeats)  # type: ignore[misc]
-        for name, repeats in (("a", 5), ("b", 3), ("c", 5))
-    }
-    times = interleaved(calls, 3, CPU, lambda done, total: rounds.append((done, total)))
-    assert [name for name, _ in seen] == ["a", "b", "c"] * 5 + ["a", "c"] * 2
-    assert all(before[1] != after[1] for before, after in pairwise(seen))
-    assert {name: timing.repeats for name, timing in times.items()} == {"a": 5, "b": 3, "c": 5}
-    assert rounds == [(done, 7) for done in range(1, 8)]
-
-
-def test_summary_and_number_of_input_sets() -> None:
-    seconds = [0.004, 0.001, 0.003, 0.002, 0.010]
-    timing = summary(seconds)
-    assert timing.median == pytest.approx(1000 * statistics.median(seconds))
-    assert timing == pytest.approx((3, 2, 4, 1, 10, 5))
-    gib = 2**30
-    assert sets_for(2 * gib, cache_bytes=50 << 20, free_bytes=100 * gib) == 3
-    assert sets_for(10 << 20, cache_bytes=50 << 20, free_bytes=100 * gib) == 16  # 20 asked for
-    assert sets_for(25 << 20, cache_bytes=50 << 20, free_bytes=100 * gib) == 8
-    assert sets_for(4 * gib, cache_bytes=50 << 20, free_bytes=20 * gib) == 2
-    assert sets_for(40 * gib, cache_bytes=50 << 20, free_bytes=50 * gib) == 1
-
-
 def test_stages_are_timed_where_a_backend_offers_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
@@ -328,11 +273,6 @@ def test_csv_round_trip_gives_the_same_rows_and_a_figure(tmp_path: Path) -> None
         panels([row for row in gpu_rows() if row.kind == "dense"])
 
 
-def test_labels_that_are_close_are_moved_apart() -> None:
-    assert spread([1.0, 5.0, 1.1], 0.5) == [1.0, 5.0, 1.5]
-    assert spread([], 1.0) == []
-
-
 def test_the_machine_is_recorded() -> None:
     made_on = machine(CPU, "rectified-spaattn bench op")
     assert made_on.torch == torch.__version__
@@ -392,5 +332,6 @@ def test_command_says_what_is_wrong(arguments: list[str], code: int, told: str) 
 def test_help_names_the_commands() -> None:
     assert "op" in CliRunner().invoke(app, ["bench", "--help"]).output
     printed = CliRunner().invoke(app, ["bench", "op", "--help"], env={"COLUMNS": "200"}).output
+    assert "default: (hunyuan-video)" in printed
     for option in ("--shape", "--all-shapes", "--sparsity", "--baseline", "--backend", "--csv-dir", "--plot-from"):
         assert option in printed

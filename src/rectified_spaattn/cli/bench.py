@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..benchmark.baselines import BASELINES
 from ..benchmark.op import DTYPES, OpSettings, backend_names
 from ..benchmark.shapes import MODEL_SHAPES, SHAPES
 
@@ -32,22 +33,22 @@ def root() -> None:
 def op(
     shape: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(SHAPES)}; may be repeated.  [default: {DEFAULT.shapes[0]}]"),
+        typer.Option(help=f"{', '.join(SHAPES)}; may be repeated.", show_default=", ".join(DEFAULT.shapes)),
     ] = None,
     all_shapes: Annotated[bool, typer.Option("--all-shapes", help="The shapes of all models.")] = False,
     sparsity: Annotated[
         list[float] | None,
         typer.Option(
-            help=f"Share of blocks to drop; may be repeated.  [default: {', '.join(map(str, DEFAULT.sparsities))}]"
+            help="Share of blocks to drop; may be repeated.", show_default=", ".join(map(str, DEFAULT.sparsities))
         ),
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help="cudnn, flash2, fa4 or sdpa; may be repeated.  [default: all that can run]"),
+        typer.Option(help=f"{', '.join(BASELINES)}; may be repeated.", show_default="all that can run"),
     ] = None,
     backend: Annotated[
         list[str] | None,
-        typer.Option(help=f"{', '.join(backend_names())}; may be repeated.  [default: all that can run]"),
+        typer.Option(help=f"{', '.join(backend_names())}; may be repeated.", show_default="all that can run"),
     ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens a block.")] = DEFAULT.block_size,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = DEFAULT.dtype,
