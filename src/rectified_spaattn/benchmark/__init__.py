@@ -1,0 +1,1 @@
+"""How fast the operator is: shapes, dense baselines, checks, interleaved timing, and the rows they give."""

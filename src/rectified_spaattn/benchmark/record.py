@@ -1,0 +1,159 @@
+"""What a run leaves behind: rows, the machine they come from, and CSV files of both."""
+
+import csv
+import importlib.metadata
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+
+from ..evaluation.record import device_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One baseline, or one backend at one sparsity, on one shape.
+
+    kind         "dense" or "sparse"
+    density      computed query-key pairs over all pairs; ideal: 1 / density
+    ms ...       milliseconds of a call: median, quartiles, extremes
+    dense        the baseline of `ratio`, and its median; ratio = dense_ms / ms
+    tflops       4 * D floating-point operations for every computed pair, over the median, in TFLOP/s
+    extra_bytes  peak memory of one call, its output included; None on a CPU
+    not_run      the reason why there is no measurement, else empty
+    """
+
+    shape: str
+    tokens: int
+    heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+    kind: str
+    name: str
+    sparsity: float | None = None
+    density: float | None = None
+    ideal: float | None = None
+    ms: float | None = None
+    ms_q1: float | None = None
+    ms_q3: float | None = None
+    ms_min: float | None = None
+    ms_max: float | None = None
+    repeats: int | None = None
+    input_sets: int | None = None
+    dense: str = ""
+    dense_ms: float | None = None
+    ratio: float | None = None
+    tflops: float | None = None
+    extra_bytes: int | None = None
+    not_run: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRow:
+    """One stage of a backend: milliseconds as in Row, and its share of the sum of all stages' medians.
+
+    whole_ms: the median of the whole call, timed on its own.
+    """
+
+    shape: str
+    backend: str
+    sparsity: float
+    stage: str
+    ms: float
+    ms_q1: float
+    ms_q3: float
+    ms_min: float
+    ms_max: float
+    repeats: int
+    share: float
+    whole_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where and with what a run was made; empty where something is not installed or not known."""
+
+    device: str
+    torch: str
+    triton: str
+    flash_attn_4: str
+    commit: str
+    command: str
+    created: str
+
+
+R = TypeVar("R", Row, StageRow)
+
+
+def machine(device: torch.device, command: str) -> Machine:
+    return Machine(
+        device=device_name(device),
+        torch=torch.__version__,
+        triton=_version("triton"),
+        flash_attn_4=_version("flash-attn-4"),
+        commit=_commit(Path(__file__).parent),
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def write_csv(path: Path, rows: Sequence[Row] | Sequence[StageRow], made_on: Machine) -> None:
+    """One line a row, each with the machine's columns after its own. The folder is made where it is missing."""
+    if not rows:
+        raise ValueError(f"{path}: got no rows; allowed: one or more.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{**asdict(row), **asdict(made_on)} for row in rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def read_csv(path: Path, kind: type[R]) -> tuple[list[R], Machine]:
+    """The rows of a file that write_csv wrote, and the machine of the first. Raises ValueError for another file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: got no such file; allowed: a CSV that `rectified-spaattn bench op` wrote.")
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    wanted = [field.name for field in (*fields(kind), *fields(Machine))]
+    missing = [name for name in wanted if not lines or name not in lines[0]]
+    if missing:
+        raise ValueError(f"{path}: got no column {', '.join(missing)}; allowed: a CSV written by this version.")
+    rows = [_from_text(kind, line) for line in lines]
+    return rows, _from_text(Machine, lines[0])
+
+
+def _from_text(kind: type[Any], line: dict[str, str]) -> Any:
+    hints = get_type_hints(kind)
+    return kind(**{name: _value(line[name], hint) for name, hint in hints.items()})
+
+
+def _value(text: str, hint: Any) -> Any:
+    if hint is str:
+        return text
+    if text == "" and hint in (int | None, float | None):
+        return None
+    return int(text) if hint in (int, int | None) else float(text)
+
+
+def _version(distribution: str) -> str:
+    found = next(iter(importlib.metadata.distributions(name=distribution)), None)
+    return "" if found is None else found.version
+
+
+def _commit(folder: Path) -> str:
+    """The commit of a checkout that holds this folder, with "-dirty" after it where files were changed."""
+    if shutil.which("git") is None or _git(folder, "ls-files", "--error-unmatch", "record.py") == "":
+        return ""  # installed, not checked out
+    return _git(folder, "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=40")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
