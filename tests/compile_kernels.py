@@ -17,6 +17,7 @@ from rectified_spaattn.kernels.attend import _attend_kernel, tiling_of
 from rectified_spaattn.kernels.plan import _compensate_kernel, _scores_kernel, _select_kernel
 from rectified_spaattn.kernels.tile import _tail_kernel, _tile_kernel
 
+
 class Kernel(NamedTuple):
     name: str
     function: Any
@@ -81,7 +82,11 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any], x: str) -> st
     }.get(kernel, ())
     if argument in in_model_dtype:
         return f"*{x}"
-    halves = {"_tile_kernel": ("_mean", "_deviation"), "_scores_kernel": ("q_ptr", "k_ptr"), "_compensate_kernel": ("v_ptr",)}
+    halves = {
+        "_tile_kernel": ("_mean", "_deviation"),
+        "_scores_kernel": ("q_ptr", "k_ptr"),
+        "_compensate_kernel": ("v_ptr",),
+    }
     if argument.endswith(halves.get(kernel, ("nothing",))):
         return "*bf16"
     is_pointer = argument.endswith(("_ptr", "_mean", "_deviation"))

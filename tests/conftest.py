@@ -1,8 +1,12 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():  # before anything imports the kernels: they are interpreted, as this machine can
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples everywhere and no time limit an example: CI machines are slow and shared.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)

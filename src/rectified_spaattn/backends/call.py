@@ -16,6 +16,8 @@ Stages = dict[str, Callable[[], object]]
 
 
 class Call(NamedTuple):
+    """One call of the operator, as far as it matters here."""
+
     device: torch.device
     dtype: torch.dtype
     head_dim: int
@@ -38,21 +40,34 @@ def triton_version() -> str | None:
 
 def why_no_kernels(call: Call) -> str | None:
     """Why the Triton kernels cannot run a call, or None where they can."""
+    return _why_no_triton() or _why_not_on(call.device) or _why_not_this(call)
+
+
+def _why_no_triton() -> str | None:
     found = triton_version()
     if found is None:
         return "triton is not installed (pip install triton)"
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST_TRITON:
-        return f"triton {found} is too old, {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer is needed (PyTorch 2.8 or newer brings it)"
-    interpreted = _interpreted()
-    if call.device.type != "cuda" and not interpreted:
-        return f"the kernels run on a GPU, not on {call.device.type}"
-    if call.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(call.device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(call.device)
-        return f"the GPU is sm_{major}{minor}, the kernels need sm_80 or newer"
-    allowed = (torch.float16, torch.float32) if interpreted else KERNEL_DTYPES
+        wanted = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {found} is too old, {wanted} or newer is needed (PyTorch 2.8 or newer brings it)"
+    return None
+
+
+def _why_not_on(device: torch.device) -> str | None:
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        return f"the kernels run on a GPU, not on {device.type}"
+    if device.type == "cuda" and torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"the GPU is sm_{major}{minor}, the kernels need sm_80 or newer"
+    return None
+
+
+def _why_not_this(call: Call) -> str | None:
+    allowed = (torch.float16, torch.float32) if call.device.type == "cpu" else KERNEL_DTYPES
     if call.dtype not in allowed:
         names = " and ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        return f"{str(call.dtype).removeprefix('torch.')} inputs, {'the interpreter takes' if interpreted else 'the kernels take'} {names}"
+        return f"{str(call.dtype).removeprefix('torch.')} inputs, the kernels take {names}"
     if call.head_dim not in KERNEL_HEAD_DIMS:
         return f"head_dim {call.head_dim}, the kernels take 64 and 128"
     if call.block_size not in KERNEL_BLOCK_SIZES:
@@ -63,6 +78,7 @@ def why_no_kernels(call: Call) -> str | None:
 
 
 def _interpreted() -> bool:
+    """Whether Triton interprets its kernels on the CPU, which is for tests: TRITON_INTERPRET=1."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)

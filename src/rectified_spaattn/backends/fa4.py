@@ -1,4 +1,4 @@
-"""FlashAttention-4's block-sparse forward between our own kernels: tile and plan before, isolated keys, R and C after."""
+"""FlashAttention-4's block-sparse forward between our kernels: tile and plan before, isolated keys, R and C after."""
 
 from functools import partial
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..attention import rectified_attention
-from ..backends import BACKENDS
+from ..backends import BACKENDS, Call
 from .baselines import BASELINES
 from .check import BenchError, Checked, check_dense, check_sample, check_small, config_at
 from .record import Row, StageRow
@@ -94,7 +94,9 @@ def backend_names() -> tuple[str, ...]:
 
 def runnable(case: Case) -> dict[str, str | None]:
     """Backend -> the reason why it cannot run this case, None where it can."""
-    return {name: BACKENDS[name].why_not(case.device, case.dtype) for name in backend_names()}
+    layout = case.shape.layout(case.block_size)
+    call = Call(case.device, case.dtype, case.shape.head_dim, case.block_size, layout.num_blocks)
+    return {name: BACKENDS[name].why_not(call) for name in backend_names()}
 
 
 def measure(case: Case, settings: OpSettings, watch: Watch) -> Measured:

@@ -54,7 +54,7 @@ def attend(
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
         _rows_of(tiled.q, tiling.block_m), *(_rows_of(x, tiling.block_n) for x in (*listed, *tail)),
-        lists.count, lists.index, tiled.tail_bias, tiled.tail_end, layout.places, plan.r, plan.c,
+        lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, layout.places, plan.r, plan.c,
         out, lse, *given, *given[0].stride()[:3], *out.stride()[:3],
         heads, layout.num_blocks, rows, scale / math.log(2),
         BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim, RESUME=partial is not None,

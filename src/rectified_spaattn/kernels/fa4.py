@@ -14,12 +14,12 @@ def listed_blocks(tiled: Tiled, lists: BlockLists, scale: float) -> Partial:
 
     All of these are whole, so FlashAttention-4 masks nothing; isolated keys are joined later by `attend`.
     """
-    none = torch.zeros_like(lists.count)
+    none = torch.zeros_like(lists.counts)
     blocks = BlockSparseTensorsTorch(
         mask_block_cnt=none,
         mask_block_idx=none[..., None],
-        full_block_cnt=lists.count,
-        full_block_idx=lists.index,
+        full_block_cnt=lists.counts,
+        full_block_idx=lists.indices,
         block_size=(128, 128),
     )
     out, lse = flash_attn_func(

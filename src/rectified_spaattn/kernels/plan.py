@@ -18,13 +18,11 @@ from .tile import Tiled
 class BlockLists(NamedTuple):
     """The key blocks of every query block, sorted. Blocks of isolated queries come last and list every key block.
 
-    count: int32 [B, H, rows / b]; index: int32 [B, H, rows / b, nb], of which the first `count` are set.
+    counts: int32 [B, H, rows / b]; indices: int32 [B, H, rows / b, nb], of which the first `counts` are set.
     """
 
-    count: torch.Tensor
-    index: torch.Tensor
-
-
+    counts: torch.Tensor
+    indices: torch.Tensor
 
 
 def make_plan(
@@ -41,7 +39,7 @@ def make_plan(
         if config.rectify != "none":
             compensate(probability, compensated, tiled.pooled.v, c)
     else:
-        lists.count.zero_()
+        lists.counts.zero_()
     return Plan(critical, compensated, probability, r, c), lists
 
 
@@ -51,8 +49,8 @@ def _empty(tiled: Tiled, layout: TokenLayout) -> tuple[BlockLists, torch.Tensor,
     nb, device = layout.num_blocks, tiled.q.device
     shape = (batch, heads, rows // layout.block_size)
     lists = BlockLists(
-        count=torch.empty(shape, dtype=torch.int32, device=device),
-        index=torch.empty(*shape, max(nb, 1), dtype=torch.int32, device=device),
+        counts=torch.empty(shape, dtype=torch.int32, device=device),
+        indices=torch.empty(*shape, max(nb, 1), dtype=torch.int32, device=device),
     )
     probability = torch.empty(batch, heads, nb, nb + 1, dtype=torch.float32, device=device)
     return lists, probability, torch.empty(batch, heads, nb, nb, dtype=torch.bool, device=device)
@@ -104,10 +102,10 @@ def select(
     `scores` found worthwhile), r and the lists.
     """
     batch, heads, nb, _ = logits.shape
-    blocks = lists.count.shape[2]
+    blocks = lists.counts.shape[2]
     width = triton.next_power_of_2(nb + 1)
     _select_kernel[(blocks, batch * heads)](
-        logits, critical, compensated, r, lists.count, lists.index,
+        logits, critical, compensated, r, lists.counts, lists.indices,
         layout.neighbours, layout.first_frame,
         nb, top_k_of(config.sparsity, nb), config.top_p,
         WIDTH=width, GIVEN=given, TOP_P=config.top_p > 0,

@@ -21,7 +21,7 @@ def before_attend(
     text_valid: torch.Tensor,
     scale: float,
 ) -> tuple[Tiled, Plan, BlockLists, dict[str, Callable[[], object]]]:
-    """What `attend` needs, and the stages that made it as functions that run one of them again on tensors of its own."""
+    """What `attend` needs, and the stages that made it, each as a function that runs it again on tensors of its own."""
     tiled = tile(q, k, v, layout, text_valid)
     plan, lists = make_plan(tiled, layout, config, scale, None)
     critical, worthwhile, r = plan.block_mask.clone(), plan.compensated.clone(), plan.r.clone()

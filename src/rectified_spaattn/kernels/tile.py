@@ -16,8 +16,8 @@ class Tiled(NamedTuple):
     q               [B, H, rows, D]: the nb tiled blocks, then the isolated tokens, then zeros up to whole blocks
     k, v            [B, H, nb*b, D], the tiled blocks
     k_tail, v_tail  [B, H, rows - nb*b, D], the isolated tokens; zeros where a token is not valid
-    pooled          block statistics, each [2, B, H, nb, D]: the float32 value as the sum of two bfloat16, which is right
-                    to 16 bits and lets tensor cores multiply it (float32 and zeros where there are none)
+    pooled          block statistics, each [2, B, H, nb, D]: the float32 value as the sum of two bfloat16, right to 16
+                    bits, so that tensor cores can multiply it (float32 and zeros where there are none)
     tail_bias       float32 [B, rows - nb*b], what to add to an isolated key's logit: 0, or -inf where it is not valid
     tail_end        int32 [B], isolated keys from here on are not valid
     """
@@ -43,16 +43,17 @@ def tile(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout,
         text_valid, tail_bias, tail_end, text_valid.stride(0), text_valid.stride(1),
         layout.leftover, layout.text, rows - tiled, BLOCK=b,
     )  # fmt: skip
-    ordered = [q.new_empty(batch, heads, n, head_dim) for n in (rows, tiled, tiled, rows - tiled, rows - tiled)]
+    sizes = (rows, tiled, tiled, rows - tiled, rows - tiled)
+    q_out, k_out, v_out, k_tail, v_tail = (q.new_empty(batch, heads, n, head_dim) for n in sizes)
     half = torch.bfloat16 if q.is_cuda else torch.float32
     pooled = Pooled(*(q.new_empty(2, batch, heads, nb, head_dim, dtype=half) for _ in range(5)))
     _tile_kernel[(rows // b * heads, batch, 3)](
-        q, k, v, *ordered, *pooled, places, tail_bias,
+        q, k, v, q_out, k_out, v_out, k_tail, v_tail, *pooled, places, tail_bias,
         *q.stride(), *k.stride(), *v.stride(),
         heads, nb, rows, batch * heads * nb * head_dim,
         BLOCK=b, HEAD_DIM=head_dim, num_warps=4,
     )  # fmt: skip
-    return Tiled(*ordered, pooled, tail_bias, tail_end)
+    return Tiled(q_out, k_out, v_out, k_tail, v_tail, pooled, tail_bias, tail_end)
 
 
 @triton.jit
