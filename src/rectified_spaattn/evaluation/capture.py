@@ -14,6 +14,7 @@ from ..integrations.diffusers.adapters import adapter_for
 from ..integrations.diffusers.processor import wrap
 from ..integrations.diffusers.state import LayerState, RunClock, TransformerState, key_text_mask
 from ..layout import TokenLayout
+from .paired import Pair, Settings, full_mode, generate
 
 
 class EndRun(Exception):
@@ -142,3 +143,12 @@ def end_after(step: int) -> Callable[..., dict[str, Any]]:
         return tensors
 
     return callback
+
+
+def capture_calls(
+    pipe: Any, pair: Pair, settings: Settings, *, step: int, layers: Sequence[int] | None = None
+) -> list[AttentionCall]:
+    """One full-attention call a layer from a generation that ends after `step`. Raises as `capture_attention` does."""
+    with capture_attention(pipe, step=step, layers=layers) as calls:
+        generate(pipe, full_mode(), pair, settings, after_step=end_after(step))
+    return calls
