@@ -103,8 +103,11 @@ def machine(device: torch.device, command: str) -> Machine:
     )
 
 
-def write_csv(path: Path, rows: Sequence[Row] | Sequence[StageRow], made_on: Machine) -> None:
-    """One line a row, each with the machine's columns after its own. The folder is made where it is missing."""
+def write_csv(path: Path, rows: Sequence[Any], made_on: Machine) -> None:
+    """One line a row, each with the machine's columns after its own. The folder is made where it is missing.
+
+    rows: instances of one dataclass. Raises ValueError for none.
+    """
     if not rows:
         raise ValueError(f"{path}: got no rows; allowed: one or more.")
     path.parent.mkdir(parents=True, exist_ok=True)

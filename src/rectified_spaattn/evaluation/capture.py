@@ -146,9 +146,24 @@ def end_after(step: int) -> Callable[..., dict[str, Any]]:
 
 
 def capture_calls(
-    pipe: Any, pair: Pair, settings: Settings, *, step: int, layers: Sequence[int] | None = None
+    pipe: Any,
+    pair: Pair,
+    settings: Settings,
+    *,
+    step: int,
+    layers: Sequence[int] | None = None,
+    on_step: Callable[[int], None] = lambda done: None,
 ) -> list[AttentionCall]:
-    """One full-attention call a layer from a generation that ends after `step`. Raises as `capture_attention` does."""
+    """One full-attention call a layer, from a generation that ends after `step`.
+
+    on_step is told how many steps are done. Raises as `capture_attention` and `generate` do.
+    """
+    end = end_after(step)
+
+    def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(index + 1)
+        return end(pipe, index, timestep, tensors)
+
     with capture_attention(pipe, step=step, layers=layers) as calls:
-        generate(pipe, full_mode(), pair, settings, after_step=end_after(step))
+        generate(pipe, full_mode(), pair, settings, after_step=after_step)
     return calls

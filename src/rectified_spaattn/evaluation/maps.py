@@ -22,8 +22,9 @@ class HeadResult:
     density           computed query-key pairs over all pairs
     kept_mass         full-attention mass on the critical blocks and the isolated tokens, mean over query blocks
     compensated       share of the dropped blocks that is compensated
-    allocation_error  mean over query blocks of |R - full-attention mass of critical, isolated and rejected columns|,
-                      where R is what the output gives them in all; 0 where nothing is compensated, as R is 1 then
+    mass_error        mean over query blocks of |weight given to what is kept - its full-attention mass|
+    r_error           the same for all that is not compensated: |R - full-attention mass of the critical, isolated and
+                      rejected columns|, R being what the output gives them in all; 0 where nothing is compensated
     misplaced         share of the mass that lies on other blocks than under full attention: half the L1 distance
     masses            float32 [nb, nb + 1], how the output weighs the values of every block and of the isolated tokens
     probability       float32 [nb, nb + 1], the estimate P the plan was made from
@@ -36,7 +37,8 @@ class HeadResult:
     density: float
     kept_mass: float
     compensated: float
-    allocation_error: float
+    mass_error: float
+    r_error: float
     misplaced: float
     masses: torch.Tensor
     probability: torch.Tensor
@@ -82,11 +84,12 @@ def output_masses(call: AttentionCall, layout: TokenLayout, config: SparseConfig
     """
     num_blocks, size = layout.num_blocks, layout.block_size
     channels = call.v.shape[-1]
-    block_of = torch.full((layout.sequence,), num_blocks)
-    block_of[layout.tiled] = torch.arange(num_blocks).repeat_interleave(size)
+    device = call.v.device
+    block_of = torch.full((layout.sequence,), num_blocks, device=device)
+    block_of[layout.tiled] = torch.arange(num_blocks, device=device).repeat_interleave(size)
     columns = []
     for first in range(0, num_blocks + 1, channels):
-        wanted = torch.arange(first, first + channels)
+        wanted = torch.arange(first, first + channels, device=device)
         values = (block_of[:, None] == wanted).to(call.v)[None, :, None]  # [1, S, 1, D]
         out = rectified_attention(call.q, call.k, values, layout, config, text_mask=call.text_mask)
         columns.append(out[0, layout.tiled, 0].view(num_blocks, size, channels).mean(1))
@@ -104,7 +107,7 @@ def study_head(
 
     Raises ValueError for a grid that is smaller than one block, and as rectified_attention does.
     """
-    layout = call.layout(config.block_size, config.order)
+    layout = call.layout(config.block_size, config.order).on(call.q.device)
     if not layout.num_blocks:
         raise ValueError(
             f"block_size: got {config.block_size} for a grid of {layout.grid}; allowed: at most {layout.video} tokens, "
@@ -129,7 +132,9 @@ def _result(
     error = attention_error(call, config, full=exact)
     critical, given_back = error.stats.block_mask[0, 0], error.stats.compensated[0, 0]
     masses = output_masses(call, layout, config)
-    moved = ((masses - full)[:, :-1] * given_back).sum(1)  # compensated mass that is too much; R has as much too little
+    apart = masses - full  # rows sum to 0
+    on_kept = (apart[:, :-1] * critical).sum(1) + apart[:, -1]
+    on_given_back = (apart[:, :-1] * given_back).sum(1)  # what is too much here is too little in R
     dropped = int((~critical).sum())
     return HeadResult(
         sparsity=config.sparsity,
@@ -138,7 +143,8 @@ def _result(
         density=error.density,
         kept_mass=((full[:, :-1] * critical).sum(1) + full[:, -1]).mean().item(),
         compensated=int(given_back.sum()) / dropped if dropped else 0.0,
-        allocation_error=moved.abs().mean().item(),
+        mass_error=on_kept.abs().mean().item(),
+        r_error=on_given_back.abs().mean().item(),
         misplaced=misplaced(masses, full),
         masses=masses.cpu(),
         probability=error.stats.probability[0, 0].float().cpu(),

@@ -92,7 +92,7 @@ SELECTORS: dict[str, Selector] = {
     "P + second order": by_second_order,
     "P of quarter blocks": by_quarter_blocks,
     "mean query, all keys": by_mean_query,
-    "P x |mean v - out|": by_output_error,
+    "P x change of output": by_output_error,
     "random": by_chance,
 }
 
@@ -123,7 +123,8 @@ def study_selection(
     on_selector: Callable[[str], None] = lambda name: None,
 ) -> list[SelectionRow]:
     """Every selector at every sparsity on all heads of one call; batch 0 alone. config: block_size, order, rectify."""
-    call, layout = first_sample(call), call.layout(config.block_size, config.order)
+    call = first_sample(call)
+    layout = call.layout(config.block_size, config.order).on(call.q.device)
     true, full = true_masses(call, layout), full_attention(call)
     rows = []
     for name, selector in {ORACLE: lambda call, layout: true[..., :-1], **SELECTORS}.items():
