@@ -46,9 +46,17 @@ def true_masses(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
     return torch.stack([block_masses(call, layout, head) for head in range(call.q.shape[2])])
 
 
+def estimated_masses(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+    """P of the method, from the means of queries and keys: [H, nb, nb + 1], rows of sum 1, isolated tokens last."""
+    pooled = _pooled(call, layout)
+    valid = torch.cat([call.text_mask.new_ones(1, layout.leftover), call.text_mask[:1]], dim=1)
+    alone = call.k[:1, layout.isolated].transpose(1, 2)
+    return estimate(pooled.q, pooled.k, alone, valid, scale=_scale(call), block_size=layout.block_size)[0]
+
+
 def by_estimate(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
-    """What the method uses: P from the means of queries and keys."""
-    return _probability(call, layout)[..., :-1]
+    """What the method uses."""
+    return estimated_masses(call, layout)[..., :-1]
 
 
 def by_second_order(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
@@ -75,7 +83,7 @@ def by_mean_query(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
 
 def by_output_error(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
     """P_nm |v̄_m - out_n|: how far the output moves when block m is left out, out_n being the estimated output."""
-    probability, v = _probability(call, layout), _pooled(call, layout).v[0]
+    probability, v = estimated_masses(call, layout), _pooled(call, layout).v[0]
     to_blocks = probability[..., :-1] / probability[..., :-1].sum(-1, keepdim=True)
     return to_blocks * torch.cdist(to_blocks @ v, v)  # [H, nb, nb]
 
@@ -173,14 +181,6 @@ def tiles(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
 
 def _pooled(call: AttentionCall, layout: TokenLayout) -> Pooled:
     return pool(*(tiles(x, layout)[:1] for x in (call.q, call.k, call.v)))
-
-
-def _probability(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
-    """P of batch 0: [H, nb, nb + 1]."""
-    pooled = _pooled(call, layout)
-    valid = torch.cat([call.text_mask.new_ones(1, layout.leftover), call.text_mask[:1]], dim=1)
-    alone = call.k[:1, layout.isolated].transpose(1, 2)
-    return estimate(pooled.q, pooled.k, alone, valid, scale=_scale(call), block_size=layout.block_size)[0]
 
 
 def _scale(call: AttentionCall) -> float:
