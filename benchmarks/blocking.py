@@ -146,7 +146,7 @@ def rows_of(pipe, pair: Pair, run: Settings, layers, steps, settings, rectify: s
 
 def table(rows: list[Row], settings: list[Setting]) -> str:
     lines = [
-        "| sparsity | order | block | neighbours | top-p | computed pairs | captured mass | error | at equal pairs | gap |",
+        "| sparsity | order | block | neighbours | top-p | pairs | captured mass | error | at equal pairs | gap |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for setting in sorted(settings, key=lambda each: each.sparsity):
