@@ -99,12 +99,12 @@ def main(
     settings = Settings(height=64, width=64, num_frames=16, steps=STEPS)
     config = SparseConfig(block_size=block_size, order=order, rectify=rectify, neighbours=False, top_p=0.0)
     rows: list[Row] = []
+    made_on = machine(torch.device("cpu"), shlex.join(["python", *sys.argv]))
     with Progress() as progress:
         for prompt in progress.track(PROMPTS[:prompts], description="prompts"):
             pair = Pair(prompt=prompt, seed=0)
             rows += rows_of(pipe, pair, settings, tuple(step or (3, 9)), config, sparsity or [0.8, 0.9])
-    made_on = machine(torch.device("cpu"), shlex.join(["python", *sys.argv]))
-    write_csv(out / "selection.csv", rows, made_on)
+            write_csv(out / "selection.csv", rows, made_on)  # a run that is stopped leaves what it measured
     print(f"\n{prompts} prompts, seed 0; {made_on.device}, torch {made_on.torch}; {made_on.command}")
     print("mean [95% interval of the mean, percentile bootstrap over the prompts]\n")
     print(table(rows))
