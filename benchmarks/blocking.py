@@ -118,9 +118,8 @@ def top_of_rows(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """As many blocks a head as in `kept`, spread evenly over the query blocks, the best of each. Both [H, nb, nb]."""
     rows = kept.shape[1]
     total = kept.sum((1, 2))  # [H]
-    # the first rows of an even spread take the remainder
-    even = (torch.arange(rows) * 0.618 % 1).argsort().argsort()  # every row's turn, neighbours far apart
-    per_row = total[:, None] // rows + (even < (total % rows)[:, None])
+    turn = (torch.arange(rows) * 0.618 % 1).argsort().argsort()  # rows that follow each other are far apart
+    per_row = total[:, None] // rows + (turn < (total % rows)[:, None])  # the remainder goes to the first in turn
     rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return rank < per_row[..., None]
 

@@ -1,6 +1,7 @@
 """What `rectified-spaattn inspect` does: load, capture, study, draw, write."""
 
 import inspect
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -12,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..benchmark.op import Watch
 from ..benchmark.record import machine, write_csv
 from ..config import RECTIFY_MODES
 from ..demo.pipeline import DemoVideoPipeline, load_demo_pipeline
@@ -51,54 +53,32 @@ class ResultRow:
     compensated: float
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Studied:
+    """What was measured of one head; captured: the call with all heads. selection: empty where not asked for."""
+
+    captured: AttentionCall
+    name: CallName
+    study: HeadStudy
+    selection: list[SelectionRow]
+
+
 def run(options: InspectOptions, console: Console | None = None) -> Path:
     """The whole command. Returns the path of inspect.html.
 
     Raises InspectError where the model cannot be loaded, has no adapter, or has no such layer, head or step.
     """
     console = Console() if console is None else console
-    device, config = device_of(options.device), options.config()
+    device = device_of(options.device)
     pipe = _load(options, device)
     environment = record.environment(device)
     settings = _settings(pipe, options)
     layer, step = _place(pipe, options, settings)
-    pair = Pair(prompt=options.prompt, seed=options.seed)
-    work = len(options.sparsity) * (len(RECTIFY_MODES) + 1) + 2 + options.selection * len(SELECTORS)
     with progress(console) as watch:
-        done = 0
-
-        def advance(what: str) -> None:
-            nonlocal done
-            done += 1
-            watch(what, done, step + 1 + work)
-
-        try:
-            captured = capture_calls(
-                pipe,
-                pair,
-                settings,
-                step=step,
-                layers=[layer],
-                on_step=lambda count: advance(f"denoising step {count}"),
-            )[0]
-            head = captured.q.shape[2] // 2 if options.head is None else options.head
-            call = one_head(captured, head, device)
-            study = study_head(call, config, options.sparsity, on_result=advance)
-        except ValueError as error:
-            raise InspectError(str(error)) from error
-        selection = study_selection(call, config, options.sparsity, advance) if options.selection else []
-        options.out.mkdir(parents=True, exist_ok=True)
-        name = CallName(layer=layer, head=head, step=step)
-        figures = {sparsity: options.out / f"maps-{100 * sparsity:g}.png" for sparsity in options.sparsity}
-        for sparsity, path in figures.items():
-            maps_figure(path, study, sparsity, options.rectify, name)
-            advance(f"picture of {sparsity:g}")
-
-    rows = [_row(name, result) for result in study.results]
-    made_on = machine(device, options.command)
-    write_csv(options.out / "results.csv", rows, made_on)
-    if selection:
-        write_csv(options.out / "selection.csv", selection, made_on)
+        found = _study(pipe, options, settings, layer, step, device, watch)
+        figures = _draw(options, found)
+    rows = [_row(found.name, result) for result in found.study.results]
+    _write_tables(options, rows, found.selection, device)
     told = {
         "command": options.command,
         **environment,
@@ -106,19 +86,62 @@ def run(options: InspectOptions, console: Console | None = None) -> Path:
         "prompt": options.prompt,
         "seed": options.seed,
         "settings": asdict(settings),
-        "config": config.to_dict(),
-        "call": _call_record(captured, study, head),
+        "config": options.config().to_dict(),
+        "call": _call_record(found),
         "results": [asdict(row) for row in rows],
-        "selection": [asdict(row) for row in selection],
+        "selection": [asdict(row) for row in found.selection],
     }
     (options.out / "inspect.json").write_text(json.dumps(told, indent=2, allow_nan=False) + "\n")
     page = options.out / "inspect.html"
     write_inspection(page, told, figures)
-    print_wide(console, results_table(rows, f"{name} of {told['model']}"))
-    if selection:
-        print_wide(console, selection_table(selection, config.rectify))
+    print_wide(console, results_table(rows, f"{found.name} of {told['model']}"))
+    if found.selection:
+        print_wide(console, selection_table(found.selection, options.rectify))
     console.print(f"Page: {page.resolve()}", soft_wrap=True)
     return page
+
+
+def _study(
+    pipe: Any, options: InspectOptions, settings: Settings, layer: int, step: int, device: torch.device, watch: Watch
+) -> Studied:
+    """Generate up to the step with full attention, take the layer's call, and measure one head of it."""
+    work = step + 1 + 2 + len(options.sparsity) * len(RECTIFY_MODES) + options.selection * (len(SELECTORS) + 1)
+    count = itertools.count(1)
+
+    def advance(what: str) -> None:
+        watch(what, next(count), work)
+
+    config, pair = options.config(), Pair(prompt=options.prompt, seed=options.seed)
+    try:
+        captured = capture_calls(
+            pipe, pair, settings, step=step, layers=[layer], on_step=lambda done: advance(f"denoising step {done}")
+        )[0]
+        head = captured.q.shape[2] // 2 if options.head is None else options.head
+        call = one_head(captured, head, device)
+        study = study_head(call, config, options.sparsity, on_result=advance)
+    except ValueError as error:
+        raise InspectError(str(error)) from error
+    selection = study_selection(call, config, options.sparsity, advance) if options.selection else []
+    name = CallName(layer=layer, head=head, step=step)
+    return Studied(captured=captured, name=name, study=study, selection=selection)
+
+
+def _draw(options: InspectOptions, found: Studied) -> dict[float, Path]:
+    """One picture a sparsity."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    figures = {sparsity: options.out / f"maps-{100 * sparsity:g}.png" for sparsity in options.sparsity}
+    for sparsity, path in figures.items():
+        maps_figure(path, found.study, sparsity, options.rectify, found.name)
+    return figures
+
+
+def _write_tables(
+    options: InspectOptions, rows: Sequence[ResultRow], selection: Sequence[SelectionRow], device: torch.device
+) -> None:
+    made_on = machine(device, options.command)
+    write_csv(options.out / "results.csv", rows, made_on)
+    if selection:
+        write_csv(options.out / "selection.csv", selection, made_on)
 
 
 def results_table(rows: Sequence[ResultRow], title: str) -> Table:
@@ -144,7 +167,7 @@ def selection_table(rows: Sequence[SelectionRow], rectify: str) -> Table:
     """Every selector at every sparsity."""
     names = ("recall", "captured mass", "output error, none", f"output error, {rectify}")
     table = _table("how well the critical blocks are chosen", ("sparsity", "blocks chosen by"), names)
-    for row in sorted(rows, key=lambda row: row.sparsity):
+    for row in rows:
         errors = (f"{row.plain:.3f}", f"{row.rectified:.3f}")
         table.add_row(f"{row.sparsity:g}", row.selector, percent(row.recall), percent(row.captured), *errors)
     return table
@@ -205,10 +228,11 @@ def _settings(pipe: Any, options: InspectOptions) -> Settings:
 
 def _place(pipe: Any, options: InspectOptions, settings: Settings) -> tuple[int, int]:
     """Layer and step, checked before anything runs."""
+    transformer: Any = getattr(pipe, "transformer", None)
     try:
-        layers = len(adapter_for(pipe.transformer).attentions(pipe.transformer))
-    except (AttributeError, TypeError) as error:
-        raise InspectError(str(error)) from error
+        layers = len(adapter_for(transformer).attentions(transformer))
+    except TypeError as error:
+        raise InspectError(f"--model {options.model}: {error}") from error
     layer = layers // 2 if options.layer is None else options.layer
     step = settings.steps // 2 if options.step is None else options.step
     for name, value, count in (("layer", layer, layers), ("step", step, settings.steps)):
@@ -222,13 +246,14 @@ def _row(name: CallName, result: HeadResult) -> ResultRow:
     return ResultRow(layer=name.layer, head=name.head, step=name.step, **{each: getattr(result, each) for each in own})
 
 
-def _call_record(call: AttentionCall, study: HeadStudy, head: int) -> dict[str, Any]:
+def _call_record(found: Studied) -> dict[str, Any]:
+    call, layout = found.captured, found.study.layout
     return {
-        "layer": call.layer,
+        "layer": found.name.layer,
         "name": call.name,
-        "head": head,
-        "step": call.step,
+        "head": found.name.head,
+        "step": found.name.step,
         "grid": list(call.grid),
-        "num_blocks": study.layout.num_blocks,
-        "isolated": study.layout.leftover + int(call.text_mask[0].sum()),
+        "num_blocks": layout.num_blocks,
+        "isolated": layout.leftover + int(call.text_mask[0].sum()),
     }

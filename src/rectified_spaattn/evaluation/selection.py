@@ -130,7 +130,7 @@ def study_selection(
     sparsities: Sequence[float],
     on_selector: Callable[[str], None] = lambda name: None,
 ) -> list[SelectionRow]:
-    """Every selector at every sparsity on all heads of one call; batch 0 alone. config: block_size, order, rectify."""
+    """At every sparsity every selector, on all heads of one call; batch 0 alone. config: block_size, order, rectify."""
     call = first_sample(call)
     layout = call.layout(config.block_size, config.order).on(call.q.device)
     true, full = true_masses(call, layout), full_attention(call)
@@ -154,7 +154,7 @@ def study_selection(
                 )
             )
         on_selector(name)
-    return rows
+    return sorted(rows, key=lambda row: row.sparsity)
 
 
 def output_error(
