@@ -32,7 +32,13 @@ from rectified_spaattn.evaluation.attention_error import full_attention
 from rectified_spaattn.evaluation.capture import AttentionCall, capture_calls
 from rectified_spaattn.evaluation.intervals import bootstrap
 from rectified_spaattn.evaluation.paired import Pair, Settings
-from rectified_spaattn.evaluation.selection import captured_mass, estimated_masses, output_error, true_masses
+from rectified_spaattn.evaluation.selection import (
+    best_as_many,
+    captured_mass,
+    estimated_masses,
+    output_error,
+    true_masses,
+)
 from rectified_spaattn.method.select import select
 
 STEPS = 12
@@ -108,20 +114,10 @@ def measure(call: AttentionCall, settings: list[Setting], rectify: str) -> dict[
         for setting in group:
             config = setting.config(rectify)
             kept = select(estimated[None], layout, config)[0]
-            as_many = top_of_rows(estimated[..., :-1], kept)
+            as_many = best_as_many(estimated[..., :-1], kept)
             pairs = density(kept[None], layout, call.text_mask).item()
             found[setting] = [pairs, *judge(kept, config), *judge(as_many, config)]
     return found
-
-
-def top_of_rows(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """As many blocks a head as in `kept`, spread evenly over the query blocks, the best of each. Both [H, nb, nb]."""
-    rows = kept.shape[1]
-    total = kept.sum((1, 2))  # [H]
-    turn = (torch.arange(rows) * 0.618 % 1).argsort().argsort()  # rows that follow each other are far apart
-    per_row = total[:, None] // rows + (turn < (total % rows)[:, None])  # the remainder goes to the first in turn
-    rank = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return rank < per_row[..., None]
 
 
 def rows_of(pipe, pair: Pair, run: Settings, layers, steps, settings, rectify: str, advance) -> list[Row]:

@@ -10,6 +10,7 @@ from rectified_spaattn.evaluation.capture import AttentionCall
 from rectified_spaattn.evaluation.selection import (
     ORACLE,
     SELECTORS,
+    best_as_many,
     captured_mass,
     estimated_masses,
     keep_best,
@@ -107,6 +108,21 @@ def test_recall_and_captured_mass_by_hand() -> None:
     everything = torch.ones_like(kept)
     assert recall(everything, true) == 1
     assert captured_mass(everything, true) == pytest.approx(1)
+
+
+def test_as_many_blocks_by_score_are_as_many_and_the_best_of_every_row(call: AttentionCall) -> None:
+    layout = call.layout(16)
+    scores = SELECTORS["estimate P (in use)"](call, layout)
+    kept = keep_best(scores, layout, 0.8) | layout.neighbours
+    kept[1, :5] = True  # heads and rows that differ
+    best = best_as_many(scores, kept)
+    assert torch.equal(best.sum((1, 2)), kept.sum((1, 2)))
+    per_row = best.sum(-1)
+    assert (per_row.amax(1) - per_row.amin(1) <= 1).all()
+    lowest_kept = scores.masked_fill(~best, math.inf).amin(-1)
+    assert (scores.masked_fill(best, -math.inf).amax(-1) <= lowest_kept).all()
+    even = keep_best(scores, layout, 0.8)
+    assert torch.equal(best_as_many(scores, even), even)
 
 
 def test_the_oracle_finds_all_and_captures_most_and_chance_finds_its_share(call: AttentionCall) -> None:

@@ -111,11 +111,21 @@ def keep_best(scores: torch.Tensor, layout: TokenLayout, sparsity: float) -> tor
     return select(torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)[None], layout, exact)[0]
 
 
+def best_as_many(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """As many blocks a head as in `kept`, by score, and the same number in every row (give or take one).
+
+    scores: [H, nb, nb]; kept and what is returned: bool [H, nb, nb].
+    """
+    rows, total = kept.shape[1], kept.sum((1, 2))  # [H]
+    turn = (torch.arange(rows, device=kept.device) * 0.618 % 1).argsort().argsort()  # neighbours are far apart in it
+    per_row = total[:, None] // rows + (turn < (total % rows)[:, None])  # the remainder goes to the first in turn
+    return _rank(scores) < per_row[..., None]
+
+
 def recall(kept: torch.Tensor, true: torch.Tensor) -> float:
     """Share of the truly heaviest blocks that are kept, as many a row as the row keeps. kept: bool [H, nb, nb]; true:
     [H, nb, nb + 1]."""
-    rank = true[..., :-1].argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    heaviest = rank < kept.sum(-1, keepdim=True)
+    heaviest = _rank(true[..., :-1]) < kept.sum(-1, keepdim=True)
     return ((kept & heaviest).sum(-1) / kept.sum(-1)).mean().item()
 
 
@@ -177,6 +187,11 @@ def first_sample(call: AttentionCall) -> AttentionCall:
 def tiles(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     """[B, S, H, D] -> the tiled tokens, [B, H, nb, b, D]."""
     return x[:, layout.tiled].transpose(1, 2).unflatten(2, (layout.num_blocks, layout.block_size))
+
+
+def _rank(scores: torch.Tensor) -> torch.Tensor:
+    """Place of every block in its row, 0 for the highest score; of equal ones the lower index comes first."""
+    return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
 def _pooled(call: AttentionCall, layout: TokenLayout) -> Pooled:
