@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from attention_calls import smooth_call
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.cli.app import app
 from rectified_spaattn.config import RECTIFY_MODES
@@ -22,7 +23,6 @@ from rectified_spaattn.evaluation.paired import Pair, Settings
 from rectified_spaattn.evaluation.selection import SELECTORS
 from rectified_spaattn.report.figures import KIND_COLOURS, CallName
 from rectified_spaattn.report.maps import maps_figure
-from test_selection import smooth_call
 from tiny import wan_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
