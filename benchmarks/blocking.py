@@ -12,7 +12,6 @@ import itertools
 import math
 import shlex
 import sys
-import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from rich.progress import Progress
 
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.attention import density
-from rectified_spaattn.benchmark.record import machine, write_csv
+from rectified_spaattn.benchmark.record import Machine, machine, read_csv, write_csv
 from rectified_spaattn.demo.pipeline import load_demo_pipeline
 from rectified_spaattn.demo.prompts import PROMPTS
 from rectified_spaattn.evaluation.attention_error import full_attention
@@ -139,49 +138,55 @@ def rows_of(pipe, pair: Pair, run: Settings, layers, steps, settings, rectify: s
     ]
 
 
-def table(rows: list[Row], settings: list[Setting]) -> str:
+def table(rows: list[Row]) -> str:
+    """One line a sparsity, order and block size: chosen by P alone, with neighbours as well, with top-p as well."""
     lines = [
-        "| sparsity | order | block | neighbours | top-p | pairs | captured mass | error | at equal pairs | gap |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| sparsity | order | block | pairs | captured mass | error | neighbours: pairs | error | gap at equal pairs "
+        "| top-p: pairs | error | gap at equal pairs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for setting in sorted(settings, key=lambda each: each.sparsity):
-        mine = [row for row in rows if all(getattr(row, name) == value for name, value in vars(setting).items())]
-        plain = not setting.neighbours and not setting.top_p
-        cells = [f"{setting.sparsity:.0%}", setting.order, str(setting.block_size)]
-        cells += ["yes" if setting.neighbours else "no", f"{setting.top_p:g}"]
-        cells += [f"{fmean(row.density for row in mine):.1%}", f"{fmean(row.captured for row in mine):.3f}"]
-        cells += [interval([row.error for row in mine])]
-        cells += (
-            ["", ""]
-            if plain
-            else [
-                f"{fmean(row.equal_error for row in mine):.3f}",
-                interval([row.error - row.equal_error for row in mine], "+"),
-            ]
-        )
+    for sparsity, order, size in cuts(rows):
+        plain = of(rows, sparsity, order, size)
+        cells = [f"{sparsity:.0%}", order, str(size), f"{fmean(row.density for row in plain):.1%}"]
+        cells += [interval([row.captured for row in plain]), interval([row.error for row in plain])]
+        for neighbours, top_p in ((True, 0.0), (False, TOP_P)):
+            more = of(rows, sparsity, order, size, neighbours, top_p)
+            cells += [f"{fmean(row.density for row in more):.1%}", interval([row.error for row in more])]
+            cells += [interval([row.error - row.equal_error for row in more], "+")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def against(rows: list[Row], orders: list[str], reference: tuple[str, int]) -> str:
-    """Orders and block sizes without neighbours and top-p, prompt by prompt against one of them."""
+def against(rows: list[Row], reference: tuple[str, int]) -> str:
+    """Orders and block sizes without neighbours and top-p: the error less that of one of them, prompt by prompt."""
     lines = []
-    for sparsity, order, size in itertools.product(SPARSITIES, orders, BLOCK_SIZES):
+    for sparsity, order, size in cuts(rows):
         if (order, size) == reference:
             continue
-        mine, other = (
-            [
-                row.error
-                for row in rows
-                if (row.sparsity, row.order, row.block_size) == (sparsity, *each)
-                and not row.neighbours
-                and not row.top_p
-            ]
-            for each in ((order, size), reference)
-        )
-        apart = interval([a - b for a, b in zip(mine, other, strict=True)], "+")
-        lines.append(f"{sparsity:.0%}: {order} {size} against {reference[0]} {reference[1]}: {apart}")
+        pairs = zip(of(rows, sparsity, order, size), of(rows, sparsity, *reference), strict=True)
+        apart = interval([mine.error - other.error for mine, other in pairs], "+")
+        lines.append(f"{sparsity:.0%}: {order} {size} less {reference[0]} {reference[1]}: {apart}")
     return "\n".join(lines)
+
+
+def cuts(rows: list[Row]) -> list[tuple[float, str, int]]:
+    places = dict.fromkeys((row.sparsity, row.order, row.block_size) for row in rows)
+    return sorted(places, key=lambda place: place[0])
+
+
+def of(
+    rows: list[Row], sparsity: float, order: str, size: int, neighbours: bool = False, top_p: float = 0.0
+) -> list[Row]:
+    wanted = Setting(sparsity=sparsity, order=order, block_size=size, neighbours=neighbours, top_p=top_p)
+    return [row for row in rows if all(getattr(row, name) == value for name, value in vars(wanted).items())]
+
+
+def show(rows: list[Row], made_on: Machine) -> None:
+    print(f"\n{len({row.prompt for row in rows})} prompts, seed 0, rectify {rows[0].rectify!r}; ", end="")
+    print(f"{made_on.device}, torch {made_on.torch}; {made_on.command}")
+    print("mean [95% interval of the mean, percentile bootstrap over the prompts]\n")
+    print(table(rows), "\n")
+    print(against(rows, ("gilbert", 64)))
 
 
 def interval(values: list[float], sign: str = "") -> str:
@@ -199,12 +204,14 @@ def main(
     step: Annotated[list[int] | None, typer.Option(help="Denoising steps of 12.", show_default="3 9")] = None,
     rectify: str = SparseConfig().rectify,
     out: Path = Path("runs/blocking"),
+    table_of: Annotated[Path | None, typer.Option(help="Print the table of an earlier run; measure nothing.")] = None,
 ) -> None:
-    start = time.perf_counter()
+    if table_of is not None:
+        show(*read_csv(table_of, Row))
+        return
     pipe = load_demo_pipeline("cpu")
     run = Settings(height=size, width=size, num_frames=16, steps=STEPS)
-    layers, steps, orders = tuple(layer or (1, 4)), tuple(step or (3, 9)), order or list(ORDERS)
-    settings = settings_of(orders)
+    layers, steps, settings = tuple(layer or (1, 4)), tuple(step or (3, 9)), settings_of(order or list(ORDERS))
     rows: list[Row] = []
     made_on = machine(torch.device("cpu"), shlex.join(["python", *sys.argv]))
     with Progress() as progress:
@@ -213,14 +220,7 @@ def main(
             pair = Pair(prompt=prompt, seed=0)
             rows += rows_of(pipe, pair, run, layers, steps, settings, rectify, lambda: progress.advance(task))
             write_csv(out / f"blocking-{size}.csv", rows, made_on)  # a run that is stopped leaves what it measured
-    print(
-        f"\n{prompts} prompts, seed 0, {size} pixels, layers {layers}, steps {steps} of {STEPS}, rectify {rectify!r}; ",
-        end="",
-    )
-    print(f"{made_on.device}, torch {made_on.torch}, {time.perf_counter() - start:.0f} s; {made_on.command}")
-    print("mean [95% interval of the mean, percentile bootstrap over the prompts]\n")
-    print(table(rows, settings), "\n")
-    print(against(rows, orders, ("gilbert", 64)))
+    show(rows, made_on)
 
 
 if __name__ == "__main__":

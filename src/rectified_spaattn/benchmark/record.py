@@ -140,6 +140,8 @@ def _from_text(kind: type[Any], line: dict[str, str]) -> Any:
 def _value(text: str, hint: Any) -> Any:
     if hint is str:
         return text
+    if hint is bool:
+        return text == "True"
     if text == "" and hint in (int | None, float | None):
         return None
     return int(text) if hint in (int, int | None) else float(text)
