@@ -20,13 +20,13 @@ import typer
 from rich.progress import Progress
 
 from rectified_spaattn import SparseConfig
-from rectified_spaattn.benchmark.record import machine, write_csv
+from rectified_spaattn.benchmark.record import Machine, machine, read_csv, write_csv
 from rectified_spaattn.demo.pipeline import load_demo_pipeline
 from rectified_spaattn.demo.prompts import PROMPTS
 from rectified_spaattn.evaluation.capture import capture_calls
 from rectified_spaattn.evaluation.intervals import bootstrap
 from rectified_spaattn.evaluation.paired import Pair, Settings
-from rectified_spaattn.evaluation.selection import study_selection
+from rectified_spaattn.evaluation.selection import IN_USE, study_selection
 
 STEPS = 12
 MEASURES = ("recall", "captured", "plain", "rectified")
@@ -70,14 +70,24 @@ def rows_of(
 
 def table(rows: list[Row]) -> str:
     lines = [
-        f"| sparsity | blocks chosen by | recall | captured mass | error, none | error, {rows[0].rectify} |",
-        "|---|---|---|---|---|---|",
+        f"| sparsity | blocks by | recall | captured mass | error, none | error, {rows[0].rectify} | less that of P |",
+        "|---|---|---|---|---|---|---|",
     ]
     for sparsity, selector in sorted({(row.sparsity, row.selector): None for row in rows}, key=lambda key: key[0]):
         mine = [row for row in rows if (row.sparsity, row.selector) == (sparsity, selector)]
+        in_use = [row for row in rows if (row.sparsity, row.selector) == (sparsity, IN_USE)]
         cells = [cell([getattr(row, name) for row in mine]) for name in MEASURES]
+        gaps = [row.rectified - other.rectified for row, other in zip(mine, in_use, strict=True)]
+        cells.append("" if selector == IN_USE else cell(gaps, "+"))
         lines.append(f"| {sparsity:.0%} | {selector} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def show(rows: list[Row], made_on: Machine) -> None:
+    prompts = len({row.prompt for row in rows})
+    print(f"\n{prompts} prompts, seed 0; {made_on.device}, torch {made_on.torch}; {made_on.command}")
+    print("mean [95% interval of the mean, percentile bootstrap over the prompts]\n")
+    print(table(rows))
 
 
 def cell(values: list[float], sign: str = "") -> str:
@@ -94,7 +104,11 @@ def main(
     order: str = "gilbert",
     rectify: str = SparseConfig().rectify,
     out: Path = Path("runs/selection"),
+    table_of: Annotated[Path | None, typer.Option(help="Print the table of an earlier run; measure nothing.")] = None,
 ) -> None:
+    if table_of is not None:
+        show(*read_csv(table_of, Row))
+        return
     pipe = load_demo_pipeline("cpu")
     settings = Settings(height=64, width=64, num_frames=16, steps=STEPS)
     config = SparseConfig(block_size=block_size, order=order, rectify=rectify, neighbours=False, top_p=0.0)
@@ -105,9 +119,7 @@ def main(
             pair = Pair(prompt=prompt, seed=0)
             rows += rows_of(pipe, pair, settings, tuple(step or (3, 9)), config, sparsity or [0.8, 0.9])
             write_csv(out / "selection.csv", rows, made_on)  # a run that is stopped leaves what it measured
-    print(f"\n{prompts} prompts, seed 0; {made_on.device}, torch {made_on.torch}; {made_on.command}")
-    print("mean [95% interval of the mean, percentile bootstrap over the prompts]\n")
-    print(table(rows))
+    show(rows, made_on)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from .attention_error import block_masses, full_attention
 from .capture import AttentionCall
 
 Selector = Callable[[AttentionCall, TokenLayout], torch.Tensor]
+IN_USE = "estimate P (in use)"
 ORACLE = "true mass (oracle)"  # no selector of as many blocks captures more mass
 
 
@@ -96,7 +97,7 @@ def by_chance(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
 
 
 SELECTORS: dict[str, Selector] = {
-    "estimate P (in use)": by_estimate,
+    IN_USE: by_estimate,
     "P + second order": by_second_order,
     "P of quarter blocks": by_quarter_blocks,
     "mean query, all keys": by_mean_query,
