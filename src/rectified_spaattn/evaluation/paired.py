@@ -178,9 +178,9 @@ def dense_kernel(name: str) -> AbstractContextManager[Any]:
 
 
 def warm_up(pipe: Any, modes: Sequence[Mode], pair: Pair, settings: Settings, *, backend: str = "auto") -> None:
-    """One denoising step under every mode, so that no timed run pays for first-use costs."""
+    """One denoising step under every mode, sparse where the mode is, so that no timed run pays for first-use costs."""
     for mode in modes:
-        generate(pipe, mode, pair, replace(settings, steps=1), backend=backend)
+        generate(pipe, _without_dense_steps(mode), pair, replace(settings, steps=1), backend=backend)
 
 
 def generate_pairs(
@@ -211,6 +211,13 @@ def _after_step(
 ) -> dict[str, Any]:
     on_step(mode, pair, step + 1)
     return tensors
+
+
+def _without_dense_steps(mode: Mode) -> Mode:
+    if mode.config is None:
+        return mode
+    config, *more = (config.replace(dense_steps=0) for config in (mode.config, *mode.more))
+    return replace(mode, config=config, more=tuple(more))
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 import base64
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..evaluation.intervals import Interval
 
 _MIME = {".png": "image/png", ".mp4": "video/mp4"}
 
@@ -21,18 +24,10 @@ class Media:
 
 def write_report(path: Path, metrics: Mapping[str, Any], media: Media) -> None:
     """Render the report of one run. metrics: what is written to metrics.json (see cli.demo). Nothing is linked to."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("rectified_spaattn", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"decibel": decibel, "percent": percent, "literal": repr}
     path.write_text(
-        environment.get_template("report.html").render(
+        environment()
+        .get_template("report.html")
+        .render(
             m=metrics,
             video=data_uri(media.video),
             still=data_uri(media.still),
@@ -41,6 +36,22 @@ def write_report(path: Path, metrics: Mapping[str, Any], media: Media) -> None:
         ),
         encoding="utf-8",
     )
+
+
+def environment() -> Any:
+    """jinja2's environment for the templates of this folder."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=PackageLoader("rectified_spaattn", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"decibel": decibel, "percent": percent, "literal": repr, "interval": interval}
+    made.globals["infinity"] = math.inf
+    return made
 
 
 def data_uri(path: Path) -> str:
@@ -58,3 +69,12 @@ def decibel(value: float | None) -> str:
 def percent(value: float) -> str:
     """A share with one decimal."""
     return f"{100 * value:.1f}%"
+
+
+def interval(value: Interval, score: str) -> str:
+    """A mean and its interval, with the digits that the score deserves; an infinite PSNR as "identical"."""
+    if math.isinf(value.mean):
+        return "identical"
+    digits = 2 if score == "psnr" else 4
+    ends = "" if math.isnan(value.low) else f" [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return f"{value.mean:.{digits}f}{ends}"

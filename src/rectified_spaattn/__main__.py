@@ -1,0 +1,5 @@
+"""`python -m rectified_spaattn`, which is what launchers of several processes start."""
+
+from .cli import main
+
+main()
