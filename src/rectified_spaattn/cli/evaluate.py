@@ -101,4 +101,6 @@ def evaluate(
         prepared = prepare(options)
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
+    except RuntimeError as error:  # no such model, no weights
+        raise SystemExit(str(error)) from error
     run(prepared)

@@ -41,7 +41,7 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload:
 
     try:
         pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise RuntimeError(
             f"model: cannot load {model!r}; allowed: {DEMO}, a folder that save_pretrained wrote, or the name of a "
             f"repository that can be reached. diffusers says: {error}"
