@@ -138,7 +138,7 @@ def run(prepared: Prepared, console: Console | None = None) -> None:
             watch = _Watch(progress, total=len(mine) * len(job.modes), done=done, steps=job.settings.steps)
             complete(prepared.pipe, job, folder, todo, watch)
             watch.finish()
-        for pair in mine:
+        for pair in mine:  # of a run that was killed between the last clip of a pair and this
             folder.drop_reference(pair)
     state.wait_for_everyone()
     if state.is_main_process:

@@ -57,6 +57,7 @@ def complete(
         for mode in modes:
             if mode.name != FULL:
                 _finish(job, folder, _generate(pipe, job, mode, pair, on_step), reference)
+        folder.drop_reference(pair)
 
 
 def _generate(pipe: Any, job: Job, mode: Mode, pair: Pair, on_step: OnStep) -> Clip:

@@ -1,5 +1,6 @@
 """What people look at after an evaluation: the figure, the side-by-side video and report.html."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def _draw(axis: Axes, name: str, summaries: Sequence[ModeSummary]) -> None:
         if each.mode.config is not None:
             family = each.mode.label.replace(f", {100 * each.mode.config.sparsity:g}%", "")
             families.setdefault(family, []).append(each)
-    spare = iter(PALETTE * len(families))
+    spare = itertools.cycle(colour for colour in PALETTE if colour not in MODE_COLOURS.values())
     for family, members in families.items():
         members.sort(key=lambda each: each.computed)
         x, found = [100 * each.computed for each in members], [each.scores[name] for each in members]
