@@ -23,8 +23,15 @@ from ..evaluation.pipelines import base_configs, call_settings, is_demo, load_pi
 from ..evaluation.processes import device_of, processes
 from ..evaluation.run import Job, complete, missing
 from ..evaluation.summary import SCORES, ModeSummary, clip_rows, summarise
-from ..report.evaluation import EvaluationMedia, scores_figure, side_by_side, write_clip, write_evaluation_report
-from ..report.html import interval, percent
+from ..report.evaluation import (
+    EvaluationMedia,
+    interval,
+    scores_figure,
+    side_by_side,
+    write_clip,
+    write_evaluation_report,
+)
+from ..report.html import percent
 from .bench_tables import print_wide
 from .evaluate_options import EvaluateOptions
 from .output import progress_bars

@@ -135,7 +135,7 @@ def generate_batch(
             configs = (mode.config, *mode.more)
             handle = stack.enter_context(enable(pipe, configs if mode.more else mode.config, backend=backend))
         noise = [torch.Generator("cpu").manual_seed(pair.seed) for pair in pairs]
-        clock = _StepClock(pipe._execution_device, after_step)
+        clock = StepClock(pipe._execution_device, after_step)
         frames = pipe(
             [pair.prompt for pair in pairs] if len(pairs) > 1 else pairs[0].prompt,
             height=settings.height,
@@ -230,7 +230,7 @@ def _without_progress_bar(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**before)
 
 
-class _StepClock:
+class StepClock:
     """A `callback_on_step_end` that notes when every step ended, and calls another one."""
 
     def __init__(self, device: torch.device, then: Callable[..., dict[str, Any]] | None) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..evaluation.folder import ClipRecord
+from ..evaluation.intervals import Interval
 from ..evaluation.paired import FULL, Pair
 from ..evaluation.run import FLOOR
 from ..evaluation.summary import ModeSummary
 from .figures import MODE_COLOURS, PALETTE
-from .html import data_uri, environment
+from .html import data_uri, write_evaluation
 from .video import Row, enlarge, even, labelled_grid, write_mp4
 
 COLUMNS, ROWS = 6, 3  # of the side-by-side video
@@ -88,23 +90,30 @@ def write_evaluation_report(
 ) -> None:
     """Render the report. manifest: as in manifest.json; clips: rows of clips.csv. Nothing is linked to but videos."""
     names = [name for name in _TITLES if name in summaries[0].scores]
-    path.write_text(
-        environment()
-        .get_template("evaluation.html")
-        .render(
-            m=manifest,
-            summaries=summaries,
-            names=names,
-            titles=_TITLES,
-            floor=next(each for each in summaries if each.mode.name == FLOOR),
-            clips=clips,
-            full=FULL,
-            figure=data_uri(media.figure),
-            video=data_uri(media.video),
-            raw=json.dumps(manifest, indent=2),
-        ),
-        encoding="utf-8",
-    )
+    values = {
+        "m": manifest,
+        "summaries": summaries,
+        "names": names,
+        "titles": _TITLES,
+        "floor": next(each for each in summaries if each.mode.name == FLOOR),
+        "clips": clips,
+        "full": FULL,
+        "interval": interval,
+        "infinity": math.inf,
+        "figure": data_uri(media.figure),
+        "video": data_uri(media.video),
+        "raw": json.dumps(manifest, indent=2),
+    }
+    write_evaluation(path, values)
+
+
+def interval(value: Interval, score: str) -> str:
+    """A mean and its interval, with the digits that the score deserves; an infinite PSNR as "identical"."""
+    if math.isinf(value.mean):
+        return "identical"
+    digits = 2 if score == "psnr" else 4
+    ends = "" if math.isnan(value.low) else f" [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return f"{value.mean:.{digits}f}{ends}"
 
 
 def _draw(axis: Axes, name: str, summaries: Sequence[ModeSummary]) -> None:

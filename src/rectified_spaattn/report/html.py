@@ -2,13 +2,10 @@
 
 import base64
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from ..evaluation.intervals import Interval
 
 _MIME = {".png": "image/png", ".mp4": "video/mp4"}
 
@@ -24,34 +21,29 @@ class Media:
 
 def write_report(path: Path, metrics: Mapping[str, Any], media: Media) -> None:
     """Render the report of one run. metrics: what is written to metrics.json (see cli.demo). Nothing is linked to."""
-    path.write_text(
-        environment()
-        .get_template("report.html")
-        .render(
-            m=metrics,
-            video=data_uri(media.video),
-            still=data_uri(media.still),
-            figures={name: data_uri(file) for name, file in media.figures.items()},
-            raw=json.dumps(metrics, indent=2),
-        ),
-        encoding="utf-8",
+    _render(
+        "report.html",
+        path,
+        m=metrics,
+        video=data_uri(media.video),
+        still=data_uri(media.still),
+        figures={name: data_uri(file) for name, file in media.figures.items()},
+        raw=json.dumps(metrics, indent=2),
     )
 
 
-def environment() -> Any:
-    """jinja2's environment for the templates of this folder."""
+def _render(template: str, path: Path, **values: Any) -> None:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    made = Environment(
+    environment = Environment(
         loader=PackageLoader("rectified_spaattn", "report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"decibel": decibel, "percent": percent, "literal": repr, "interval": interval}
-    made.globals["infinity"] = math.inf
-    return made
+    environment.filters |= {"decibel": decibel, "percent": percent, "literal": repr}
+    path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
 
 
 def data_uri(path: Path) -> str:
@@ -71,10 +63,6 @@ def percent(value: float) -> str:
     return f"{100 * value:.1f}%"
 
 
-def interval(value: Interval, score: str) -> str:
-    """A mean and its interval, with the digits that the score deserves; an infinite PSNR as "identical"."""
-    if math.isinf(value.mean):
-        return "identical"
-    digits = 2 if score == "psnr" else 4
-    ends = "" if math.isnan(value.low) else f" [{value.low:.{digits}f}, {value.high:.{digits}f}]"
-    return f"{value.mean:.{digits}f}{ends}"
+def write_evaluation(path: Path, values: Mapping[str, Any]) -> None:
+    """Render the report of an evaluation. values: what report.evaluation gives."""
+    _render("evaluation.html", path, **values)
