@@ -3,7 +3,7 @@ attention, on fixed prompt-seed pairs.
 
     python benchmarks/ablation.py run --split dev [--batch 24] [--out runs/ablation]
     torchrun --nproc-per-node 4 benchmarks/ablation.py run ...      # the pairs shared out; one GPU is enough
-    python benchmarks/ablation.py table runs/ablation/dev.csv
+    python benchmarks/ablation.py table runs/ablation/dev.csv [--plot ablation.png]
 
 `run` writes SPLIT.csv (one row a pair, sparsity and mode) and SPLIT-layers.csv, and prints what `table` prints: means
 with 95% bootstrap intervals over the pairs, as Markdown. The pairs of "held-out" are for one look, after everything has
@@ -25,6 +25,7 @@ from typing import Annotated, get_type_hints
 import torch
 import typer
 from accelerate.utils import gather_object
+from matplotlib.figure import Figure
 from rich.progress import Progress
 
 from rectified_spaattn import SparseConfig
@@ -38,6 +39,7 @@ from rectified_spaattn.evaluation.intervals import Interval, bootstrap
 from rectified_spaattn.evaluation.paired import Mode, Pair, Settings, full_mode, generate_batch, warm_up
 from rectified_spaattn.evaluation.processes import device_of, processes
 from rectified_spaattn.evaluation.scores import score
+from rectified_spaattn.report.figures import MODE_COLOURS, PALETTE
 
 FRAMES = 16
 FLOOR = "full attention, math kernel"
@@ -225,11 +227,46 @@ def read(path: Path) -> tuple[list[Row], Machine]:
     return rows, Machine(**{field.name: lines[0][field.name] for field in fields(Machine)})
 
 
+def plot(rows: list[Row], made_on: Machine, path: Path) -> None:
+    """Attention error, mass error, PSNR and SSIM against sparsity, one line a mode, with the intervals of `table`."""
+    titles = {
+        "attention_error": "output error of an attention call (lower is better)",
+        "mass_error": "mass error (lower is better)",
+        "psnr": "PSNR to full attention, dB (higher is closer)",
+        "ssim": "SSIM to full attention (higher is closer)",
+    }
+    sparsities = sorted({row.sparsity for row in rows} - {0.0})
+    modes = list(dict.fromkeys(row.rectify for row in rows if row.rectify != FLOOR))
+    spare = itertools.cycle(colour for colour in PALETTE if colour not in MODE_COLOURS.values())
+    colours = {mode: MODE_COLOURS.get(mode) or next(spare) for mode in modes}
+    figure = Figure(figsize=(11, 7.6), layout="constrained")
+    for axis, (name, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
+        for place, mode in enumerate(modes):
+            found = [bootstrap([getattr(row, name) for row in by_pair(rows, s, mode).values()]) for s in sparsities]
+            x = [100 * s + 0.35 * (place - (len(modes) - 1) / 2) for s in sparsities]  # bars do not hide one another
+            bars = [[each.mean - each.low for each in found], [each.high - each.mean for each in found]]
+            y = [each.mean for each in found]
+            axis.errorbar(x, y, yerr=bars, color=colours[mode], marker="o", markersize=4, capsize=3, label=mode)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xticks([100 * s for s in sparsities], [f"{s:.0%}" for s in sparsities])
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(modes), frameon=False)
+    pairs = len({(row.prompt, row.seed) for row in rows})
+    figure.suptitle(f"{rows[0].split}: {pairs} prompt-seed pairs, 95% intervals; {made_on.device}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
 @app.command("table")
-def print_table(path: Annotated[list[Path], typer.Argument(help="CSV files that `run` wrote.")]) -> None:
-    """Print the Markdown tables of earlier runs."""
-    for each in path:
-        show(*read(each))
+def print_table(
+    path: Annotated[Path, typer.Argument(help="CSV file that `run` wrote.")],
+    plot_to: Annotated[Path | None, typer.Option("--plot", help="PNG file for the figure.")] = None,
+) -> None:
+    """Print the Markdown tables of an earlier run."""
+    rows, made_on = read(path)
+    show(rows, made_on)
+    if plot_to is not None:
+        plot(rows, made_on, plot_to)
 
 
 @app.command()

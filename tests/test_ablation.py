@@ -1,6 +1,10 @@
 """What the ablation measures: masses of every mode, intervals, and the pairs it runs on."""
 
+import csv
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,3 +108,44 @@ def test_splits_are_fixed_known_to_the_model_and_disjoint() -> None:
     )
     with pytest.raises(ValueError, match="dev or held-out"):
         split_pairs("test")
+
+
+def test_the_script_writes_a_row_for_every_pair_and_mode_and_prints_them_again(tmp_path: Path) -> None:
+    script = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "ablation.py")]
+    options = ["--split", "dev", "--pairs", "2", "--batch", "2", "--size", "32", "--steps", "4", "--block-size", "32"]
+    options += [
+        "--sparsity",
+        "0.9",
+        "--rectify",
+        "none",
+        "--rectify",
+        "ipar",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
+    ran = subprocess.run([*script, "run", *options], capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr
+    with (tmp_path / "dev.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["rectify"], row["prompt"]) for row in rows]
+    modes = ["full attention, math kernel", "none", "ipar"]
+    assert found == [(mode, prompt) for mode in modes for prompt, _ in split_pairs("dev")[:2]]
+    for plain, ipar in zip(rows[2:4], rows[4:], strict=True):
+        assert plain["density"] == ipar["density"]  # the same blocks
+        assert plain["kept_mass"] == ipar["kept_mass"]
+        assert float(plain["mass_error"]) == pytest.approx(1 - float(plain["kept_mass"]), rel=1e-3)
+        assert float(ipar["mass_error"]) < float(plain["mass_error"])
+        assert float(plain["psnr"]) < 60 < float(rows[0]["psnr"])
+    again = subprocess.run(
+        [*script, "table", str(tmp_path / "dev.csv"), "--plot", str(tmp_path / "plot.png")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert again.returncode == 0, again.stderr
+    table = [line for line in again.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 3
+    assert table == [line for line in ran.stdout.splitlines() if line.startswith("|")]
+    assert (tmp_path / "plot.png").stat().st_size > 1000

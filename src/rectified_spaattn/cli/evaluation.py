@@ -24,6 +24,7 @@ from ..evaluation.processes import device_of, processes
 from ..evaluation.run import Job, complete, missing
 from ..evaluation.summary import SCORES, ModeSummary, clip_rows, summarise
 from ..report.evaluation import (
+    HEADS,
     EvaluationMedia,
     interval,
     scores_figure,
@@ -176,7 +177,8 @@ def summary_table(summaries: Sequence[ModeSummary]) -> Table:
     """The means as a Markdown table that can be pasted."""
     names = [name for name in SCORES if name in summaries[0].scores]
     table = Table(title=f"{summaries[0].clips} prompt-seed pairs; mean [95% interval]", box=box.MARKDOWN)
-    for name in ("attention", "computed pairs", *names, "s per clip", "s per step", "speed-up", "backend"):
+    heads = [HEADS[name] for name in names]
+    for name in ("attention", "computed pairs", *heads, "s per clip", "s per step", "speed-up", "backend"):
         table.add_column(name, justify="left" if name in ("attention", "backend") else "right", no_wrap=True)
     for each in summaries:
         reference = each.mode.name == FULL

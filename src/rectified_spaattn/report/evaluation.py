@@ -22,6 +22,7 @@ from .html import data_uri, write_evaluation
 from .video import Row, enlarge, even, labelled_grid, write_mp4
 
 COLUMNS, ROWS = 6, 3  # of the side-by-side video
+HEADS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "flicker": "flicker"}
 _TITLES = {
     "psnr": "PSNR to full attention, dB (higher is closer)",
     "ssim": "SSIM to full attention (higher is closer)",
@@ -95,6 +96,7 @@ def write_evaluation_report(
         "summaries": summaries,
         "names": names,
         "titles": _TITLES,
+        "heads": HEADS,
         "floor": next(each for each in summaries if each.mode.name == FLOOR),
         "clips": clips,
         "full": FULL,
