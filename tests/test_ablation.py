@@ -12,11 +12,13 @@ import torch
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.config import RECTIFY_MODES
 from rectified_spaattn.demo.model import tokenize
-from rectified_spaattn.demo.prompts import split_pairs
+from rectified_spaattn.demo.pipeline import load_demo_pipeline
+from rectified_spaattn.demo.prompts import PROMPTS, split_pairs
 from rectified_spaattn.evaluation.allocation import allocation, exact
 from rectified_spaattn.evaluation.attention_error import attention_error, block_masses
 from rectified_spaattn.evaluation.capture import AttentionCall
 from rectified_spaattn.evaluation.intervals import bootstrap
+from rectified_spaattn.evaluation.paired import Mode, Pair, Settings, generate, generate_batch
 
 BLOCK = 16
 
@@ -79,6 +81,20 @@ def test_mass_errors_follow_from_r_and_the_exact_masses() -> None:
 def test_another_layout_than_the_exact_one_is_refused() -> None:
     with pytest.raises(ValueError, match="blocks of 32"):
         allocation(exact(call(), BLOCK), SparseConfig(block_size=32))
+
+
+def test_a_batch_gives_the_clips_of_single_calls() -> None:
+    pipe = load_demo_pipeline()
+    config = SparseConfig(sparsity=0.5, block_size=32, top_p=0.0, neighbours=False)
+    mode = Mode(name="sparse", label="sparse", config=config)
+    pairs = [Pair(prompt=prompt, seed=seed) for seed, prompt in enumerate(PROMPTS[:2])]
+    settings = Settings(height=32, width=32, num_frames=8, steps=2)
+    together = generate_batch(pipe, mode, pairs, settings)
+    assert [clip.pair for clip in together] == pairs
+    for clip, pair in zip(together, pairs, strict=True):
+        alone = generate(pipe, mode, pair, settings)
+        torch.testing.assert_close(clip.video, alone.video, atol=1e-3, rtol=0)
+    assert not torch.allclose(together[0].video, together[1].video, atol=0.1)
 
 
 def test_bootstrap_interval() -> None:
