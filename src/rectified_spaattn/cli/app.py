@@ -9,6 +9,7 @@ import typer
 
 from .. import __version__
 from .bench import bench_app
+from .evaluate import evaluate
 from .inspect import inspect
 from .options import DEFAULT, QUICK, DemoOptions
 
@@ -20,7 +21,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
-app.command(name="inspect")(inspect)
+app.command()(evaluate)
+app.command()(inspect)
 
 
 def _version(wanted: bool) -> None:

@@ -67,3 +67,8 @@ def decibel(value: float | None) -> str:
 def percent(value: float) -> str:
     """A share with one decimal."""
     return f"{100 * value:.1f}%"
+
+
+def write_evaluation(path: Path, values: Mapping[str, Any]) -> None:
+    """Render the report of an evaluation. values: what report.evaluation gives."""
+    _render("evaluation.html", path, **values)
