@@ -207,11 +207,26 @@ def test_inspect_reads_the_folder_of_any_pipeline(tmp_path: Path) -> None:
     told = json.loads((out / "inspect.json").read_text())
     assert (told["call"]["grid"], told["call"]["num_blocks"], told["call"]["isolated"]) == ([3, 8, 8], 6, 0)
     assert told["settings"]["guidance_scale"] == 5.0  # the pipeline's default
+    assert (told["config"]["first_frame"], told["config"]["neighbours"]) == (True, True)  # the model's preset
     assert all(math.isfinite(row["relative_error"]) for row in told["results"])
     code, printed = invoke(*common, "--steps", 2, "--out", tmp_path / "none", "--device", "cpu", "--block-size", 256)
     assert code == 1
     assert "block_size: got 256 for a grid of (3, 8, 8)" in printed
     assert not (tmp_path / "none").exists()
+
+
+def test_inspect_refuses_a_folder_without_a_pipeline_and_a_pipeline_without_videos(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    empty, other = tmp_path / "empty", tmp_path / "other"
+    empty.mkdir()
+    unet = UNet2DModel(8, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(other)
+    for folder, told in ((empty, "a folder that save_pretrained wrote"), (other, "allowed: text-to-video pipelines")):
+        code, printed = invoke("--model", folder, "--out", tmp_path / "out", "--device", "cpu")
+        assert told in printed
+        assert code == 1
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +243,6 @@ def test_inspect_reads_the_folder_of_any_pipeline(tmp_path: Path) -> None:
         (("--step", 12), 1, "--step: got 12; allowed: 0 to 11"),
         (("--head", 3, "--steps", 1, "--height", 16, "--width", 16), 1, "head: got 3; allowed: 0 to 2"),
         (("--prompt", "a flying carpet", "--steps", 1), 1, "carpet"),
-        (("--model", "no-such-folder"), 1, "got a folder without model_index.json"),
     ],
 )
 def test_inspect_refuses_with_what_is_allowed(

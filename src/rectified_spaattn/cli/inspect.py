@@ -4,26 +4,24 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..config import RECTIFY_MODES, SparseConfig
 from ..demo.prompts import PROMPTS
+from .evaluate_options import DTYPES
 from .options import device_of
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEMO_BLOCK_SIZE = 64  # its grid is small
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """One run; None leaves the choice to the model, its pipeline or the docs of the option.
+    """One run; None leaves the choice to the model, its preset or its pipeline.
 
     Raises ValueError or TypeError for values out of range.
     """
 
-    model: Path | None = None
+    model: str = "demo"
     layer: int | None = None
     head: int | None = None
     step: int | None = None
@@ -32,16 +30,17 @@ class InspectOptions:
     sparsity: tuple[float, ...] = (0.8, 0.9)
     rectify: str = SparseConfig().rectify
     block_size: int | None = None
-    order: str = "gilbert"
-    top_p: float = 0.0
-    neighbours: bool = False
+    order: str | None = None
+    top_p: float | None = None
+    neighbours: bool | None = None
     height: int | None = None
     width: int | None = None
     frames: int | None = None
     steps: int | None = None
     guidance: float | None = None
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: str | None = None
+    offload: bool = False
     selection: bool = False
     out: Path = Path("inspect-output")
     command: str = "rectified-spaattn inspect"
@@ -53,26 +52,16 @@ class InspectOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: got {value}; allowed: {least} or more.")
-        if self.dtype not in DTYPES:
+        if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype: got {self.dtype!r}; allowed: one of {list(DTYPES)}.")
         device_of(self.device)
         for sparsity in self.sparsity:
-            self.config().replace(sparsity=sparsity)
+            self.config(SparseConfig()).replace(sparsity=sparsity)
 
-    def config(self) -> SparseConfig:
-        """What all modes and sparsities have in common."""
-        size = self.block_size
-        if size is None:
-            size = DEMO_BLOCK_SIZE if self.model is None else SparseConfig().block_size
-        return SparseConfig.from_dict(
-            {
-                "rectify": self.rectify,
-                "block_size": size,
-                "order": self.order,
-                "top_p": self.top_p,
-                "neighbours": self.neighbours,
-            }
-        )
+    def config(self, base: SparseConfig) -> SparseConfig:
+        """What all modes and sparsities have in common: `base`, changed where an option was given."""
+        given: dict[str, Any] = {name: getattr(self, name) for name in ("block_size", "order", "top_p", "neighbours")}
+        return base.replace(rectify=self.rectify, **{name: value for name, value in given.items() if value is not None})
 
 
 DEFAULT = InspectOptions()
@@ -80,8 +69,8 @@ DEFAULT = InspectOptions()
 
 def inspect(
     model: Annotated[
-        Path | None, typer.Option(help="Folder of a diffusers pipeline.", show_default="the demo model")
-    ] = None,
+        str, typer.Option(help="demo, or the folder or repository of a diffusers pipeline.")
+    ] = DEFAULT.model,
     layer: Annotated[
         int | None, typer.Option(help="Self-attention layer, from 0.", show_default="the middle one")
     ] = None,
@@ -95,11 +84,24 @@ def inspect(
     ] = None,
     rectify: Annotated[str, typer.Option(help="The mode that the pictures show beside none.")] = DEFAULT.rectify,
     block_size: Annotated[
-        int | None, typer.Option(help="Tokens a block.", show_default="128; 64 for the demo model")
+        int | None, typer.Option(help="Tokens a block.", show_default="the preset's; 64 for the demo model")
     ] = None,
-    order: Annotated[str, typer.Option(help="gilbert, tile or raster.")] = DEFAULT.order,
-    top_p: Annotated[float, typer.Option(help="Least attention mass the kept blocks hold.")] = DEFAULT.top_p,
-    neighbours: Annotated[bool, typer.Option(help="Always keep blocks that touch in 3-D.")] = DEFAULT.neighbours,
+    order: Annotated[
+        str | None,
+        typer.Option(help="gilbert, tile or raster.", show_default="the preset's; gilbert for the demo model"),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Least mass the kept blocks hold.", show_default="the preset's; 0 for the demo model"),
+    ] = None,
+    neighbours: Annotated[
+        bool | None,
+        typer.Option(
+            "--neighbours/--no-neighbours",
+            help="Always keep blocks that touch in 3-D.",
+            show_default="the preset's; no for the demo model",
+        ),
+    ] = None,
     selection: Annotated[bool, typer.Option("--selection", help="Also judge other ways to choose the blocks.")] = False,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's")] = None,
@@ -108,9 +110,12 @@ def inspect(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the pipeline's")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = DEFAULT.device,
     dtype: Annotated[
-        str,
-        typer.Option(help=f"{', '.join(DTYPES)}; auto: float32 for the demo model and on a CPU, else bfloat16."),
-    ] = DEFAULT.dtype,
+        str | None,
+        typer.Option(
+            help=f"{', '.join(DTYPES)}.", show_default="float32 for the demo model and on a CPU, else bfloat16"
+        ),
+    ] = None,
+    offload: Annotated[bool, typer.Option("--offload", help="Keep models on the CPU while they do not run.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the page, pictures and tables.")] = DEFAULT.out,
 ) -> None:
     """Look into one attention head: its error under every rectify mode, and where its attention goes."""
@@ -135,6 +140,7 @@ def inspect(
             guidance=guidance,
             device=device,
             dtype=dtype,
+            offload=offload,
             selection=selection,
             out=out,
             command=shlex.join(["rectified-spaattn", *sys.argv[1:]]),

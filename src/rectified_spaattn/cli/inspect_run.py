@@ -1,6 +1,5 @@
 """What `rectified-spaattn inspect` does: load, capture, study, draw, write."""
 
-import inspect
 import itertools
 import json
 from collections.abc import Sequence
@@ -15,12 +14,12 @@ from rich.table import Table
 
 from ..benchmark.op import Watch
 from ..benchmark.record import machine, write_csv
-from ..config import RECTIFY_MODES
-from ..demo.pipeline import DemoVideoPipeline, load_demo_pipeline
+from ..config import RECTIFY_MODES, SparseConfig
 from ..evaluation import record
 from ..evaluation.capture import AttentionCall, capture_calls
 from ..evaluation.maps import HeadResult, HeadStudy, one_head, study_head
 from ..evaluation.paired import Pair, Settings
+from ..evaluation.pipelines import DEMO, base_configs, call_settings, is_demo, load_pipeline
 from ..evaluation.selection import SELECTORS, SelectionRow, study_selection
 from ..integrations.diffusers.adapters import adapter_for
 from ..report.figures import CallName
@@ -74,19 +73,20 @@ def run(options: InspectOptions, console: Console | None = None) -> Path:
     environment = record.environment(device)
     settings = _settings(pipe, options)
     layer, step = _place(pipe, options, settings)
+    config = options.config(base_configs(pipe)[0])
     with progress(console) as watch:
-        found = _study(pipe, options, settings, layer, step, device, watch)
+        found = _study(pipe, options, config, settings, layer, step, device, watch)
         figures = _draw(options, found)
     rows = [_row(found.name, result) for result in found.study.results]
     _write_tables(options, rows, found.selection, device)
     told = {
         "command": options.command,
         **environment,
-        "model": str(options.model or "the demo model"),
+        "model": "the demo model" if options.model == DEMO else options.model,
         "prompt": options.prompt,
         "seed": options.seed,
         "settings": asdict(settings),
-        "config": options.config().to_dict(),
+        "config": config.to_dict(),
         "call": _call_record(found),
         "results": [asdict(row) for row in rows],
         "selection": [asdict(row) for row in found.selection],
@@ -102,7 +102,14 @@ def run(options: InspectOptions, console: Console | None = None) -> Path:
 
 
 def _study(
-    pipe: Any, options: InspectOptions, settings: Settings, layer: int, step: int, device: torch.device, watch: Watch
+    pipe: Any,
+    options: InspectOptions,
+    config: SparseConfig,
+    settings: Settings,
+    layer: int,
+    step: int,
+    device: torch.device,
+    watch: Watch,
 ) -> Studied:
     """Generate up to the step with full attention, take the layer's call, and measure one head of it."""
     work = step + 1 + 2 + len(options.sparsity) * len(RECTIFY_MODES) + options.selection * (len(SELECTORS) + 1)
@@ -111,7 +118,7 @@ def _study(
     def advance(what: str) -> None:
         watch(what, next(count), work)
 
-    config, pair = options.config(), Pair(prompt=options.prompt, seed=options.seed)
+    pair = Pair(prompt=options.prompt, seed=options.seed)
     try:
         captured = capture_calls(
             pipe, pair, settings, step=step, layers=[layer], on_step=lambda done: advance(f"denoising step {done}")
@@ -181,49 +188,25 @@ def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
 
 
 def _load(options: InspectOptions, device: torch.device) -> Any:
-    """The demo model, weights of one's own training for it, or any diffusers pipeline folder, on the device."""
-    dtype = _dtype(options, device)
-    if options.model is None:
-        return load_demo_pipeline(device, dtype)
-    index = options.model / "model_index.json"
-    if not index.is_file():
-        raise InspectError(
-            f"--model {options.model}: got a folder without model_index.json, or none; allowed: the folder of a "
-            "diffusers pipeline, as save_pretrained writes it."
-        )
-    if json.loads(index.read_text())["_class_name"] == DemoVideoPipeline.__name__:
-        return load_demo_pipeline(device, dtype, options.model)
-    from diffusers import DiffusionPipeline
-
-    return DiffusionPipeline.from_pretrained(options.model, torch_dtype=dtype, local_files_only=True).to(device)
-
-
-def _dtype(options: InspectOptions, device: torch.device) -> torch.dtype:
-    if options.dtype != "auto":
-        return getattr(torch, options.dtype)
-    return torch.float32 if options.model is None or device.type == "cpu" else torch.bfloat16
+    dtype = options.dtype or ("float32" if is_demo(options.model) or device.type == "cpu" else "bfloat16")
+    try:
+        return load_pipeline(options.model, device, getattr(torch, dtype), options.offload)
+    except RuntimeError as error:
+        raise InspectError(str(error)) from error
 
 
 def _settings(pipe: Any, options: InspectOptions) -> Settings:
-    """What was asked for, and the defaults of the pipeline's call for the rest."""
-    known = inspect.signature(pipe.__call__).parameters
-    found: dict[str, Any] = {}
-    for field, argument, option in (
-        ("height", "height", "height"),
-        ("width", "width", "width"),
-        ("num_frames", "num_frames", "frames"),
-        ("steps", "num_inference_steps", "steps"),
-        ("guidance_scale", "guidance_scale", "guidance"),
-    ):
-        if argument not in known:
-            raise InspectError(
-                f"{type(pipe).__name__}: got a pipeline without {argument}; allowed: one that makes videos from text."
-            )
-        given = getattr(options, option)
-        found[field] = known[argument].default if given is None else given
-        if not isinstance(found[field], int | float):
-            raise InspectError(f"--{option}: got none, and {type(pipe).__name__} has no default; allowed: a number.")
-    return Settings(**found)
+    given = {
+        "height": options.height,
+        "width": options.width,
+        "num_frames": options.frames,
+        "steps": options.steps,
+        "guidance_scale": options.guidance,
+    }
+    try:
+        return call_settings(pipe, given, {})
+    except (TypeError, ValueError) as error:
+        raise InspectError(str(error)) from error
 
 
 def _place(pipe: Any, options: InspectOptions, settings: Settings) -> tuple[int, int]:
