@@ -84,7 +84,7 @@ def _packed(x: torch.Tensor) -> torch.Tensor:
 
 
 def _sliced(x: torch.Tensor) -> torch.Tensor:
-    wide = torch.full((*x.shape[:3], 2 * x.shape[3] + 1), torch.nan, dtype=x.dtype)
+    wide = torch.full((*x.shape[:3], 2 * x.shape[3] + 1), torch.nan, dtype=x.dtype, device=x.device)
     wide[..., 1::2] = x
     return wide[..., 1::2]
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,17 +44,19 @@ def summary(seconds: Sequence[float]) -> Timing:
 def interleaved(
     calls: Mapping[str, Timed], sets: int, device: torch.device, on_round: Callable[[int, int], None]
 ) -> dict[str, Timing]:
-    """Times all calls. Neighbouring calls get different ones of the `sets` input sets, so that none finds its inputs
-    in the cache. on_round(done, total) is told after every round.
+    """Times all calls, every round in another (but reproducible) order: a call that follows a long one finds a hotter,
+    slower GPU. Neighbouring calls get different ones of the `sets` input sets, so that none finds its inputs in the
+    cache. on_round(done, total) is told after every round.
     """
     clock: Callable[[Mapping[str, Callable[[], object]]], dict[str, Callable[[], float]]] = _cpu_round
     if device.type == "cuda":
         clock = partial(_cuda_round, torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device=device))
     most = max(timed.repeats for timed in calls.values())
-    call_number = itertools.count()
+    call_number, order = itertools.count(), random.Random(0)
     waiting: list[dict[str, Callable[[], float]]] = []
     for turn in range(-WARM_UP, most):
         due = [name for name in calls if turn < calls[name].repeats]
+        order.shuffle(due)
         bound = {name: _bind(calls[name].call, next(call_number) % sets) for name in due}
         waiting.append(clock(bound))
         if len(waiting) > 1:  # the round before; this one is queued already, so the GPU is never idle

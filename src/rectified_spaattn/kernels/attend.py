@@ -47,13 +47,12 @@ def attend(
     out = tiled.q.new_empty(batch, layout.sequence, heads, head_dim)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
     tiling = tiling_for(out.device, b, head_dim, resume=partial is not None)
-    # a descriptor cannot be of nothing: where one kind of keys is absent, and never read, the other stands in
-    listed = (tiled.k, tiled.v) if tiled.k.numel() else (tiled.k_tail, tiled.v_tail)
-    tail = (tiled.k_tail, tiled.v_tail) if tiled.k_tail.numel() else listed
+    # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never read
+    keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail))
     given = (tiled.q, lse) if partial is None else partial  # not read without `partial`
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
-        _rows_of(tiled.q, tiling.block_m), *(_rows_of(x, tiling.block_n) for x in (*listed, *tail)),
+        _rows_of(tiled.q, tiling.block_m), *(_rows_of(x, tiling.block_n) for x in keys),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, layout.places, plan.r, plan.c,
         out, lse, *given, *given[0].stride()[:3], *out.stride()[:3],
         heads, layout.num_blocks, rows, scale / math.log(2),
