@@ -8,8 +8,9 @@ import torch
 from hypothesis import strategies as st
 
 from rectified_spaattn import SparseConfig, TokenLayout
+from rectified_spaattn.config import RECTIFY_MODES
 
-MODES = ("none", "pooled", "ipar", "ipar+gapr")
+MODES = RECTIFY_MODES
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 

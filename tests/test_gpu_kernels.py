@@ -1,4 +1,4 @@
-"""The Triton and FlashAttention-4 backends on a CUDA GPU: `pytest -m gpu`. FlashAttention-4's cases need flash-attn-4."""
+"""The Triton and FlashAttention-4 backends on a CUDA GPU: `pytest -m gpu`; the latter's cases need flash-attn-4."""
 
 import pytest
 import torch

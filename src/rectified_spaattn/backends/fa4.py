@@ -32,7 +32,7 @@ def run(
     from ..kernels.tile import tile
 
     layout = layout.on(q.device)
-    tiled = tile(q, k, v, layout, text_valid)
+    tiled = tile(q, k, v, layout, text_valid, config.rectify)
     plan, lists = make_plan(tiled, layout, config, scale, block_mask)
     if layout.num_blocks:
         given = listed_blocks(tiled, lists, scale)
