@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -253,13 +253,6 @@ def test_a_transformer_alone_needs_to_be_told_the_step():
     assert handle.stats().dense_reasons == {"dense_steps": 2 * 3}
     with pytest.raises(ValueError, match="total"):
         handle.set_step(4, 4)
-
-
-def test_a_scheduler_without_steps_is_reported():
-    pipeline = tiny.wan_pipeline()
-    pipeline.scheduler = DDIMScheduler()
-    with pytest.warns(UserWarning, match="step_index"):
-        rsa.enable(pipeline, **{**SPARSE, "dense_steps": 2})
 
 
 def test_replaced_processors_are_reported_not_silently_dense():

@@ -11,9 +11,10 @@ from ...backends import BACKENDS
 from ...config import SparseConfig
 from ...config import preset as preset_of
 from .adapters import Adapter, adapter_for
-from .handle import Enabled, Handle, lost_layers, shortened
+from .handle import Enabled, Handle
 from .processor import wrap
 from .state import LayerState, RunClock, TransformerState
+from .watch import Watch
 
 
 def enable(
@@ -55,16 +56,18 @@ def enable(
     chosen = tuple(each.replace(**overrides) for each in chosen)
 
     _check_models(transformers, adapters, chosen)
-    clock = RunClock(pipeline)
+    clock, watch = RunClock(pipeline), Watch()
     enabled = [
-        _enable_one(name, model, adapter, each, backend, clock)
+        _enable_one(name, model, adapter, each, backend, clock, watch)
         for (name, model), adapter, each in zip(transformers, adapters, chosen, strict=True)
     ]
-    if any(each.dense_steps for each in chosen) and not clock.tells_steps():
+    warm_up = [each.dense_steps for each in chosen if each.dense_steps]
+    if warm_up and not clock.tells_steps():
+        watch.said.add("step")
         warnings.warn(
-            f"rectified_spaattn: dense_steps={chosen[0].dense_steps} needs the denoising step, which only a pipeline "
-            "whose scheduler has a step_index tells: until handle.set_step(step, total) is called every step is "
-            "sparse. Or pass dense_steps=0.",
+            f"rectified_spaattn: dense_steps={warm_up[0]} needs the denoising step, which "
+            "only a pipeline tells, by its scheduler's step_index or its own current_timestep: until "
+            "handle.set_step(step, total) is called every step is sparse. Or pass dense_steps=0.",
             stacklevel=2,
         )
     return Handle(enabled, clock)
@@ -106,10 +109,17 @@ def _check_models(
 
 
 def _enable_one(
-    name: str, model: nn.Module, adapter: Adapter, config: SparseConfig, backend: str, clock: RunClock
+    name: str,
+    model: nn.Module,
+    adapter: Adapter,
+    config: SparseConfig,
+    backend: str,
+    clock: RunClock,
+    watch: Watch,
 ) -> Enabled:
     attentions: list[tuple[str, Any]] = adapter.attentions(model)
     state = TransformerState(config=config, backend=backend, clock=clock, text_first=adapter.text_first)
+    watch.states[name] = state
     originals = [(module, module.processor) for _, module in attentions]
     for index, (layer_name, module) in enumerate(attentions):
         layer = LayerState(
@@ -121,27 +131,19 @@ def _enable_one(
         state.layers.append(layer)
         module.set_processor(wrap(module.processor, layer))
 
-    hook = model.register_forward_pre_hook(_watcher(name, adapter, state, originals), with_kwargs=True)
+    hook = model.register_forward_pre_hook(_watcher(name, adapter, watch, originals), with_kwargs=True)
     return Enabled(name=name, model=model, state=state, hook=hook, originals=originals)
 
 
 def _watcher(
-    name: str, adapter: Adapter, state: TransformerState, originals: list[tuple[Any, Any]]
+    name: str, adapter: Adapter, watch: Watch, originals: list[tuple[Any, Any]]
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    """A forward pre-hook: tells the state what is coming, and warns once where layers were taken away from it."""
-    warned: list[bool] = []
+    """A forward pre-hook: tells the state what is coming, and warns of what does not go as configured."""
 
     def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        state.begin_forward(adapter.grid(model, inputs))
-        lost = lost_layers(state, originals)
-        if lost and not warned:
-            warned.append(True)
-            warnings.warn(
-                f"rectified_spaattn: {len(lost)} of {len(originals)} layers of {name} run full attention, because "
-                f"their processor or its backend was replaced after enable(): {shortened(lost)}. "
-                "Disable and enable again.",
-                stacklevel=2,
-            )
+        watch.states[name].begin_forward(adapter.grid(model, inputs), inputs.get("timestep"))
+        for complaint in watch.complaints(name, model, originals):
+            warnings.warn(f"rectified_spaattn: {complaint}", stacklevel=2)
 
     return before_forward

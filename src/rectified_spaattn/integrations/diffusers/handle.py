@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .processor import is_wrapped
 from .state import RunClock, TransformerState
+from .watch import lost_layers, shortened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,7 @@ class Handle:
         layers, reasons, backends = [], Counter[str](), set[str]()
         density_sum, steps, forwards = 0.0, 0, 0
         for item in self._enabled:
+            item.state.catch_up()
             steps += len(item.state.steps_seen)
             forwards += item.state.forwards
             for layer in item.state.layers:
@@ -155,18 +157,7 @@ class Handle:
         ]
         lines.append(f"  computed attention pairs: {run.overall_density:.1%} of full attention in these layers")
         for item in self._enabled:
-            lost = lost_layers(item.state, item.originals) if self.active else []
+            lost = lost_layers(item.model, item.state, item.originals) if self.active else []
             if lost:
-                lines.append(f"  LOST on {item.name}: {shortened(lost)} (processor replaced; enable again)")
+                lines.append(f"  LOST on {item.name}: {shortened(lost)} (replaced; disable and enable again)")
         return "\n".join(lines)
-
-
-def lost_layers(state: TransformerState, originals: list[tuple[Any, Any]]) -> list[str]:
-    """Names of layers whose processor somebody replaced after enabling. originals: (module, processor it had)."""
-    pairs = zip(state.layers, originals, strict=True)
-    return [layer.name for layer, (module, _) in pairs if not is_wrapped(module.processor, layer)]
-
-
-def shortened(names: list[str]) -> str:
-    """The first three of a list of names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,40 +12,9 @@ from ...attention import rectified_attention
 from ...config import SparseConfig
 from ...layout import TokenLayout
 from .adapters import Grid
+from .clock import RunClock
 
 _handles = itertools.count()
-
-
-class RunClock:
-    """The denoising step, shared by the transformers of one pipeline. A step that goes back starts a new run."""
-
-    def __init__(self, pipeline: Any | None) -> None:
-        self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
-        self._told: tuple[int, int | None] | None = None
-        self._last: int | None = None
-        self.run = 0
-
-    def tell(self, step: int, total: int | None) -> None:
-        self._told = (step, total)
-
-    def tells_steps(self) -> bool:
-        return self._from_scheduler() != (None, None)
-
-    def read(self) -> tuple[int | None, int | None]:
-        """(step, number of steps), each None where nobody knows it."""
-        step, total = self._told or self._from_scheduler()
-        if step is not None:
-            if self._last is not None and step < self._last:
-                self.run += 1
-            self._last = step
-        return step, total
-
-    def _from_scheduler(self) -> tuple[int | None, int | None]:
-        scheduler: Any = getattr(self._pipeline() if self._pipeline else None, "scheduler", None)
-        if not hasattr(scheduler, "step_index"):
-            return None, None
-        timesteps = getattr(scheduler, "timesteps", None)
-        return scheduler.step_index or 0, None if timesteps is None else len(timesteps)
 
 
 @dataclass(kw_only=True)
@@ -66,20 +34,21 @@ class TransformerState:
     steps_seen: set[int] = field(default_factory=set)
     forwards: int = 0
 
-    def begin_forward(self, grid: Grid) -> None:
-        """Called before every forward of the transformer."""
+    def begin_forward(self, grid: Grid, timestep: Any = None) -> None:
+        """Called before every forward of the transformer; timestep as it gets it."""
         self.grid = grid
-        self.step, self.total_steps = self.clock.read()
-        if self.run != self.clock.run:
-            self.reset()
+        self.step, self.total_steps = self.clock.read(timestep)
+        self.catch_up()
         if self.first_step is None:
             self.first_step = self.step
         if self.step is not None:
             self.steps_seen.add(self.step)
         self.forwards += 1
 
-    def reset(self) -> None:
-        """Forget the run before."""
+    def catch_up(self) -> None:
+        """Forget the run before, if a new one has started, on this transformer or another of the pipeline."""
+        if self.run == self.clock.run:
+            return
         self.run, self.first_step, self.steps_seen, self.forwards = self.clock.run, None, set(), 0
         for layer in self.layers:
             layer.record = Record()
