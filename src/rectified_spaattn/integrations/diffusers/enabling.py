@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...backends import BACKENDS
@@ -76,14 +77,20 @@ def enable(
 def _transformers_of(target: Any) -> tuple[list[tuple[str, nn.Module]], Any | None]:
     """The named transformers of a pipeline, and the pipeline; for a transformer itself None in its place."""
     if isinstance(target, nn.Module):
-        return [("transformer", target)], None
+        return [("transformer", _uncompiled(target))], None
     names = [name for name in ("transformer", "transformer_2") if isinstance(getattr(target, name, None), nn.Module)]
     if not names:
         raise TypeError(
             f"enable: got a {type(target).__name__} without a transformer; allowed: a diffusers pipeline that has one, "
             "or the transformer itself."
         )
-    return [(name, getattr(target, name)) for name in names], target
+    return [(name, _uncompiled(getattr(target, name))) for name in names], target
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The transformer itself where torch.compile(transformer) put a module around it."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _checked(configs: Sequence[SparseConfig]) -> tuple[SparseConfig, ...]:
@@ -140,6 +147,7 @@ def _watcher(
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     """A forward pre-hook: tells the state what is coming, and warns of what does not go as configured."""
 
+    @torch.compiler.disable  # bookkeeping of each call: not to be traced where the whole transformer is compiled
     def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         watch.states[name].begin_forward(adapter.grid(model, inputs), inputs.get("timestep"))

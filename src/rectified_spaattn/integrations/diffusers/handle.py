@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .processor import is_wrapped
 from .state import RunClock, TransformerState
-from .watch import lost_layers, shortened
+from .watch import lost_layers, shortened, uncalled_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class Handle:
                 f"sparsity {config.sparsity:g}, top_p {config.top_p:g}, rectify {config.rectify}, "
                 f"block {config.block_size}, order {config.order}"
             )
-        if run.sparse_calls + run.dense_calls == 0:
+        if run.forwards == 0:
             return "\n".join([*lines, "  nothing has run yet"])
         steps = f"{run.steps} steps, " if run.steps else ""
         calls = run.sparse_calls + run.dense_calls
@@ -153,11 +153,17 @@ class Handle:
         else:
             lines.append("  sparse: none")
         lines += [
-            f"  dense:  {calls} calls, because of {reason}" for reason, calls in sorted(run.dense_reasons.items())
+            f"  dense:  {count} calls, because of {reason}" for reason, count in sorted(run.dense_reasons.items())
         ]
-        lines.append(f"  computed attention pairs: {run.overall_density:.1%} of full attention in these layers")
+        if calls:
+            lines.append(f"  computed attention pairs: {run.overall_density:.1%} of full attention in these layers")
         for item in self._enabled:
             lost = lost_layers(item.model, item.state, item.originals) if self.active else []
             if lost:
                 lines.append(f"  LOST on {item.name}: {shortened(lost)} (replaced; disable and enable again)")
+            uncalled = uncalled_layers(item.model, item.state, item.originals) if item.state.forwards else []
+            if uncalled:
+                lines.append(
+                    f"  NOT CALLED on {item.name}: {shortened(uncalled)} (skipped, or not through the dispatcher)"
+                )
         return "\n".join(lines)

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch.overrides import _get_current_function_mode_stack
 
 from .state import LayerState
 
@@ -80,6 +82,8 @@ def _backend(
             f"The attention backend {BACKEND_NAME!r} was called by a processor it was not enabled for. "
             "Use rectified_spaattn.enable(pipe); do not set the backend by its name."
         )
+    if any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack()):
+        return value  # perturbed attention guidance: what the dense dispatch gives inside this mode
     if dropout_p or is_causal or enable_gqa:
         raise ValueError(
             f"rectified attention: got dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}; allowed: "
@@ -115,6 +119,7 @@ def _wrapped_class(processor_class: Any) -> Any:
             _caller.handle = None
 
     wrapped = type(processor_class.__name__, (processor_class,), {"__call__": call, "__module__": __name__})
+    AttentionProcessorRegistry._register()  # it fills itself when first asked
     if processor_class in AttentionProcessorRegistry._registry:  # skip-layer guidance looks processors up by class
         AttentionProcessorRegistry.register(wrapped, AttentionProcessorRegistry.get(processor_class))
     return wrapped

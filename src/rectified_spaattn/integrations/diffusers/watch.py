@@ -22,6 +22,7 @@ class Watch:
         """What to warn of now that a forward of the transformer `name` begins."""
         found = [
             self._lost_layers(name, model, originals),
+            self._uncalled_layers(name, model, originals),
             self._unknown_step(name),
             self._too_small_grid(name),
             *(self._all_steps_dense(each, name) for each in self.states),
@@ -42,6 +43,19 @@ class Watch:
             f"{len(lost)} of {len(originals)} layers of {name} run without rectified attention, because their "
             f"processor, its backend or the module was replaced after enable(): {shortened(lost)}. "
             "Disable and enable again."
+        )
+
+    def _uncalled_layers(self, name: str, model: nn.Module, originals: list[tuple[Any, Any]]) -> str | None:
+        state = self.states[name]
+        done = state.forwards - 1  # the one that begins now is counted already
+        uncalled = uncalled_layers(model, state, originals) if done > 0 else []
+        if not uncalled or not self._once(("uncalled", *uncalled)):
+            return None
+        return (
+            f"{len(uncalled)} of {len(originals)} layers of {name} called no attention in {done} forward(s): "
+            f"{shortened(uncalled)}. Either a hook or a cache skips them, or their processor computes attention "
+            "without diffusers' dispatch_attention_fn, so nothing of it is sparse: put a stock processor there before "
+            "enable()."
         )
 
     def _unknown_step(self, name: str) -> str | None:
@@ -88,6 +102,13 @@ def lost_layers(model: nn.Module, state: TransformerState, originals: list[tuple
         for layer, (module, _) in zip(state.layers, originals, strict=True)
         if not is_wrapped(module.processor, layer) or not _is_at(model, layer.name.partition(".")[2], module)
     ]
+
+
+def uncalled_layers(model: nn.Module, state: TransformerState, originals: list[tuple[Any, Any]]) -> list[str]:
+    """Names of layers that nobody took away, but that called no attention in this run."""
+    silent = [layer.name for layer in state.layers if not layer.record.sparse and not layer.record.dense]
+    lost = lost_layers(model, state, originals) if silent else []
+    return [name for name in silent if name not in lost]
 
 
 def _is_at(model: nn.Module, path: str, module: nn.Module) -> bool:
