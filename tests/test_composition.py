@@ -6,9 +6,10 @@ import warnings
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers import FirstBlockCacheConfig
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
@@ -300,30 +301,46 @@ def test_fused_projections_stay_sparse_and_right(kind, quiet):
     torch.testing.assert_close(run(pipeline), untouched, rtol=1e-4, atol=1e-5)
 
 
-def stock_processors(model):
-    return {
-        name: type(processor)() if not hasattr(processor, "rectified_layer") else type(processor).__bases__[0]()
-        for name, processor in model.attn_processors.items()
-    }
-
-
-def test_processors_set_for_the_whole_model(kind):
-    # what load_ip_adapter does: a dict of new processors, one for every attention
+def test_processors_made_anew_for_the_whole_model(kind):
+    # as load_ip_adapter and unload_ip_adapter do: a dict of new processors, made from the classes of those in place
     make, run = PIPELINES[kind]
     pipeline = make()
+    model = pipeline.transformer
     untouched = run(pipeline)
     with rsa.enable(pipeline, **SPARSE) as handle:
-        run(pipeline)
-        pipeline.transformer.set_attn_processor(stock_processors(pipeline.transformer))
+        sparse = run(pipeline)
+        model.set_attn_processor({name: type(processor)() for name, processor in model.attn_processors.items()})
         with pytest.warns(UserWarning, match=r"3 of 3 layers of transformer run without.*Disable and enable again"):
             assert torch.equal(run(pipeline), untouched)
         assert "LOST on transformer" in handle.summary()
         assert handle.stats().sparse_calls == 0
         handle.disable()
+        assert torch.equal(run(pipeline), untouched)
         with rsa.enable(pipeline, **SPARSE) as again:
-            run(pipeline)
+            assert torch.equal(run(pipeline), sparse)
             assert again.stats().dense_calls == 0
             assert "LOST" not in again.summary()
+
+
+class WithImagePrompt(type(tiny.wan_transformer().blocks[0].attn1.processor)):
+    """Like an IP-Adapter's: a second attention, from the same queries to a few keys, on the same backend."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        out = super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        q, k, v = (to(hidden_states).unflatten(2, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
+        image = dispatch_attention_fn(q, k[:, :7], v[:, :7], backend=self._attention_backend)
+        return out + attn.to_out[0](image.flatten(2))
+
+
+def test_an_image_prompt_in_the_processor_stays_dense(quiet):
+    model, inputs = tiny.wan_transformer(), tiny.wan_inputs()
+    for block in model.blocks:
+        block.attn1.set_processor(WithImagePrompt())
+    untouched = forward(model, inputs)
+    with rsa.enable(model, **ALL_BLOCKS) as handle:
+        torch.testing.assert_close(forward(model, inputs), untouched, rtol=1e-4, atol=1e-5)
+        assert (handle.stats().sparse_calls, handle.stats().dense_calls) == (3, 0)
+    assert torch.equal(forward(model, inputs), untouched)
 
 
 def test_each_loss_is_told_and_told_once():
@@ -398,7 +415,48 @@ def test_a_processor_that_goes_around_the_dispatcher_is_reported():
         assert handle.stats().sparse_calls == 2 * 3 * 2
 
 
-# diffusers' own attention hooks
+# diffusers' own hooks
+
+
+def test_a_block_cache_raises_no_alarm(quiet):
+    pipeline = tiny.wan_pipeline()
+    with rsa.enable(pipeline, **{**SPARSE, "dense_steps": 2}) as handle:
+        tiny.run_wan(pipeline, steps=6)
+        without = handle.stats()
+        pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+        for _ in range(2):
+            tiny.run_wan(pipeline, steps=6)
+            cached = handle.stats()
+            assert cached.steps == 6
+            assert cached.dense_reasons["dense_steps"] <= without.dense_reasons["dense_steps"]
+            assert 0 < cached.sparse_calls < without.sparse_calls
+            # the first block runs in every step, and its warm-up is not stretched by steps that others skip
+            assert (cached.layers[0].dense_calls, cached.layers[0].sparse_calls) == (2 * 2, 4 * 2)
+        with pytest.raises(ZeroDivisionError):
+            tiny.run_wan(pipeline, steps=6, callback_on_step_end=lambda *_: 1 / 0)
+        tiny.run_wan(pipeline, steps=6)
+        assert "NOT CALLED" not in handle.summary()
+        pipeline.transformer.disable_cache()
+        tiny.run_wan(pipeline, steps=6)
+        assert handle.stats().sparse_calls == without.sparse_calls
+
+
+def test_enabled_and_disabled_inside_a_run(quiet):
+    pipeline, handles = tiny.wan_pipeline(), []
+
+    def switch(pipe, step, timestep, kwargs):
+        if step == 0:
+            handles.append(rsa.enable(pipe, **{**SPARSE, "dense_steps": 1}))
+        if step == 3:
+            handles[0].disable()
+        return kwargs
+
+    untouched = tiny.run_wan(pipeline, steps=6)
+    switched = tiny.run_wan(pipeline, steps=6, callback_on_step_end=switch)
+    stats = handles[0].stats()
+    assert (stats.steps, stats.dense_calls, stats.sparse_calls) == (3, 2 * 3, 2 * 2 * 3)
+    assert not torch.equal(switched, untouched)
+    assert torch.equal(tiny.run_wan(pipeline, steps=6), untouched)
 
 
 def test_skipped_attention_scores_are_skipped_in_sparse_layers_too(quiet):

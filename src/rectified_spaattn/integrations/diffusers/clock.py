@@ -53,7 +53,9 @@ class RunClock:
             return self._told
         pipeline = self._alive()
         if not self.tells_steps():
-            self.problem = "no pipeline is enabled" if pipeline is None else _without_steps(pipeline.scheduler)
+            self.problem = (
+                "no pipeline is enabled" if pipeline is None else _without_steps(getattr(pipeline, "scheduler", None))
+            )
             return UNKNOWN
         return self._from_scheduler(pipeline, timestep)
 

@@ -112,13 +112,16 @@ def _wrapped_class(processor_class: Any) -> Any:
 
     @functools.wraps(processor_class.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.rectified_handle is None:  # made by somebody from our class, as load_ip_adapter does: the stock one
+            return processor_class.__call__(self, *args, **kwargs)
         _caller.handle = self.rectified_handle
         try:
             return processor_class.__call__(self, *args, **kwargs)
         finally:
             _caller.handle = None
 
-    wrapped = type(processor_class.__name__, (processor_class,), {"__call__": call, "__module__": __name__})
+    members = {"__call__": call, "__module__": __name__, "rectified_handle": None, "rectified_stock": processor_class}
+    wrapped = type(processor_class.__name__, (processor_class,), members)
     AttentionProcessorRegistry._register()  # it fills itself when first asked
     if processor_class in AttentionProcessorRegistry._registry:  # skip-layer guidance looks processors up by class
         AttentionProcessorRegistry.register(wrapped, AttentionProcessorRegistry.get(processor_class))
@@ -128,7 +131,7 @@ def _wrapped_class(processor_class: Any) -> Any:
 def wrap(processor: Any, layer: LayerState) -> Any:
     """A copy of `processor` that attends through `layer`; the original stays as it is."""
     wrapped = copy.copy(processor)
-    wrapped.__class__ = _wrapped_class(processor.__class__)
+    wrapped.__class__ = _wrapped_class(getattr(processor, "rectified_stock", processor.__class__))
     wrapped._attention_backend = backend_member()
     wrapped.rectified_handle = layer.handle
     wrapped.rectified_layer = layer  # keeps the layer alive as long as its processor

@@ -80,6 +80,7 @@ class LayerState:
     dense_backend: Any
     handle: torch.Tensor = field(default_factory=lambda: torch.tensor(next(_handles)))
     record: Record = field(default_factory=Record)
+    called: bool = False  # in any run: a processor that does without the dispatcher never gets here
 
     def why_dense(self, layout: TokenLayout) -> str | None:
         config = self.owner.config
@@ -95,12 +96,15 @@ class LayerState:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
     ) -> torch.Tensor:
         """q, k, v: [B, S, H, D] after RoPE; mask: bool [B, 1, 1, S], True = valid, or None. Returns [B, S, H, D]."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        if k.shape[1] != q.shape[1]:  # an IP-Adapter's cross-attention from the same processor: none of ours
+            return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
+        self.called = True
         state = self.owner
         layout = self._layout(q.shape[1])
         reason = self.why_dense(layout)
         if reason is not None:
-            from diffusers.models.attention_dispatch import dispatch_attention_fn
-
             self.record.dense[reason] += 1
             return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
         text_mask = key_text_mask(mask, layout)

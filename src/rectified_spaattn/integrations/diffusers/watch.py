@@ -47,15 +47,14 @@ class Watch:
 
     def _uncalled_layers(self, name: str, model: nn.Module, originals: list[tuple[Any, Any]]) -> str | None:
         state = self.states[name]
-        done = state.forwards - 1  # the one that begins now is counted already
-        uncalled = uncalled_layers(model, state, originals) if done > 0 else []
+        # the forward that begins now is counted already
+        uncalled = uncalled_layers(model, state, originals) if state.forwards > 1 else []
         if not uncalled or not self._once(("uncalled", *uncalled)):
             return None
         return (
-            f"{len(uncalled)} of {len(originals)} layers of {name} called no attention in {done} forward(s): "
-            f"{shortened(uncalled)}. Either a hook or a cache skips them, or their processor computes attention "
-            "without diffusers' dispatch_attention_fn, so nothing of it is sparse: put a stock processor there before "
-            "enable()."
+            f"{len(uncalled)} of {len(originals)} layers of {name} have called no attention since enable(): "
+            f"{shortened(uncalled)}. Either a hook skips them, or their processor computes attention without "
+            "diffusers' dispatch_attention_fn, so nothing of it is sparse: put a stock processor there before enable()."
         )
 
     def _unknown_step(self, name: str) -> str | None:
@@ -105,8 +104,8 @@ def lost_layers(model: nn.Module, state: TransformerState, originals: list[tuple
 
 
 def uncalled_layers(model: nn.Module, state: TransformerState, originals: list[tuple[Any, Any]]) -> list[str]:
-    """Names of layers that nobody took away, but that called no attention in this run."""
-    silent = [layer.name for layer in state.layers if not layer.record.sparse and not layer.record.dense]
+    """Names of layers that nobody took away, but that have called no attention since they were enabled."""
+    silent = [layer.name for layer in state.layers if not layer.called]
     lost = lost_layers(model, state, originals) if silent else []
     return [name for name in silent if name not in lost]
 
