@@ -635,10 +635,21 @@ def test_enabling_twice_is_refused():
 def test_another_cache_is_refused_on_both_sides():
     model = tiny.wan_transformer()
     model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(RuntimeError, match=r"FirstBlockCacheConfig.*disable_cache"):
+    with pytest.raises(RuntimeError, match=r"a cache \(FirstBlockCacheConfig\).*Disable that first"):
         rsa.enable_teacache(model)
     model.disable_cache()
     with rsa.enable_teacache(model), pytest.raises(ValueError, match="already been enabled"):
         model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     model.disable_cache()
+
+
+def test_context_parallelism_is_refused_not_wrong():
+    model, inputs = tiny.wan_transformer(), tiny.wan_inputs()
+    with rsa.enable_teacache(model) as handle:
+        handle.set_step(0, 4)
+        model._parallel_config = object()
+        with pytest.raises(RuntimeError, match="context parallelism"):
+            forward(model, inputs)
+    with pytest.raises(RuntimeError, match="context parallelism"):
+        rsa.enable_teacache(model)

@@ -50,6 +50,9 @@ class CachedTransformer:
         _forget_children(self.model)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = obstacle(model)
+        if found is not None:
+            raise RuntimeError(f"TeaCache: {self.name} has {found}, enabled later. Disable one of the two.")
         step, since_start, total = self.progress.read()
         if self._run != self.progress.run:
             self._run = self.progress.run
@@ -81,6 +84,18 @@ class CachedTransformer:
             forward.branch.reset()
         else:
             self.record.setdefault(name, []).append((step, not forward.skipped))
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """What is on a transformer that TeaCache does not work with."""
+    config = getattr(model, "_cache_config", None)  # set by diffusers' enable_cache, and by us
+    if getattr(model, "_is_cached", False):
+        return "a cache of cache-dit, and two caches would skip each other's steps"
+    if config is not None and not isinstance(config, Fit):
+        return f"a cache ({type(config).__name__}), and two caches would skip each other's steps"
+    if getattr(model, "_parallel_config", None) is not None:
+        return "context parallelism, where each device sees a part of the signal and would decide alone"
+    return None
 
 
 def _forget_children(model: nn.Module) -> None:

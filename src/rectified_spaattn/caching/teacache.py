@@ -8,7 +8,7 @@ from torch import nn
 from ..integrations.diffusers.enabling import transformers_of
 from ..integrations.diffusers.state import RunClock
 from .handle import TeaCacheHandle
-from .hook import CHILD, CachedTransformer
+from .hook import CHILD, CachedTransformer, obstacle
 from .models import cached_model_for
 from .state import Progress
 
@@ -50,11 +50,9 @@ def _check_threshold(threshold: Any) -> None:
         raise ValueError(f"threshold: got {threshold!r}; allowed: a finite number of 0 or more, or None.")
 
 
-def _check_free(name: str, model: Any) -> None:
-    if isinstance(getattr(model, CHILD, None), nn.Module):
+def _check_free(name: str, model: nn.Module) -> None:
+    if hasattr(model, CHILD):
         raise RuntimeError(f"TeaCache is enabled on {name} already: call disable() of the handle you have first.")
-    if getattr(model, "is_cache_enabled", False):
-        raise RuntimeError(
-            f"enable_teacache: {name} has a {type(model._cache_config).__name__} already, and two caches would skip "
-            f"each other's steps. Call {name}.disable_cache() first."
-        )
+    found = obstacle(model)
+    if found is not None:
+        raise RuntimeError(f"enable_teacache: {name} has {found}. Disable that first.")
