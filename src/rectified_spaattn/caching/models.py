@@ -54,6 +54,12 @@ class CachedModel:
 
 def _modulated_input(block: nn.Module, arguments: Arguments) -> torch.Tensor:
     """[B, S, C]: what the first block's attention would see of the video."""
+    registry: Any = getattr(block, "_diffusers_hook", None)
+    if registry is not None and registry.get_hook("group_offloading") is not None:
+        raise RuntimeError(
+            "TeaCache: this model is offloaded block by block, but whether the blocks are needed shows only in the "
+            "first one's norm. Use enable_group_offload(..., offload_type='leaf_level'), or disable TeaCache."
+        )
     norm: Any = block.norm1
     wanted = inspect.signature(type(norm).forward).parameters
     extra = {name: arguments[name] for name in ("token_replace_emb",) if name in wanted}

@@ -56,12 +56,10 @@ class Branch(BaseState):
     def must_compute(self, signal: torch.Tensor, shape: torch.Size, forced: bool, fit: Fit, threshold: float) -> bool:
         """Take the signal of this step, and say whether its blocks have to run. shape: of their hidden states."""
         previous, self.signal = self.signal, signal
-        if forced or previous is None or previous.shape != signal.shape or not self.fits(shape):
-            self.accumulated = 0.0
-            return True
-        self.accumulated += fit.distance(relative_change(signal, previous))
-        if max(self.accumulated, 0.0) < threshold:  # fits are below zero for tiny changes; 0 computes every step
-            return False
+        if not forced and previous is not None and previous.shape == signal.shape and self.fits(shape):
+            self.accumulated += fit.distance(relative_change(signal, previous))
+            if max(self.accumulated, 0.0) < threshold:  # fits are below zero for tiny changes; 0 computes every step
+                return False
         self.accumulated = 0.0
         return True
 
