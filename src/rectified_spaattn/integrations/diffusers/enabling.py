@@ -36,7 +36,7 @@ def enable(
     Raises TypeError for a model without an adapter, an unknown key or a config of the wrong type; ValueError for values
     out of range or config together with preset; RuntimeError where it is enabled already.
     """
-    transformers, pipeline = _transformers_of(pipe_or_transformer)
+    transformers, pipeline = transformers_of(pipe_or_transformer)
     adapters = [adapter_for(model) for _, model in transformers]
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; allowed: one of {['auto', *BACKENDS]}.")
@@ -74,7 +74,7 @@ def enable(
     return Handle(enabled, clock)
 
 
-def _transformers_of(target: Any) -> tuple[list[tuple[str, nn.Module]], Any | None]:
+def transformers_of(target: Any) -> tuple[list[tuple[str, nn.Module]], Any | None]:
     """The named transformers of a pipeline, and the pipeline; for a transformer itself None in its place."""
     if isinstance(target, nn.Module):
         return [("transformer", _uncompiled(target))], None

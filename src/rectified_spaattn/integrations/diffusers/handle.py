@@ -36,6 +36,7 @@ class RunStats:
     backend          names of what ran the sparse calls, comma-separated
     steps            denoising steps seen, 0 where nobody told them
     forwards         calls of the transformers
+    skipped          those in which a cache left out every block, so no attention ran
     """
 
     sparse_calls: int
@@ -46,6 +47,7 @@ class RunStats:
     backend: str
     steps: int
     forwards: int
+    skipped: int
     layers: tuple[LayerStats, ...]
 
 
@@ -98,11 +100,13 @@ class Handle:
     def stats(self) -> RunStats:
         """Figures of the last run. Waits for the device."""
         layers, reasons, backends = [], Counter[str](), set[str]()
-        density_sum, steps, forwards = 0.0, 0, 0
+        density_sum, steps, forwards, skipped = 0.0, 0, 0, 0
         for item in self._enabled:
             item.state.catch_up()
             steps += len(item.state.steps_seen)
             forwards += item.state.forwards
+            calls = [layer.record.sparse + layer.record.dense.total() for layer in item.state.layers]
+            skipped += item.state.forwards - max(calls)  # every forward calls a layer once, or a cache left it out
             for layer in item.state.layers:
                 record = layer.record
                 total = float(record.density)
@@ -129,6 +133,7 @@ class Handle:
             backend=", ".join(sorted(backends)),
             steps=steps,
             forwards=forwards,
+            skipped=skipped,
             layers=tuple(layers),
         )
 
@@ -147,7 +152,8 @@ class Handle:
             return "\n".join([*lines, "  nothing has run yet"])
         steps = f"{run.steps} steps, " if run.steps else ""
         calls = run.sparse_calls + run.dense_calls
-        lines.append(f"  last run: {steps}{run.forwards} forwards, {calls} attention calls")
+        skipped = f" ({run.skipped} skipped by a cache)" if run.skipped else ""
+        lines.append(f"  last run: {steps}{run.forwards} forwards{skipped}, {calls} attention calls")
         if run.sparse_calls:
             lines.append(f"  sparse: {run.sparse_calls} calls, density {run.density:.1%}, backend {run.backend}")
         else:
