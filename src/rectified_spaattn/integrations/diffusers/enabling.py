@@ -150,7 +150,7 @@ def _watcher(
     @torch.compiler.disable  # bookkeeping of each call: not to be traced where the whole transformer is compiled
     def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        watch.states[name].begin_forward(adapter.grid(model, inputs), inputs.get("timestep"))
+        watch.states[name].begin_forward(adapter.grid(model, inputs), timestep=inputs.get("timestep"))
         for complaint in watch.complaints(name, model, originals):
             warnings.warn(f"rectified_spaattn: {complaint}", stacklevel=2)
 

@@ -34,7 +34,7 @@ class TransformerState:
     steps_seen: set[int] = field(default_factory=set)
     forwards: int = 0
 
-    def begin_forward(self, grid: Grid, timestep: Any = None) -> None:
+    def begin_forward(self, grid: Grid, *, timestep: Any = None) -> None:
         """Called before every forward of the transformer; timestep as it gets it."""
         self.grid = grid
         self.step, self.total_steps = self.clock.read(timestep)
