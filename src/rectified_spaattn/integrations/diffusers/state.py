@@ -12,7 +12,7 @@ import torch
 from ...attention import rectified_attention
 from ...config import SparseConfig
 from ...layout import TokenLayout
-from .adapters import Grid
+from .tokens import Grid
 
 _handles = itertools.count()
 
@@ -59,6 +59,7 @@ class TransformerState:
     text_first: bool
     layers: list["LayerState"] = field(default_factory=list)
     grid: Grid | None = None
+    text: int = 0
     step: int | None = None
     total_steps: int | None = None
     run: int = -1
@@ -66,9 +67,9 @@ class TransformerState:
     steps_seen: set[int] = field(default_factory=set)
     forwards: int = 0
 
-    def begin_forward(self, grid: Grid) -> None:
-        """Called before every forward of the transformer."""
-        self.grid = grid
+    def begin_forward(self, grid: Grid, text: int = 0) -> None:
+        """Called before every forward of the transformer. text: number of text tokens in joint attention."""
+        self.grid, self.text = grid, text
         self.step, self.total_steps = self.clock.read()
         if self.run != self.clock.run:
             self.reset()
@@ -127,13 +128,13 @@ class LayerState:
     ) -> torch.Tensor:
         """q, k, v: [B, S, H, D] after RoPE; mask: bool [B, 1, 1, S], True = valid, or None. Returns [B, S, H, D]."""
         state = self.owner
+        if self._is_image_prompt(q, k):
+            return self._dense(q, k, v, mask, scale)
         layout = self._layout(q.shape[1])
         reason = self.why_dense(layout)
         if reason is not None:
-            from diffusers.models.attention_dispatch import dispatch_attention_fn
-
             self.record.dense[reason] += 1
-            return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
+            return self._dense(q, k, v, mask, scale)
         text_mask = key_text_mask(mask, layout)
         out, stats = rectified_attention(
             q, k, v, layout, state.config, text_mask=text_mask, scale=scale, backend=state.backend, return_stats=True
@@ -143,20 +144,34 @@ class LayerState:
         self.record.backends.add(stats.backend)
         return out.to(q.dtype)
 
+    def _dense(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> torch.Tensor:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
+
+    def _is_image_prompt(self, q: torch.Tensor, k: torch.Tensor) -> bool:
+        """Whether this is the cross-attention of an IP adapter's processor: the image asks, other tokens answer."""
+        state = self.owner
+        if state.grid is None or not state.text:
+            return False
+        return q.shape[1] == math.prod(state.grid) != k.shape[1]
+
     def _layout(self, sequence: int) -> TokenLayout:
         state = self.owner
         if state.grid is None:
             raise RuntimeError(
                 f"{self.name}: attention ran before the transformer's forward. Call the transformer, not its blocks."
             )
-        text = sequence - math.prod(state.grid)
-        if text < 0:
+        expected = math.prod(state.grid) + state.text
+        if sequence != expected:
             raise RuntimeError(
-                f"{self.name}: got {sequence} tokens for a grid of {state.grid}; allowed: at least "
-                f"{math.prod(state.grid)}. Something between the transformer and its attention drops tokens; "
-                "disable one of the two."
+                f"{self.name}: got {sequence} tokens; allowed: {expected}, a grid of {state.grid} and {state.text} of "
+                "text. Something adds tokens (reference images, keyframes) or drops them (token merging); disable one "
+                "of the two."
             )
-        return TokenLayout.build(state.grid, text, state.text_first, state.config.block_size, state.config.order)
+        return TokenLayout.build(state.grid, state.text, state.text_first, state.config.block_size, state.config.order)
 
 
 def key_text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor | None:
