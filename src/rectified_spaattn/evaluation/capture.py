@@ -108,7 +108,7 @@ def capture_attention(pipe: Any, *, step: int, layers: Sequence[int] | None = No
 
     def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = signature.bind_partial(module, *args, **kwargs).arguments
-        state.begin_forward(adapter.grid(module, inputs), adapter.text(inputs))
+        state.begin_forward(adapter.grid(module, inputs), text=adapter.text(inputs))
 
     hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
     try:

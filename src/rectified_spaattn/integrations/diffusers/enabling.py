@@ -134,7 +134,7 @@ def _watcher(
 
     def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        state.begin_forward(adapter.grid(model, inputs), adapter.text(inputs))
+        state.begin_forward(adapter.grid(model, inputs), text=adapter.text(inputs))
         lost = lost_layers(state, originals)
         if lost and not warned:
             warned.append(True)

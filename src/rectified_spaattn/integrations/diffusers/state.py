@@ -67,7 +67,7 @@ class TransformerState:
     steps_seen: set[int] = field(default_factory=set)
     forwards: int = 0
 
-    def begin_forward(self, grid: Grid, text: int = 0) -> None:
+    def begin_forward(self, grid: Grid, *, text: int = 0) -> None:
         """Called before every forward of the transformer. text: number of text tokens in joint attention."""
         self.grid, self.text = grid, text
         self.step, self.total_steps = self.clock.read()
