@@ -8,8 +8,9 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 import rectified_spaattn as rsa
+from model_cases import CASES, build
 from rectified_spaattn.integrations.diffusers.state import LayerState
-from tiny_models import CASES, IMAGE, VIDEO, build
+from tiny_models import IMAGE, VIDEO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,36 +1,18 @@
 """Real diffusers transformers of every supported class with random weights, and what their forward takes.
 
-Each builder takes the number of heads and their size, so that the same model is made tiny or as the kernels like it.
-Every video or image has the grid (3, 8, 8) or (1, 16, 12) in tokens: 12 blocks of 16.
+Each builder takes the size of a head, so that the same model is made tiny or as the kernels like it.
+Every video or image has the grid (4, 6, 8) or (1, 16, 12) in tokens: 12 blocks of 16.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 
-VIDEO = (3, 8, 8)
+VIDEO = (4, 6, 8)
 IMAGE = (1, 16, 12)
 BATCH = 2
 TEXT = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One way to use a transformer class. layers: names of the modules that become sparse, as regular expression.
-
-    head_dims: a tiny head dimension and one the kernels are made for.
-    """
-
-    make: Callable[[int], torch.nn.Module]
-    inputs: Callable[[torch.nn.Module], dict[str, Any]]
-    sparse: str
-    calls: int
-    head_dims: tuple[int, int]
-    preset: str | None
-    text: int = 0
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -88,9 +70,9 @@ def wan_token_timesteps(model: Any) -> dict[str, Any]:
     return {**wan_inputs(model), "timestep": timestep}
 
 
-def vace(head_dim: int) -> torch.nn.Module:
+def vace(head_dim: int, **overrides: Any) -> torch.nn.Module:
     settings = {**WAN, "attention_head_dim": head_dim, "vace_layers": [0, 1], "vace_in_channels": 24}
-    return diffusers.WanVACETransformer3DModel(**settings)
+    return diffusers.WanVACETransformer3DModel(**{**settings, **overrides})
 
 
 def vace_inputs(model: Any) -> dict[str, Any]:
@@ -135,7 +117,7 @@ def skyreels(head_dim: int, **overrides: Any) -> torch.nn.Module:
 
 
 def skyreels_forcing_inputs(model: Any) -> dict[str, Any]:
-    timestep = torch.tensor([[0, 300, 500]] * BATCH)
+    timestep = torch.tensor([[0, 200, 300, 500]] * BATCH)
     return {**wan_inputs(model), "timestep": timestep, "enable_diffusion_forcing": True, "fps": [0]}
 
 
@@ -172,9 +154,9 @@ def hunyuan_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-def hunyuan15(head_dim: int) -> torch.nn.Module:
+def hunyuan15(head_dim: int, in_channels: int = 4) -> torch.nn.Module:
     return diffusers.HunyuanVideo15Transformer3DModel(
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=head_dim,
@@ -215,8 +197,8 @@ def cogvideox(head_dim: int, **overrides: Any) -> torch.nn.Module:
         "text_embed_dim": 16,
         "num_layers": 2,
         "sample_width": 16,
-        "sample_height": 16,
-        "sample_frames": 9,
+        "sample_height": 12,
+        "sample_frames": 13,
         "patch_size": 2,
         "temporal_compression_ratio": 4,
         "max_text_seq_length": TEXT,
@@ -360,114 +342,3 @@ def ltx_coordinates(model: Any) -> dict[str, Any]:
     coords = torch.stack(torch.meshgrid(*(side.float() for side in sides), indexing="ij")).flatten(1)
     inputs = {**ltx_inputs(model), "video_coords": coords.expand(BATCH, -1, -1)}
     return {name: value for name, value in inputs.items() if name not in ("num_frames", "height", "width")}
-
-
-SELF = r"blocks\.\d+\.attn1\.processor"
-JOINT = r"(single_)?transformer_blocks\.\d+\.attn\.processor"
-COGVIDEOX = r"transformer_blocks\.\d+\.attn1\.processor"
-CASES: dict[str, Case] = {}
-
-
-def case(name: str, make: Any, inputs: Any, sparse: str, calls: int, preset: str | None, text: int = 0, **more: Any):
-    CASES[name] = Case(
-        make=make,
-        inputs=inputs,
-        sparse=sparse,
-        calls=calls,
-        preset=preset,
-        text=text,
-        head_dims=more.get("head_dims", (16, 128)),
-    )
-
-
-case("Wan 2.1 T2V", wan, wan_inputs, SELF, 2, "wan2.1-t2v")
-case(
-    "Wan 2.1 I2V",
-    lambda d: wan(d, in_channels=36, image_dim=4, added_kv_proj_dim=2 * d),
-    wan_image_inputs,
-    SELF,
-    2,
-    "wan2.1-i2v",
-)
-case("Wan 2.2 I2V", lambda d: wan(d, in_channels=36), wan_inputs, SELF, 2, "wan2.1-i2v")
-case(
-    "Wan 2.2 TI2V",
-    lambda d: wan(d, in_channels=48, out_channels=48),
-    wan_token_timesteps,
-    SELF,
-    2,
-    "wan2.2-ti2v-5b",
-)
-case("Wan VACE", vace, vace_inputs, r"(vace_)?blocks\.\d+\.attn1\.processor", 4, "wan2.1-t2v")
-case("Wan Animate", animate, animate_inputs, SELF, 2, "wan2.1-i2v")
-case("SkyReels-V2 T2V", skyreels, wan_inputs, SELF, 2, "wan2.1-t2v")
-case(
-    "SkyReels-V2 diffusion forcing",
-    lambda d: skyreels(d, inject_sample_info=True),
-    skyreels_forcing_inputs,
-    SELF,
-    2,
-    "wan2.1-t2v",
-)
-case("HunyuanVideo T2V", hunyuan, hunyuan_inputs, JOINT, 2, "hunyuan-video-t2v", TEXT)
-case(
-    "HunyuanVideo I2V, latents concatenated",
-    lambda d: hunyuan(d, in_channels=9, image_condition_type="latent_concat", guidance_embeds=False),
-    hunyuan_inputs,
-    JOINT,
-    2,
-    "hunyuan-video-t2v",
-    TEXT,
-)
-case(
-    "HunyuanVideo I2V, token replaced",
-    lambda d: hunyuan(d, image_condition_type="token_replace", guidance_embeds=True),
-    hunyuan_inputs,
-    JOINT,
-    2,
-    "hunyuan-video-t2v",
-    TEXT,
-)
-case("HunyuanVideo 1.5 T2V", hunyuan15, hunyuan15_inputs, JOINT, 2, "hunyuan-video-t2v", 15)
-case(
-    "HunyuanVideo 1.5 I2V",
-    hunyuan15,
-    lambda model: hunyuan15_inputs(model, image=True),
-    JOINT,
-    2,
-    "hunyuan-video-t2v",
-    15,
-)
-case(
-    "CogVideoX 1.0",
-    lambda d: cogvideox(d, use_rotary_positional_embeddings=False),
-    cogvideox_inputs,
-    COGVIDEOX,
-    2,
-    "cogvideox1.5-t2v",
-    TEXT,
-    head_dims=(16, 64),
-)
-case("CogVideoX 1.5 T2V", cogvideox15, cogvideox_inputs, COGVIDEOX, 2, "cogvideox1.5-t2v", TEXT, head_dims=(16, 64))
-case(
-    "CogVideoX 1.5 I2V",
-    lambda d: cogvideox15(d, in_channels=8, ofs_embed_dim=8),
-    cogvideox_inputs,
-    COGVIDEOX,
-    2,
-    "cogvideox1.5-i2v",
-    TEXT,
-    head_dims=(16, 64),
-)
-case("Flux.1", flux, flux_inputs, JOINT, 3, "flux.1-dev-4096", TEXT)
-case("Flux.2", flux2, flux2_inputs, JOINT, 3, None, TEXT)
-case("Qwen-Image", qwen, qwen_inputs, JOINT, 2, None, TEXT)
-case("LTX-Video", ltx, ltx_inputs, COGVIDEOX, 2, None, head_dims=(16, 64))
-case("LTX-Video, conditions", ltx, ltx_coordinates, COGVIDEOX, 2, None, head_dims=(16, 64))
-
-
-def build(name: str, head_dim: int) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The model of a case with the same random weights every time, and its forward arguments."""
-    torch.manual_seed(0)
-    model = CASES[name].make(head_dim).eval()
-    return model, CASES[name].inputs(model)
