@@ -22,6 +22,8 @@ from tiny_models import (
     hunyuan15_inputs,
     hunyuan_inputs,
     ltx,
+    ltx2,
+    ltx2_inputs,
     ltx_coordinates,
     ltx_inputs,
     qwen,
@@ -157,6 +159,7 @@ case("Flux.1", flux, flux_inputs, JOINT, 3, "flux.1-dev-4096", TEXT)
 case("Flux.2", flux2, flux2_inputs, JOINT, 3, None, TEXT)
 case("Qwen-Image", qwen, qwen_inputs, JOINT, 2, None, TEXT)
 case("LTX-Video", ltx, ltx_inputs, COGVIDEOX, 2, None, head_dims=(16, 64))
+case("LTX-2", ltx2, ltx2_inputs, COGVIDEOX, 2, None)
 case("LTX-Video, conditions", ltx, ltx_coordinates, COGVIDEOX, 2, None, head_dims=(16, 64))
 
 

@@ -267,6 +267,7 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
         "Flux.2",
         "Qwen-Image",
         "LTX-Video",
+        "LTX-2",
     ],
 )
 def test_compiled_blocks(name: str) -> None:

@@ -335,6 +335,35 @@ def ltx_inputs(model: Any) -> dict[str, Any]:
     }
 
 
+def ltx2(head_dim: int) -> torch.nn.Module:
+    return diffusers.LTX2VideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=head_dim,
+        cross_attention_dim=2 * head_dim,
+        audio_in_channels=4,
+        audio_out_channels=4,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=head_dim // 2,
+        audio_cross_attention_dim=head_dim,
+        num_layers=2,
+        caption_channels=16,
+        rope_double_precision=False,
+    )
+
+
+def ltx2_inputs(model: Any) -> dict[str, Any]:
+    return {
+        **ltx_inputs(model),
+        "timestep": torch.full((BATCH, 1), 500.0),
+        "audio_hidden_states": noise(BATCH, 9, 4),
+        "audio_encoder_hidden_states": noise(BATCH, TEXT, 16),
+        "audio_encoder_attention_mask": masked(12, 5).float(),
+        "audio_num_frames": 9,
+    }
+
+
 def ltx_coordinates(model: Any) -> dict[str, Any]:
     """As the pipeline with conditions calls it: coordinates in place of the sides."""
     t, h, w = VIDEO

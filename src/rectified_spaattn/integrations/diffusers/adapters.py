@@ -110,6 +110,9 @@ ADAPTERS: dict[str, Adapter] = {
     "LTXVideoTransformer3DModel": Adapter(
         attentions=_attentions_of(transformer_blocks="attn1"), grid=tokens.named_grid
     ),
+    "LTX2VideoTransformer3DModel": Adapter(
+        attentions=_attentions_of(transformer_blocks="attn1"), grid=tokens.named_grid
+    ),
     "FluxTransformer2DModel": Adapter(
         attentions=_JOINT,
         grid=tokens.image_grid,
