@@ -13,6 +13,7 @@ import rectified_spaattn as rsa
 import tiny_models
 from model_cases import CASES, build
 from rectified_spaattn.evaluation.capture import capture_attention
+from rectified_spaattn.integrations.diffusers import state
 from rectified_spaattn.integrations.diffusers.state import LayerState
 from rectified_spaattn.integrations.diffusers.tokens import raster_grid
 from tiny_models import BATCH, IMAGE, TEXT, VIDEO, image_ids, noise
@@ -191,8 +192,28 @@ def test_hunyuan_15_never_sees_a_square_mask(monkeypatch: pytest.MonkeyPatch) ->
     video, text = VIDEO[0] * VIDEO[1] * VIDEO[2], 15
     for mask in masks:
         assert mask.shape == (BATCH, 1, 1, video + text)
-        # an image of 3 and 7 words; an image of 3, 3 words and 4 glyphs
-        assert mask[:, 0, 0, video:].sum(1).tolist() == [3 + 7, 3 + 3 + 4]
+        # an image of 3 and 7 words; an image of 3, 2 words and 4 glyphs
+        assert mask[:, 0, 0, video:].sum(1).tolist() == [3 + 7, 3 + 2 + 4]
+
+
+@pytest.mark.parametrize(("name", "longest"), [("HunyuanVideo 1.5 T2V", 7), ("HunyuanVideo 1.5 I2V", 10)])
+def test_hunyuan_15_leaves_out_what_is_padding_in_every_row(
+    name: str, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = build(name, 16)
+    lengths = []
+
+    def recorded(q: torch.Tensor, *others: Any, **options: Any) -> Any:
+        lengths.append(q.shape[1] - 192)
+        return rsa.rectified_attention(q, *others, **options)
+
+    monkeypatch.setattr(state, "rectified_attention", recorded)
+    with rsa.enable(model, sparsity=0.8, **PLAIN):
+        both = forward(model, inputs)
+        first, second = ({key: value[row : row + 1] for key, value in inputs.items()} for row in range(BATCH))
+        alone = torch.cat([forward(model, first), forward(model, second)])
+    assert lengths == [longest] * 4 + [longest - 1] * 2  # two layers: both rows, the first, the second
+    torch.testing.assert_close(both, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

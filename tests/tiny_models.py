@@ -177,7 +177,7 @@ def hunyuan15_inputs(model: Any, image: bool = False) -> dict[str, Any]:
         "hidden_states": noise(BATCH, 4, *VIDEO),
         "timestep": torch.full((BATCH,), 500.0),
         "encoder_hidden_states": noise(BATCH, 7, 16),
-        "encoder_attention_mask": masked(7, 3, total=7),
+        "encoder_attention_mask": masked(7, 2, total=7),
         "encoder_hidden_states_2": noise(BATCH, 5, 8),
         "encoder_attention_mask_2": masked(0, 4, total=5),
         "image_embeds": noise(BATCH, 3, 12) if image else torch.zeros(BATCH, 3, 12),

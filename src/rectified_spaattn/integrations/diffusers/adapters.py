@@ -22,6 +22,7 @@ class Adapter:
     grid         (T, H, W) in tokens, read from the transformer and its forward arguments; ValueError for tokens that
                  are no such grid
     text         number of text tokens in joint attention, padding included, read from the forward arguments
+    padding      how many of them, at the end of the sequence, are padding in the whole batch: left out of sparse calls
     text_first   True where text stands before the video in joint attention
     preset       name of the published preset, read from the transformer and its pipeline (None: transformer alone);
                  None where none was published for this model or one of its family
@@ -30,6 +31,7 @@ class Adapter:
     attentions: Callable[[nn.Module], list[tuple[str, nn.Module]]]
     grid: Callable[[nn.Module, Inputs], Grid]
     text: Callable[[Inputs], int] = tokens.no_text
+    padding: Callable[[Inputs], int] = tokens.no_text
     text_first: bool = False
     preset: Preset = lambda model, pipeline: None
 
@@ -85,7 +87,8 @@ ADAPTERS: dict[str, Adapter] = {
     "HunyuanVideo15Transformer3DModel": Adapter(
         attentions=_attentions_of(transformer_blocks="attn"),
         grid=tokens.video_grid,
-        text=tokens.joint_text("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds"),
+        text=tokens.joint_text(*tokens.HUNYUAN15_TEXT),
+        padding=tokens.hunyuan15_padding,
         preset=_always("hunyuan-video-t2v"),
     ),
     "WanTransformer3DModel": Adapter(

@@ -134,7 +134,8 @@ def _watcher(
 
     def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        state.begin_forward(adapter.grid(model, inputs), text=adapter.text(inputs))
+        grid = adapter.grid(model, inputs)
+        state.begin_forward(grid, text=adapter.text(inputs), padding=adapter.padding(inputs))
         lost = lost_layers(state, originals)
         if lost and not warned:
             warned.append(True)

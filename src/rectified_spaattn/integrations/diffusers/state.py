@@ -60,6 +60,7 @@ class TransformerState:
     layers: list["LayerState"] = field(default_factory=list)
     grid: Grid | None = None
     text: int = 0
+    padding: int = 0
     step: int | None = None
     total_steps: int | None = None
     run: int = -1
@@ -67,9 +68,12 @@ class TransformerState:
     steps_seen: set[int] = field(default_factory=set)
     forwards: int = 0
 
-    def begin_forward(self, grid: Grid, *, text: int = 0) -> None:
-        """Called before every forward of the transformer. text: number of text tokens in joint attention."""
-        self.grid, self.text = grid, text
+    def begin_forward(self, grid: Grid, *, text: int = 0, padding: int = 0) -> None:
+        """Called before every forward of the transformer.
+
+        text: number of text tokens in joint attention; padding: how many of them, at the end, are padding in all rows.
+        """
+        self.grid, self.text, self.padding = grid, text, padding
         self.step, self.total_steps = self.clock.read()
         if self.run != self.clock.run:
             self.reset()
@@ -136,13 +140,18 @@ class LayerState:
             self.record.dense[reason] += 1
             return self._dense(q, k, v, mask, scale)
         text_mask = key_text_mask(mask, layout)
+        if state.padding:
+            layout = self._layout(q.shape[1], state.padding)
+            q, k, v = (x[:, : layout.sequence] for x in (q, k, v))
+            text_mask = None if text_mask is None else text_mask[:, : layout.text]
         out, stats = rectified_attention(
             q, k, v, layout, state.config, text_mask=text_mask, scale=scale, backend=state.backend, return_stats=True
         )
         self.record.sparse += 1
         self.record.density = self.record.density + stats.device_density
         self.record.backends.add(stats.backend)
-        return out.to(q.dtype)
+        out = out.to(q.dtype)
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, state.padding)) if state.padding else out
 
     def _dense(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
@@ -158,7 +167,8 @@ class LayerState:
             return False
         return q.shape[1] == math.prod(state.grid) != k.shape[1]
 
-    def _layout(self, sequence: int) -> TokenLayout:
+    def _layout(self, sequence: int, padding: int = 0) -> TokenLayout:
+        """The layout of all tokens but the last `padding` ones."""
         state = self.owner
         if state.grid is None:
             raise RuntimeError(
@@ -171,7 +181,8 @@ class LayerState:
                 "text. Something adds tokens (reference images, keyframes) or drops them (token merging); disable one "
                 "of the two."
             )
-        return TokenLayout.build(state.grid, state.text, state.text_first, state.config.block_size, state.config.order)
+        text = state.text - padding
+        return TokenLayout.build(state.grid, text, state.text_first, state.config.block_size, state.config.order)
 
 
 def key_text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor | None:

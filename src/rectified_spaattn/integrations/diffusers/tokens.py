@@ -9,6 +9,8 @@ from torch import nn
 Grid = tuple[int, int, int]
 Inputs = Mapping[str, Any]  # forward's arguments by name
 
+HUNYUAN15_TEXT = ("encoder_hidden_states", "encoder_hidden_states_2", "image_embeds")
+
 
 def video_grid(model: nn.Module, inputs: Inputs) -> Grid:
     """(T, H, W) in tokens of a video [B, C, T, H, W] that the model cuts into patches."""
@@ -103,8 +105,16 @@ def joint_text(*names: str) -> Callable[[Inputs], int]:
     return lambda inputs: sum(int(inputs[name].shape[1]) for name in names)
 
 
+def hunyuan15_padding(inputs: Inputs) -> int:
+    """HunyuanVideo 1.5 puts valid text first: how many tokens are padding in every row. Waits for the device."""
+    valid = inputs["encoder_attention_mask"].bool().sum(1) + inputs["encoder_attention_mask_2"].bool().sum(1)
+    image = inputs["image_embeds"]
+    image_tokens = int(image.shape[1]) * (image != 0).any()  # without an image all of them are padding
+    return joint_text(*HUNYUAN15_TEXT)(inputs) - int(valid.max() + image_tokens)
+
+
 def no_text(inputs: Inputs) -> int:
-    """Text is seen by cross-attention alone."""
+    """Text is seen by cross-attention alone, or none of it is padding."""
     return 0
 
 
