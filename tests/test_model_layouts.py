@@ -17,7 +17,7 @@ from rectified_spaattn.integrations.diffusers import state
 from rectified_spaattn.integrations.diffusers.state import LayerState
 from rectified_spaattn.integrations.diffusers.tokens import raster_grid
 from tiny_models import BATCH, IMAGE, TEXT, VIDEO, image_ids, noise
-from tiny_pipelines import PIPELINES, run
+from tiny_pipelines import PIPELINES, picture, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,6 +54,7 @@ REFUSED_IDS = {
     "a smaller reference": torch.cat([image_ids(10, 12), image_ids(6, 12, frame=1)]),
     "a narrower reference": torch.cat([image_ids(12, 12), image_ids(8, 6, frame=1)]),
     "two images of one frame": torch.cat([image_ids(8, 12), image_ids(8, 12)]),
+    "upside down": image_ids(16, 12).flip(0),
 }
 
 
@@ -96,6 +97,21 @@ def test_other_layouts_are_refused(name: str) -> None:
     model, inputs = build(case, CASES[case].head_dims[0])
     with rsa.enable(model, sparsity=0.8, **PLAIN), pytest.raises(ValueError, match=message):
         forward(model, {**inputs, **change(inputs)})
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' flow matching scheduler
+@pytest.mark.parametrize(("frame", "fits"), [(0, True), (8, False)])
+def test_ltx_with_a_picture_for_one_frame(frame: int, fits: bool) -> None:
+    """The first frame's picture takes the place of its tokens; any other one comes as more tokens."""
+    case = PIPELINES["LTX-Video, conditions"]
+    pipeline, arguments = case.make(), {**case.arguments(), "image": picture(256, 192), "frame_index": frame}
+    with rsa.enable(pipeline, sparsity=0.8, **PLAIN) as handle:
+        if fits:
+            run(pipeline, arguments)
+            assert handle.stats().sparse_calls == 4
+        else:
+            with pytest.raises(ValueError, match="video_coords: got 240 tokens"):
+                run(pipeline, arguments)
 
 
 def test_block_causal_video_is_refused() -> None:

@@ -8,6 +8,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 import rectified_spaattn as rsa
+import tiny_models
 from model_cases import CASES, build
 from rectified_spaattn.integrations.diffusers.state import LayerState
 from tiny_models import IMAGE, VIDEO
@@ -128,3 +129,29 @@ def test_the_preset_is_found_or_asked_for(name: str) -> None:
     else:
         chosen = rsa.preset(preset)[0]
         assert f"sparsity {chosen.sparsity:g}," in rsa.enable(model, dense_layers=(), dense_steps=0).summary()
+
+
+PAPER = ["Wan 2.1 I2V", "Wan 2.2 TI2V", "HunyuanVideo T2V", "CogVideoX 1.5 T2V", "CogVideoX 1.5 I2V", "Flux.1"]
+
+
+@pytest.mark.parametrize("name", [*PAPER, "HunyuanVideo 1.5 I2V"])
+def test_at_the_published_block_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 blocks of 128 tokens, heads of the real size, bfloat16 as the checkpoints are run."""
+    monkeypatch.setattr(tiny_models, "VIDEO", (4, 16, 32))
+    monkeypatch.setattr(tiny_models, "IMAGE", (1, 32, 64))
+    model, inputs = build(name, CASES[name].head_dims[1])
+    model = model.to(torch.bfloat16)
+    inputs = {
+        key: value.to(torch.bfloat16) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+    untouched = forward(model, inputs).float()
+    for sparsity, density in ((0.0, 1.0), (0.8, 3 / 16)):
+        with rsa.enable(model, sparsity=sparsity, **{**PLAIN, "block_size": 128}) as handle:
+            out = forward(model, inputs)
+            stats = handle.stats()
+        assert out.dtype == torch.bfloat16
+        assert stats.sparse_calls == CASES[name].calls
+        assert stats.density == pytest.approx(density, abs=0.02)
+        if sparsity == 0:
+            assert (out.float() - untouched).norm() < 1e-2 * untouched.norm()

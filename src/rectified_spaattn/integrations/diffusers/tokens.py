@@ -91,11 +91,10 @@ def raster_grid(places: torch.Tensor, name: str) -> Grid:
     if t * h * w != count:
         raise ValueError(_not_raster(name, count, f"rows of {w} tokens do not fill it"))
     cube = places.view(t, h, w, 3)
-    expected = torch.stack(
-        torch.broadcast_tensors(cube[:, :1, :1, 0], cube[:1, :, :1, 1], cube[:1, :1, :, 2]),
-        dim=-1,
-    )
-    if not torch.equal(cube, expected):
+    frames, rows, columns = cube[:, 0, 0, 0], cube[0, :, 0, 1], cube[0, 0, :, 2]
+    expected = torch.broadcast_tensors(frames[:, None, None], rows[:, None], columns)
+    ascending = (frames.diff() > 0).all() and (rows.diff() >= 0).all() and (columns.diff() >= 0).all()
+    if not ascending or not torch.equal(cube, torch.stack(expected, dim=-1)):
         raise ValueError(_not_raster(name, count, "their order is not frame, row, column"))
     return t, h, w
 
