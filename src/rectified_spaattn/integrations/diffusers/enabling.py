@@ -11,9 +11,9 @@ from torch import nn
 from ...backends import BACKENDS
 from ...config import SparseConfig
 from ...config import preset as preset_of
-from .adapters import Adapter, adapter_for
+from .adapters import Adapter, adapter_for, default_configs
 from .handle import Enabled, Handle
-from .processor import wrap
+from .processor import check_processor, dense_backend, wrap
 from .state import LayerState, RunClock, TransformerState
 from .watch import Watch
 
@@ -29,8 +29,8 @@ def enable(
     """Make the video self-attention of a diffusers pipeline (or of one transformer) sparse and rectified.
 
     config: one SparseConfig for all transformers of the pipeline, or one each; None takes the published preset that
-    fits the model. preset: a name from PRESETS instead. backend: as in rectified_attention. overrides: fields of
-    SparseConfig that change the config or preset, such as sparsity=0.9.
+    fits the model, and where there is none, asks for a sparsity. preset: a name from PRESETS instead. backend: as in
+    rectified_attention. overrides: fields of SparseConfig that change the config or preset, such as sparsity=0.9.
 
     Touches the given object alone; Handle.disable() restores it. Cross-attention and text refiners stay as they are.
     Raises TypeError for a model without an adapter, an unknown key or a config of the wrong type; ValueError for values
@@ -41,8 +41,7 @@ def enable(
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; allowed: one of {['auto', *BACKENDS]}.")
     if config is None:
-        name = adapters[0].preset(transformers[0][1], pipeline) if preset is None else preset
-        chosen = preset_of(name)
+        chosen = preset_of(preset) if preset is not None else default_configs(transformers[0][1], pipeline, overrides)
     elif preset is not None:
         raise ValueError(f"enable: got both config and preset={preset!r}; allowed: one of them.")
     else:
@@ -110,6 +109,8 @@ def _check_models(
         attentions: list[tuple[str, Any]] = adapter.attentions(model)
         if any(hasattr(module.processor, "rectified_layer") for _, module in attentions):
             raise RuntimeError(f"{name} is enabled already: call disable() of the handle you have, then enable again.")
+        for layer_name, module in attentions:
+            check_processor(module.processor, f"{name}.{layer_name}")
         beyond = [index for index in config.dense_layers if index >= len(attentions)]
         if beyond:
             raise ValueError(f"dense_layers: got {beyond}; allowed: 0 to {len(attentions) - 1}, the layers of {name}.")
@@ -133,7 +134,7 @@ def _enable_one(
             index=index,
             name=f"{name}.{layer_name}",
             owner=state,
-            dense_backend=getattr(module.processor, "_attention_backend", None),
+            dense_backend=dense_backend(module.processor),
         )
         state.layers.append(layer)
         module.set_processor(wrap(module.processor, layer))
@@ -150,7 +151,10 @@ def _watcher(
     @torch.compiler.disable  # bookkeeping of each call: not to be traced where the whole transformer is compiled
     def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        watch.states[name].begin_forward(adapter.grid(model, inputs), timestep=inputs.get("timestep"))
+        text, padding = adapter.text(inputs), adapter.padding(inputs)
+        watch.states[name].begin_forward(
+            adapter.grid(model, inputs), text=text, padding=padding, timestep=inputs.get("timestep")
+        )
         for complaint in watch.complaints(name, model, originals):
             warnings.warn(f"rectified_spaattn: {complaint}", stacklevel=2)
 
