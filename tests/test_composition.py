@@ -367,6 +367,22 @@ def test_a_replaced_module_is_reported():
         assert handle.stats().sparse_calls == 2
 
 
+def test_modules_that_are_only_hidden_or_compiled_are_not_lost(quiet, fresh_compiler):
+    model, inputs = tiny.wan_transformer(), tiny.wan_inputs()
+
+    def hide(module, args, kwargs):
+        vars(module)["blocks"] = list(module._modules["blocks"])
+
+    model.register_forward_pre_hook(hide, with_kwargs=True)  # as TeaCache does for the length of a forward
+    model.register_forward_hook(lambda module, args, output: vars(module).pop("blocks") and None)
+    with rsa.enable(model, **SPARSE) as handle:
+        sparse = forward(model, inputs)
+        model.blocks[1] = torch.compile(model.blocks[1], backend="eager")
+        torch.testing.assert_close(forward(model, inputs), sparse, rtol=1e-4, atol=1e-5)
+        assert handle.stats().sparse_calls == 6
+        assert "LOST" not in handle.summary()
+
+
 def test_a_backend_reset_afterwards_is_reported():
     model, inputs = tiny.wan_transformer(), tiny.wan_inputs()
     untouched = forward(model, inputs)

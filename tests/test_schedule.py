@@ -364,6 +364,26 @@ def test_a_pipeline_that_sets_begin_index(pipeline, quiet):
             assert steps_of(log, forwards=1) == "ddssssss"
 
 
+def test_a_timestep_for_each_frame_tells_no_step(pipeline):
+    # as diffusion forcing does: pipeline.current_timestep is a vector, and the pipeline's own scheduler rests
+    inputs = tiny.wan_inputs(batch=1)
+    with rsa.enable(pipeline, **{**SPARSE, "dense_steps": 1}), torch.no_grad():
+        log = forwards_of(pipeline.transformer)
+        pipeline.scheduler.set_timesteps(4)
+
+        def step(timestep):
+            pipeline._current_timestep = timestep * torch.tensor([1.0, 0.5, 0.25])
+            pipeline.transformer(**{**inputs, "timestep": timestep[None]})
+
+        first, second, *others = pipeline.scheduler.timesteps
+        step(first)
+        with pytest.warns(UserWarning, match="or one for each frame"):
+            step(second)
+        for timestep in others:
+            step(timestep)
+        assert steps_of(log, forwards=1) == "dsss"
+
+
 def test_the_pipeline_may_go_away_but_not_unnoticed():
     pipeline = tiny.wan_pipeline()
     rsa.enable(pipeline, **{**SPARSE, "dense_steps": 1})

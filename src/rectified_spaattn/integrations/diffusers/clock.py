@@ -99,7 +99,7 @@ class RunClock:
 
 def _located(timesteps: Any, current: Any) -> int | None:
     """Where `current` stands in timesteps; of two equal ones the second, as the schedulers themselves choose."""
-    if timesteps is None or current is None:
+    if timesteps is None or current is None or torch.as_tensor(current).numel() != 1:  # diffusion forcing: one a frame
         return None
     schedule = torch.as_tensor(timesteps)
     places = (schedule == torch.as_tensor(current, device=schedule.device)).nonzero().flatten().tolist()
@@ -120,5 +120,5 @@ def _without_steps(scheduler: Any) -> str:
 def _idle(scheduler: Any) -> str:
     return (
         f"the {type(scheduler).__name__} of the enabled pipeline does not move with these calls: another pipeline or "
-        "scheduler drives the transformer"
+        "scheduler drives the transformer, or one for each frame"
     )

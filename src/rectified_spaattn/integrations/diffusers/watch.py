@@ -111,10 +111,18 @@ def uncalled_layers(model: nn.Module, state: TransformerState, originals: list[t
 
 
 def _is_at(model: nn.Module, path: str, module: nn.Module) -> bool:
-    found: Any = model
+    found: nn.Module | None = model
     for part in path.split("."):
-        found = getattr(found, part, None)
+        found = _child(found, part)
     return found is module
+
+
+def _child(module: nn.Module | None, name: str) -> nn.Module | None:
+    # by its registration: a cache may hide the blocks behind attributes while a forward runs
+    children = {} if module is None else module._modules
+    if name not in children and "_orig_mod" in children:  # a block inside torch.compile(block)
+        return _child(children["_orig_mod"], name)
+    return children.get(name)
 
 
 def shortened(names: list[str]) -> str:
