@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import rectified_spaattn as rsa
 import tiny
+from model_cases import build
 from rectified_spaattn.integrations.diffusers import processor as seam
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -320,6 +321,34 @@ def test_processors_made_anew_for_the_whole_model(kind):
             assert torch.equal(run(pipeline), sparse)
             assert again.stats().dense_calls == 0
             assert "LOST" not in again.summary()
+
+
+def test_an_ip_adapter_loaded_afterwards():
+    model, inputs = build("Flux.1", 16)
+    cross, inner, generator = model.config.joint_attention_dim, model.inner_dim, torch.Generator().manual_seed(0)
+    shapes = {"proj.weight": (4 * cross, 8), "proj.bias": (4 * cross,), "norm.weight": (cross,), "norm.bias": (cross,)}
+    weights = {
+        "image_proj": {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()},
+        "ip_adapter": {
+            f"{block}.to_{kind}_ip.{part}": torch.randn(shape, generator=generator)
+            for block in range(len(model.transformer_blocks))
+            for kind in "kv"
+            for part, shape in (("weight", (inner, cross)), ("bias", (inner,)))
+        },
+    }
+    image = torch.randn(len(inputs["hidden_states"]), 4, cross, generator=generator)
+    with_image = {**inputs, "joint_attention_kwargs": {"ip_hidden_states": [image]}}
+    with rsa.enable(model, **SPARSE) as handle:
+        forward(model, inputs)
+        model._load_ip_adapter_weights([weights], low_cpu_mem_usage=False)  # what pipe.load_ip_adapter calls
+        with pytest.warns(UserWarning, match="3 of 3 layers of transformer run without"):
+            dense = forward(model, with_image)
+        assert "LOST on transformer" in handle.summary()
+        assert "skipped" not in handle.summary()
+    assert torch.equal(forward(model, with_image), dense)
+    with rsa.enable(model, **ALL_BLOCKS) as handle:
+        torch.testing.assert_close(forward(model, with_image), dense, rtol=1e-4, atol=1e-5)
+        assert handle.stats().sparse_calls == 3
 
 
 class WithImagePrompt(type(tiny.wan_transformer().blocks[0].attn1.processor)):

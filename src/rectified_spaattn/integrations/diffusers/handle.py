@@ -106,7 +106,8 @@ class Handle:
             steps += len(item.state.steps_seen)
             forwards += item.state.forwards
             calls = [layer.record.sparse + layer.record.dense.total() for layer in item.state.layers]
-            skipped += item.state.forwards - max(calls)  # every forward calls a layer once, or a cache left it out
+            if not lost_layers(item.model, item.state, item.originals):
+                skipped += item.state.forwards - max(calls)  # every forward calls a layer once, or a cache left it out
             for layer in item.state.layers:
                 record = layer.record
                 total = float(record.density)
