@@ -1,5 +1,8 @@
 """Whole transformers with dense, sparse and no attention: check, time a few layers, scale, and make rows."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,7 +40,7 @@ class ModelSettings:
                     where a unit is a single layer
     repeats         rounds that count, after one that warms up
     compiler        backend of torch.compile; None for no compiled forwards
-    full            also run each forward with all layers, once
+    full            also run two forwards with all layers, once: eager dense, and the sparsest, compiled where asked for
     computed_steps  of `steps`, None for all of them; source: who says that a cache skips the others
     """
 
@@ -108,12 +111,13 @@ class ModelSettings:
 
 
 class MeasuredModel(NamedTuple):
-    """What came of one model; not_run: baseline -> reason; built: how many units have weights."""
+    """What came of one model; not_run: baseline -> reason; took: phase -> seconds."""
 
     checks: list[Checked]
     forwards: list[ForwardRow]
     schedules: list[ScheduleRow]
     not_run: dict[str, str]
+    took: dict[str, float]
 
 
 @torch.no_grad()
@@ -125,42 +129,46 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> MeasuredModel:
     model, device, dtype = settings.model(name), settings.where(), DTYPES[settings.dtype]
     case = Case(model.shape, settings.block_size, dtype, device)
     modes, not_run = _modes(model, settings, case)
-    watch(f"{name}: making weights", 0, 1)
     depth = settings.units_of(model)
-    weights = build(model, model.units if settings.full else depth, device, dtype)
-    watch(f"{name}: checking", 0, 1)
-    checks = check_model(weights, model, modes, case)
-
-    torch.compiler.reset()  # the shapes of a model before would make this one's compiled code general
+    hows = ("eager",) if settings.compiler is None else ("eager", "compiled")
+    took: dict[str, float] = {}
+    with _phase("weights and checks", took):
+        watch(f"{name}: making weights", 0, 1)
+        weights = build(model, model.units if settings.full else depth, device, dtype)
+        watch(f"{name}: checking", 0, 1)
+        checks = check_model(weights, model, modes, case)
     inputs = inputs_for(model, model.shape.grid, device, dtype)
-    hows = ("eager", "compiled") if settings.compiler is not None else ("eager",)
-    forwards = {
-        Key(mode, how, units): _Forward(weights, model, mode, how, units, settings)
-        for mode in modes
-        for how in hows
-        for units in (1, depth)
-    }
-    outputs = {}
-    for done, (key, forward) in enumerate(forwards.items()):
-        watch(f"{name}: first run of {key.mode}, {key.how}", done, len(forwards))
-        outputs[key] = forward(inputs)
-    checks += check_first_runs(model.name, outputs, checks[0].allowed)
-    found = {mode: forwards[Key(mode, hows[-1], depth)].ran_sparse() for mode in modes if mode.kind == "sparse"}
+    make = partial(_Forward, weights, model, settings)
 
-    seconds = _time(forwards, inputs, settings.repeats, device, partial(watch, f"{name}: timing"))
-    forwards.clear()
+    with _phase("first runs and compilation", took):
+        torch.compiler.reset()  # the shapes of a model before would make this one's compiled code general
+        keys = [Key(mode, how, units) for mode in modes for how in hows for units in (1, depth)]
+        forwards = {key: make(key) for key in keys}
+        outputs = {}
+        for done, (key, forward) in enumerate(forwards.items()):
+            watch(f"{name}: first run of {key.mode}, {key.how}", done, len(keys))
+            outputs[key] = forward(inputs)
+        checks += check_first_runs(model.name, outputs, checks[0].allowed)
+        density = {key.mode: forwards[key].density() for key in keys if key.mode.kind == "sparse"}
+
+    with _phase("timing", took):
+        seconds = _time(forwards, inputs, settings.repeats, device, partial(watch, f"{name}: timing"))
     whole: Times = {}
     if settings.full:
-        every = {
-            Key(mode, how, model.units): _Forward(weights, model, mode, how, model.units, settings)
-            for mode in modes
-            for how in hows
-        }
-        whole = _time(every, inputs, 1, device, partial(watch, f"{name}: all layers, once"))
-    rows = forward_rows(model, settings.size, case, seconds, whole, found)
-    return MeasuredModel(
-        checks, rows, schedule_rows(model, settings.schedule_of(model), settings.source, rows), not_run
-    )
+        with _phase("all layers", took):
+            ends = (Key(modes[0], "eager", model.units), Key(modes[-2], hows[-1], model.units))
+            every = {key: make(key) for key in ends}
+            whole = _time(every, inputs, 1, device, partial(watch, f"{name}: all layers, once"))
+    rows = forward_rows(model, settings.size, case, seconds, whole, density)
+    runs = schedule_rows(model, settings.schedule_of(model), settings.source, rows)
+    return MeasuredModel(checks, rows, runs, not_run, took)
+
+
+@contextmanager
+def _phase(name: str, took: dict[str, float]) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    took[name] = time.perf_counter() - start
 
 
 def _modes(model: Model, settings: ModelSettings, case: Case) -> tuple[list[Mode], dict[str, str]]:
@@ -193,20 +201,18 @@ def _modes(model: Model, settings: ModelSettings, case: Case) -> tuple[list[Mode
 class _Forward:
     """A model of its own on the shared weights, with one kind of attention."""
 
-    def __init__(
-        self, weights: nn.Module, model: Model, mode: Mode, how: str, units: int, settings: ModelSettings
-    ) -> None:
-        self._transformer = shallow_copy(weights, model, units)
-        self._handle = enable(self._transformer, mode, settings.block_size)
-        self._layers = units * model.layers_a_unit
-        if how == "compiled":
+    def __init__(self, weights: nn.Module, model: Model, settings: ModelSettings, key: Key) -> None:
+        self._transformer = shallow_copy(weights, model, key.units)
+        self._handle = enable(self._transformer, key.mode, settings.block_size)
+        self._layers = key.units * model.layers_a_unit
+        if key.how == "compiled":
             self._transformer.compile_repeated_blocks(fullgraph=True, backend=settings.compiler)
 
     def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
         return output(self._transformer, inputs)
 
-    def ran_sparse(self) -> float:
-        """The density of all calls. Raises BenchError where one was dense."""
+    def density(self) -> float:
+        """The mean over all calls. Raises BenchError where one was dense."""
         stats = self._handle.stats()
         if stats.dense_calls or stats.sparse_calls != stats.forwards * self._layers:
             raise BenchError(

@@ -33,7 +33,7 @@ def forward_rows(
 ) -> list[ForwardRow]:
     """One row a mode, eager and compiled.
 
-    seconds: of two depths each; whole: of all layers, one round, or empty; density: of the sparse modes.
+    seconds: of two depths each; whole: of all layers, one round, for some or none; density: of the sparse modes.
     """
     low, high = sorted({key.units for key in seconds})
     kinds = list(dict.fromkeys((key.mode, key.how) for key in seconds))
@@ -84,7 +84,7 @@ def forward_rows(
                 seconds_min=times[3],
                 seconds_max=times[4],
                 repeats=len(scaled[kind]),
-                measured_s=whole[Key(*kind, model.units)][0] if whole else None,
+                measured_s=whole.get(Key(*kind, model.units), [None])[0],
                 dense=against,
                 dense_s=dense,
                 ratio=dense / times[0],

@@ -42,7 +42,9 @@ def model(
             show_default="2 where a unit is 1 double and 2 single layers, 3 where it is one layer",
         ),
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Also run every forward with all layers, once.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also run all layers once: eager dense, and the sparsest.")
+    ] = False,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Also time compile_repeated_blocks(fullgraph=True).")
     ] = True,
@@ -124,10 +126,12 @@ def _run(settings: ModelSettings, csv_dir: Path | None) -> None:
         for baseline, reason in measured.not_run.items():
             print_wide(console, f"not run: dense {baseline}: {reason}")
         if settings.full:
-            print_wide(console, "Scaled, and one forward of all layers:")
+            print_wide(console, f"{name}: scaled, and measured with all layers, one forward:")
             print_wide(console, full_table(measured.forwards))
         print_wide(console, schedule_line(measured.schedules[0]))
         print_wide(console, schedule_table(measured.schedules))
+        took = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in measured.took.items())
+        print_wide(console, f"{name} took: {took}")
         forwards, schedules = forwards + measured.forwards, schedules + measured.schedules
         if csv_dir is not None:  # after every model: a long run that is stopped leaves what it measured
             write_csv(csv_dir / FORWARDS_CSV, forwards, made_on)

@@ -31,7 +31,7 @@ def forward_line(first: ForwardRow, made_on: Machine) -> str:
 def forward_table(rows: Sequence[ForwardRow]) -> Table:
     """Two depths that were timed, and the whole model scaled from them."""
     first = rows[0]
-    timed = [f"{layers} layers" for layers in (first.layers_low, first.layers_high)]
+    timed = [_layers(first.layers_low), _layers(first.layers_high)]
     whole = [f"{first.layers} layers (scaled)", "quartiles", "min to max"]
     ratio = f"speed-up over eager {first.dense}"
     table = _table("attention", "sparsity", "density", "run", *timed, *whole, ratio)
@@ -55,19 +55,16 @@ def how_scaled(row: ForwardRow) -> str:
     """The rule behind the scaled column."""
     a_unit = row.layers // row.units
     few, more = row.layers_low // a_unit, row.layers_high // a_unit
-    layers = "1 layer" if a_unit == 1 else f"{a_unit} layers"
     return (
         f"Scaled, round by round: t({row.layers_low}) + {row.units - few} * (t({row.layers_high}) - "
-        f"t({row.layers_low})) / {more - few}, where t(n) is the time of n layers; the whole model is {row.units} times "
-        f"{layers}. Nothing deeper than {row.layers_high} layers was built for this column."
+        f"t({row.layers_low})) / {more - few}, where t(n) is the time of n layers; the whole model is "
+        f"{row.units} times {_layers(a_unit)}. Nothing deeper than {row.layers_high} layers was built for this column."
     )
 
 
 def full_table(rows: Sequence[ForwardRow]) -> Table:
     """The scaling rule against one forward of all layers."""
-    table = _table(
-        f"{rows[0].model}: scaled and measured", "attention", "sparsity", "run", "scaled", "measured", "off by"
-    )
+    table = _table("attention", "sparsity", "run", "scaled", "measured", "off by")
     for row in rows:
         if row.measured_s is not None:
             table.add_row(
@@ -85,9 +82,9 @@ def schedule_line(first: ScheduleRow) -> str:
     """What the table of runs is about."""
     computed = "all computed" if not first.source else f"{first.computed_steps} computed ({first.source})"
     return (
-        f"{first.model}: a run of {first.steps} steps, {computed}, {first.calls} forward(s) a step, {first.dense_steps} "
-        f"dense steps and {first.dense_layers} dense layers ({first.preset}); {first.dense_total_s:.4g} s with eager dense "
-        f"{first.dense}"
+        f"{first.model}: a run of {first.steps} steps, {computed}, {first.calls} forward(s) a step, "
+        f"{first.dense_steps} dense steps and {first.dense_layers} dense layers ({first.preset}); "
+        f"{first.dense_total_s:.4g} s with eager dense {first.dense}"
     )
 
 
@@ -119,6 +116,10 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column in ("attention", "run") else "right", no_wrap=True)
     return table
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _name(row: ForwardRow) -> str:
