@@ -24,7 +24,7 @@ from rectified_spaattn.benchmark.record import ForwardRow, ScheduleRow, read_csv
 from rectified_spaattn.benchmark.schedule import line, mixed_forward, most_computed, schedule
 from rectified_spaattn.benchmark.shapes import SHAPES, Case
 from rectified_spaattn.benchmark.timing import Timed, durations
-from rectified_spaattn.benchmark.weights import build, exact, inputs_for, output, shallow_copy
+from rectified_spaattn.benchmark.weights import build, compile_blocks, exact, inputs_for, output, shallow_copy
 from rectified_spaattn.cli.app import app
 from rectified_spaattn.integrations.diffusers import ADAPTERS
 from rectified_spaattn.integrations.diffusers.state import LayerState
@@ -152,6 +152,17 @@ def test_unasked_sparsities_are_the_presets_the_papers_and_a_high_one() -> None:
     assert asked("hunyuan-video") == [0.797, 0.8, 0.8895]
     assert asked("wan2.1-14b") == [0.75, 0.797, 0.8895]
     assert asked("wan2.1-14b-i2v") == [0.75, 0.839, 0.8895]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_every_kind_of_layer_is_compiled(name: str) -> None:
+    model = tiny(MODELS[name])
+    whole = build(model, 2, CPU, torch.float32)
+    compile_blocks(whole, model, "eager")
+    compiled = [type(each).__name__ for each in whole.modules() if each._compiled_call_impl is not None]
+    layers = [each for each in compiled if each.endswith(("TransformerBlock", "CogVideoXBlock"))]
+    assert len(layers) == 2 * model.layers_a_unit
 
 
 # --- checks

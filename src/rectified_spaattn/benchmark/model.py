@@ -23,7 +23,7 @@ from .record import ForwardRow, ScheduleRow
 from .schedule import Schedule, schedule
 from .shapes import Case
 from .timing import Timed, durations
-from .weights import build, inputs_for, output, shallow_copy
+from .weights import build, compile_blocks, inputs_for, output, shallow_copy
 
 _CPU = torch.device("cpu")
 _PAPER_SPARSITY, _HIGH_SPARSITY = 0.797, 0.8895
@@ -206,7 +206,7 @@ class _Forward:
         self._handle = enable(self._transformer, key.mode, settings.block_size)
         self._layers = key.units * model.layers_a_unit
         if key.how == "compiled":
-            self._transformer.compile_repeated_blocks(fullgraph=True, backend=settings.compiler)
+            compile_blocks(self._transformer, model, str(settings.compiler))
 
     def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
         return output(self._transformer, inputs)

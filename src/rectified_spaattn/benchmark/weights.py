@@ -66,6 +66,16 @@ _BLOCKS = {  # argument of the class -> where the model keeps these layers
 }
 
 
+def compile_blocks(transformer: Any, model: Model, compiler: str) -> None:
+    """compile_repeated_blocks(fullgraph=True); for CogVideoX, which diffusers names no repeated blocks of, by hand."""
+    if transformer._repeated_blocks:
+        transformer.compile_repeated_blocks(fullgraph=True, backend=compiler)
+        return
+    for blocks in _BLOCKS[model.transformer].values():
+        for block in getattr(transformer, blocks):
+            block.compile(fullgraph=True, backend=compiler)
+
+
 def inputs_for(model: Model, grid: Grid, device: torch.device, dtype: torch.dtype, seed: int = 1) -> dict[str, Any]:
     """Arguments of a forward: normal numbers; every text token is valid."""
     generator = torch.Generator(device).manual_seed(seed)
