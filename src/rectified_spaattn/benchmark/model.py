@@ -87,7 +87,7 @@ class ModelSettings:
             self.schedule_of(model)
             if not 2 <= self.units_of(model) <= model.units:
                 raise ValueError(f"units: got {self.units}; allowed for {name}: 2 to {model.units}.")
-            if model.shape.layout(self.block_size).num_blocks < 2:
+            if model.shape.video // self.block_size < 2:
                 raise ValueError(f"block_size: got {self.block_size}; allowed for {name}: one that gives two blocks.")
 
     def model(self, name: str) -> Model:
@@ -187,8 +187,8 @@ def _modes(model: Model, settings: ModelSettings, case: Case) -> tuple[list[Mode
         name, reason = next(iter(not_run.items()))
         can = [each for each, baseline in BASELINES.items() if baseline.why_not(case) is None]
         raise BenchError(f"baseline {name}: {reason}; allowed for {model.name} here: {can}.")
-    layout = case.shape.layout(case.block_size)
-    call = Call(case.device, case.dtype, case.shape.head_dim, case.block_size, layout.num_blocks)
+    blocks = case.shape.video // case.block_size
+    call = Call(case.device, case.dtype, case.shape.head_dim, case.block_size, blocks)
     try:
         backend = choose(settings.backend, call)
     except (RuntimeError, ValueError) as error:

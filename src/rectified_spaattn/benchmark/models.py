@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .shapes import Shape
+from .shapes import SHAPES, Shape
 
 Grid = tuple[int, int, int]
 Make = Callable[..., torch.Tensor]  # make(*shape) -> normal numbers on the device, in the dtype
@@ -132,7 +132,6 @@ def _flux_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
 _WAN_TEXT, _CLIP_TOKENS = 512, 257  # cross-attention only: not part of the self-attention's sequence
 _WAN_HEAD = {"attention_head_dim": 128, "patch_size": (1, 2, 2)}
 _WAN_14B = {**_WAN_HEAD, "num_attention_heads": 40, "in_channels": 16, "text_dim": 4096, "ffn_dim": 13824}
-_WAN_SHAPE = Shape(name="wan-14b", grid=(21, 45, 80), text=0, text_first=False, heads=40, head_dim=128)
 
 MODELS: Mapping[str, Model] = MappingProxyType(
     {
@@ -150,9 +149,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                     "pooled_projection_dim": 768,
                     "guidance_embeds": True,
                 },
-                shape=Shape(
-                    name="hunyuan-video", grid=(32, 45, 80), text=256, text_first=False, heads=24, head_dim=128
-                ),
+                shape=SHAPES["hunyuan-video"],
                 unit={"num_layers": 1, "num_single_layers": 2},
                 units=20,
                 inputs=_hunyuan_inputs,
@@ -164,7 +161,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                 name="wan2.1-14b",
                 transformer="WanTransformer3DModel",
                 config=_WAN_14B,
-                shape=_WAN_SHAPE,
+                shape=SHAPES["wan-14b"],
                 unit={"num_layers": 1},
                 units=40,
                 inputs=_wan_inputs,
@@ -183,7 +180,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                     "image_dim": 1280,
                     "added_kv_proj_dim": 5120,
                 },
-                shape=_WAN_SHAPE,
+                shape=SHAPES["wan-14b"],
                 unit={"num_layers": 1},
                 units=40,
                 inputs=_wan_inputs,
@@ -224,7 +221,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                     "sample_frames": 81,
                     "use_rotary_positional_embeddings": True,
                 },
-                shape=Shape(name="cogvideox1.5", grid=(11, 48, 85), text=226, text_first=True, heads=48, head_dim=64),
+                shape=SHAPES["cogvideox1.5"],
                 unit={"num_layers": 1},
                 units=42,
                 inputs=_cogvideox_inputs,
@@ -242,7 +239,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
                     "pooled_projection_dim": 768,
                     "guidance_embeds": True,
                 },
-                shape=Shape(name="flux-4096", grid=(1, 256, 256), text=512, text_first=True, heads=24, head_dim=128),
+                shape=SHAPES["flux-4096"],
                 unit={"num_layers": 1, "num_single_layers": 2},
                 units=19,
                 inputs=_flux_inputs,
