@@ -42,11 +42,11 @@ class OpSettings:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_names("shape", self.shapes, tuple(SHAPES))
-        _check_names("baseline", self.baselines, tuple(BASELINES))
-        _check_names("backend", self.backends, backend_names())
-        _check_names("dtype", (self.dtype,), tuple(DTYPES))
-        _check_names("device", (self.device,), ("auto", "cpu", "cuda"))
+        check_names("shape", self.shapes, tuple(SHAPES))
+        check_names("baseline", self.baselines, tuple(BASELINES))
+        check_names("backend", self.backends, backend_names())
+        check_names("dtype", (self.dtype,), tuple(DTYPES))
+        check_names("device", (self.device,), ("auto", "cpu", "cuda"))
         if not self.shapes or not self.sparsities:
             raise ValueError("shapes, sparsities: got none; allowed: one or more of each.")
         if self.repeats < _FEWEST_REPEATS:
@@ -281,7 +281,8 @@ def _not_run(common: dict[str, Any], kind: str, name: str, reason: str) -> Row:
     return Row(**common, kind=kind, name=name, not_run=reason)
 
 
-def _check_names(what: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+def check_names(what: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+    """Raises ValueError for a name that is not allowed or comes twice."""
     for name in names:
         if name not in allowed:
             raise ValueError(f"{what}: got {name!r}; allowed: one of {list(allowed)}.")

@@ -10,6 +10,7 @@ import typer
 from ..benchmark.baselines import BASELINES
 from ..benchmark.op import DTYPES, OpSettings, backend_names
 from ..benchmark.shapes import MODEL_SHAPES, SHAPES
+from .bench_model import model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,9 +25,7 @@ ROWS_CSV, STAGES_CSV, PLOT = "op-speed.csv", "op-stages.csv", "op-speed.png"
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed; results are checked before anything is timed.")
 
 
-@bench_app.callback()
-def root() -> None:
-    """Keeps `op` a command of its own while it is the only one."""
+bench_app.command()(model)
 
 
 @bench_app.command()
