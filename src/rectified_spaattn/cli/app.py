@@ -9,6 +9,7 @@ import typer
 
 from .. import __version__
 from .bench import bench_app
+from .generate import generate
 from .options import DEFAULT, QUICK, DemoOptions, device_of
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
+app.command()(generate)
 
 
 def _version(wanted: bool) -> None:
