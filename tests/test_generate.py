@@ -137,6 +137,7 @@ def test_compare_writes_full_attention_and_both_side_by_side(wan_run: tuple[Path
     full, sparse = got["scores"]
     assert (full["mode"], full["psnr"], full["density"]) == ("full", None, 1.0)
     assert sparse["mode"] == "sparse"
+    assert sparse["density"] == told(out)["stats"]["overall_density"]
     assert sparse["psnr"] > 10
     assert 0 < sparse["ssim"] < 1
     row = next(line.split("|") for line in printed.splitlines() if "rectified, 0.8 sparse" in line)

@@ -124,6 +124,7 @@ def _bar(console: Console, what: str) -> Iterator[OnStep]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[density]}"),
     )

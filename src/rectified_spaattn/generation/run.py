@@ -30,7 +30,7 @@ class Enabled:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Generated:
-    """One generation.
+    """One generation. clip.density: over all calls, dense ones counted as 1.
 
     densities    of every step: computed pairs over all pairs, dense calls counted as 1; None where no attention ran
     peak_memory  bytes allocated on the GPU at most; None on a CPU
@@ -117,7 +117,7 @@ def run(
         video=video,
         seconds=seconds,
         steps=clock.steps(),
-        density=1.0 if stats is None or not stats.sparse_calls else stats.density,
+        density=1.0 if stats is None else stats.overall_density,
         backend="" if stats is None else stats.backend,
     )
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
