@@ -124,3 +124,13 @@ def test_it_needs_torch_typer_and_rich_alone() -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["healthy"] is True
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_kernels_are_right() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--device", "cuda", "--json"])
+    got = json.loads(result.output)
+    assert result.exit_code == 0, got["checks"]
+    assert {"triton", "torch", "reference"} <= {each["backend"] for each in got["checks"]}
+    assert got["facts"]["driver"]
+    assert got["facts"]["compute_capability"]

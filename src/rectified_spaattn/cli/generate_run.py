@@ -38,23 +38,22 @@ def generate(request: Request, device: torch.device, console: Console | None = N
     try:
         with _bar(console, "rectified attention") as on_step:
             sparse = run(pipe, request, arguments, device, enabled.handle, on_step)
-        summaries = [enabled.handle.summary()]
-        summaries += [] if enabled.teacache is None else [enabled.teacache.summary()]
+        ran = record.sparse_result(enabled)
+        for summary in ran["summary"]:
+            print_wide(console, summary)
     finally:
         enabled.disable()
-    for summary in summaries:
-        print_wide(console, summary)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_clip(out, sparse, request.fps)
     fps = request.fps if source.makes_video else None
     told: dict[str, Any] = {
         **record.describe(request, source, pipe, shown, device),
-        **record.sparse_result(enabled),
+        **ran,
         "output": record.result(sparse, out, fps),
     }
     _write_json(out, told)  # before full attention, which takes longest and may need more memory
     console.print(f"Written: {out} and {out.with_suffix('.json')}", soft_wrap=True, highlight=False)
-    if not enabled.handle.stats().sparse_calls:
+    if not ran["stats"]["sparse_calls"]:
         console.print("Note: no attention call ran sparse; the lines above say why.", soft_wrap=True, highlight=False)
     if request.compare:
         with _bar(console, "full attention") as on_step:

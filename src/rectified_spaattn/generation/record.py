@@ -86,7 +86,8 @@ def sparse_result(enabled: Enabled) -> dict[str, Any]:
         {
             "configs": {name: config.to_dict() for name, config in enabled.handle.configs().items()},
             "stats": dataclasses.asdict(enabled.handle.stats()),
-            "teacache": None if cached is None else {"stats": cached.stats(), "summary": cached.summary()},
+            "teacache": None if cached is None else cached.stats(),
+            "summary": [each.summary() for each in (enabled.handle, cached) if each is not None],
         }
     )
 
