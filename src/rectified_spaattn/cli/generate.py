@@ -53,7 +53,7 @@ def generate(
         typer.Option(help="KEY=VALUE for the scheduler's configuration, such as flow_shift=5.0; may be repeated."),
     ] = None,
     fps: Annotated[int, typer.Option(help="Frames a second in the file.")] = 16,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}: bfloat16 on a GPU, float32 on a CPU.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; auto: bfloat16 on a GPU, else float32.")] = "auto",
     offload: Annotated[
         str, typer.Option(help=f"{', '.join(OFFLOADS)}: what stays on the CPU until it is needed.")
     ] = "none",
