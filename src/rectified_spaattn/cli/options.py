@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from ..config import SparseConfig
 from ..evaluation.paired import Mode, full_mode
 
@@ -76,3 +78,15 @@ class DemoOptions:
 
 DEFAULT = DemoOptions()
 QUICK = DemoOptions(prompts=1, steps=6, timing_size=None)
+
+
+def device_of(name: str) -> torch.device:
+    """The device behind "auto", "cpu" or "cuda". Raises ValueError for another name, or where there is no such GPU."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}; allowed: auto, cpu or cuda.")
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ValueError(
+            "device: got 'cuda', but torch finds no CUDA GPU here. Use cpu, or install a CUDA build of torch."
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if found and name != "cpu" else torch.device("cpu")

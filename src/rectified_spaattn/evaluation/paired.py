@@ -99,7 +99,7 @@ def generate(
             from ..integrations.diffusers import enable
 
             handle = stack.enter_context(enable(pipe, mode.config, backend=backend))
-        clock = _StepClock(pipe.device, after_step)
+        clock = StepClock(pipe.device, after_step)
         frames = pipe(
             pair.prompt,
             height=settings.height,
@@ -175,7 +175,7 @@ def _without_progress_bar(pipe: Any) -> Iterator[None]:
         pipe.set_progress_bar_config(**before)
 
 
-class _StepClock:
+class StepClock:
     """A `callback_on_step_end` that notes when every step ended, and calls another one."""
 
     def __init__(self, device: torch.device, then: Callable[..., dict[str, Any]] | None) -> None:

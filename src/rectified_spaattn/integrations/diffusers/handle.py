@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ...config import SparseConfig
 from .processor import is_wrapped
 from .state import RunClock, TransformerState
 from .watch import lost_layers, shortened, uncalled_layers
@@ -96,6 +97,10 @@ class Handle:
         if total is not None and (isinstance(total, bool) or not isinstance(total, int) or total <= step):
             raise ValueError(f"total: got {total!r}; allowed: an integer above step = {step}, or None.")
         self._clock.tell(step, total)
+
+    def configs(self) -> dict[str, SparseConfig]:
+        """Transformer -> the config it runs with."""
+        return {item.name: item.state.config for item in self._enabled}
 
     def stats(self) -> RunStats:
         """Figures of the last run. Waits for the device."""
