@@ -7,6 +7,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import (
     AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     FirstBlockCacheConfig,
@@ -560,7 +562,7 @@ def test_a_controlnet_is_added_once():
     torch.testing.assert_close(ends[1] - starts[1], ends[0] - starts[0], rtol=1e-5, atol=1e-5)
 
 
-def cogvideox_pipeline():
+def cogvideox_pipeline(scheduler):
     torch.manual_seed(0)
     wan = tiny.wan_pipeline()
     vae = AutoencoderKLCogVideoX(
@@ -579,14 +581,15 @@ def cogvideox_pipeline():
         text_encoder=wan.text_encoder,
         vae=vae.eval(),
         transformer=cogvideox_transformer(),
-        scheduler=UniPCMultistepScheduler(),
+        scheduler=scheduler(),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def test_cogvideox_guides_in_one_batch():
-    pipeline = cogvideox_pipeline()
+@pytest.mark.parametrize("scheduler", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler, UniPCMultistepScheduler])
+def test_cogvideox_guides_in_one_batch(scheduler):
+    pipeline = cogvideox_pipeline(scheduler)
     prompt, negative = torch.randn(2, 1, 12, 16, generator=torch.Generator().manual_seed(5))
 
     def run():

@@ -53,14 +53,15 @@ class CachedTransformer:
         found = obstacle(model)
         if found is not None:
             raise RuntimeError(f"TeaCache: {self.name} has {found}, enabled later. Disable one of the two.")
-        step, since_start, total = self.progress.read()
+        inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+        timestep = float(torch.as_tensor(inputs["timestep"]).max())
+        step, since_start, total = self.progress.read(timestep)
         if self._run != self.progress.run:
             self._run = self.progress.run
             self._branches.forget()
             self.record = {}
         name, branch = self._branches.current()
-        inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        if branch.arrive(step, float(torch.as_tensor(inputs["timestep"]).max())):
+        if branch.arrive(step, timestep):
             self.record.pop(name, None)
         first, last = self.fit.first_steps, self.fit.last_steps
         forward = Forward(

@@ -82,14 +82,17 @@ class Progress:
         self.run = -1
         self._start = 0
 
-    def read(self) -> tuple[int, int, int]:
-        """(step, steps since the first of this run, number of steps). RuntimeError where nobody tells them."""
-        step, total = self.clock.read()
+    def read(self, timestep: float) -> tuple[int, int, int]:
+        """(step, steps since the first of this run, number of steps). RuntimeError where nobody tells them.
+
+        timestep: what the transformer is called with.
+        """
+        step, total = self.clock.read(timestep)
         if step is None or total is None:
+            why = self.clock.problem or "the scheduler has no timesteps"
             raise RuntimeError(
-                f"TeaCache: the denoising step and the number of steps are unknown (got step {step}, total {total}). A "
-                "pipeline tells them when its scheduler has a step_index; otherwise call "
-                "handle.set_step(step, total) before every step."
+                f"TeaCache: the denoising step and the number of steps are unknown ({why}). Enable it on the pipeline "
+                "that drives the transformer, or call handle.set_step(step, total) before every step."
             )
         if self.run != self.clock.run:
             self.run, self._start = self.clock.run, step
