@@ -9,6 +9,7 @@ import typer
 
 from .. import __version__
 from .bench import bench_app
+from .evaluate import evaluate
 from .generate import generate
 from .options import DEFAULT, QUICK, DemoOptions, device_of
 
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.command()(generate)
+app.command()(evaluate)
 
 
 def _version(wanted: bool) -> None:

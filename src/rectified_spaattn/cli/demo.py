@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
 from ..demo.pipeline import WEIGHTS, DemoVideoPipeline, load_demo_pipeline
 from ..demo.prompts import PROMPTS
@@ -19,7 +19,7 @@ from ..evaluation.scores import means, score
 from ..report.html import Media, write_report
 from .attention_study import capture_and_warm_up, study_attention
 from .options import DemoOptions
-from .output import TABLE_WIDTH, mean_table, write_videos
+from .output import TABLE_WIDTH, mean_table, progress_bars, write_videos
 
 FRAMES = 16
 _TIMING_STEPS = 2
@@ -42,7 +42,7 @@ def run(options: DemoOptions, console: Console | None = None) -> Path:
     modes = options.modes()
     pairs = _pairs(options)
     settings = Settings(height=options.size, width=options.size, num_frames=FRAMES, steps=options.steps)
-    with _progress(console) as progress:
+    with progress_bars(console) as progress:
         watch = _Watch(progress, len(modes), len(pairs), options.steps)
         watch.say("warming up, and reading one attention call")
         calls = capture_and_warm_up(pipe, pairs[0], settings)
@@ -121,16 +121,6 @@ def _time_steps(
         }
         for clip in clips
     ]
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-    )
 
 
 class _Watch:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..evaluation.metrics import finite_or_none
@@ -72,6 +74,18 @@ def mean_table(mean: Sequence[MeanScore], metrics: Mapping[str, Any]) -> Table:
             each.backend or "torch SDPA",
         )
     return table
+
+
+def progress_bars(console: Console, disable: bool = False) -> Progress:
+    """Bars with a description, a count and the time that has passed."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        disable=disable,
+    )
 
 
 def _column(mean: MeanScore) -> str:

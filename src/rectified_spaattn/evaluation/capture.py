@@ -22,7 +22,7 @@ class EndRun(Exception):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionCall:
-    """One full-attention call, copied to the CPU.
+    """One full-attention call, copied to the CPU unless capture_attention was told another device.
 
     q, k, v    [B, S, H, D], float32, after QK-norm and RoPE, in the model's token order
     text_mask  bool [B, text], True = valid
@@ -51,6 +51,7 @@ class _Recorder(LayerState):
     """A layer that attends as before and keeps a copy of its first call at the wanted step."""
 
     wanted: int
+    device: torch.device
     calls: list[AttentionCall]
     done: bool = field(default=False)
 
@@ -68,8 +69,8 @@ class _Recorder(LayerState):
         if valid is None:
             valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
         return AttentionCall(
-            **{name: x.detach().float().cpu().clone() for name, x in (("q", q), ("k", k), ("v", v))},
-            text_mask=valid.cpu().clone(),
+            **{name: x.detach().float().to(self.device, copy=True) for name, x in (("q", q), ("k", k), ("v", v))},
+            text_mask=valid.to(self.device, copy=True),
             grid=layout.grid,
             text_first=layout.text_first,
             layer=self.index,
@@ -79,12 +80,14 @@ class _Recorder(LayerState):
 
 
 @contextmanager
-def capture_attention(pipe: Any, *, step: int, layers: Sequence[int] | None = None) -> Iterator[list[AttentionCall]]:
+def capture_attention(
+    pipe: Any, *, step: int, layers: Sequence[int] | None = None, device: torch.device | str = "cpu"
+) -> Iterator[list[AttentionCall]]:
     """Run the pipeline inside: the list that is yielded fills with one full-attention call a layer, in layer order.
 
     pipe: a diffusers pipeline with a supported transformer, not enabled. step: which denoising step, from 0. layers:
-    indices of the self-attention layers, None for all. Attention runs in full, and on exit every processor is back.
-    With classifier-free guidance in two calls the first of them is kept.
+    indices of the self-attention layers, None for all. device: where the copies go. Attention runs in full, and on
+    exit every processor is back. With classifier-free guidance in two calls the first of them is kept.
 
     Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, RuntimeError where
     the model is enabled already or the step never ran.
@@ -121,6 +124,7 @@ def capture_attention(pipe: Any, *, step: int, layers: Sequence[int] | None = No
                 owner=state,
                 dense_backend=dense_backend(module.processor),
                 wanted=step,
+                device=torch.device(device),
                 calls=calls,
             )
             originals.append((module, module.processor))

@@ -1,4 +1,6 @@
-"""How far a clip is from the same clip made with full attention: PSNR and SSIM, one value a clip."""
+"""How far a clip is from the same clip made with full attention (PSNR, SSIM), and how much it flickers; one value a
+clip. LPIPS is in perceptual.py.
+"""
 
 import math
 
@@ -39,6 +41,18 @@ def ssim(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
         ]
     )
     return frames.view(video.shape[:2]).mean(1)
+
+
+def flicker(video: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of neighbouring frames: float32 [B], 0 for a still, in units of the value range.
+
+    video: [B, T, 3, H, W], floating, values in [0, 1], T at least 2. Motion counts, too, so compare clips of the same
+    prompt and seed. Raises TypeError or ValueError for clips of another kind.
+    """
+    _check(video, video)
+    if video.shape[1] < 2:
+        raise ValueError(f"video: got {video.shape[1]} frame; allowed: 2 or more.")
+    return (video[:, 1:].float() - video[:, :-1].float()).abs().mean((1, 2, 3, 4))
 
 
 def finite_or_none(value: float) -> float | None:

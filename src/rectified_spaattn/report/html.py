@@ -21,6 +21,18 @@ class Media:
 
 def write_report(path: Path, metrics: Mapping[str, Any], media: Media) -> None:
     """Render the report of one run. metrics: what is written to metrics.json (see cli.demo). Nothing is linked to."""
+    _render(
+        "report.html",
+        path,
+        m=metrics,
+        video=data_uri(media.video),
+        still=data_uri(media.still),
+        figures={name: data_uri(file) for name, file in media.figures.items()},
+        raw=json.dumps(metrics, indent=2),
+    )
+
+
+def _render(template: str, path: Path, **values: Any) -> None:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -31,16 +43,7 @@ def write_report(path: Path, metrics: Mapping[str, Any], media: Media) -> None:
         lstrip_blocks=True,
     )
     environment.filters |= {"decibel": decibel, "percent": percent, "literal": repr}
-    path.write_text(
-        environment.get_template("report.html").render(
-            m=metrics,
-            video=data_uri(media.video),
-            still=data_uri(media.still),
-            figures={name: data_uri(file) for name, file in media.figures.items()},
-            raw=json.dumps(metrics, indent=2),
-        ),
-        encoding="utf-8",
-    )
+    path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
 
 
 def data_uri(path: Path) -> str:
@@ -58,3 +61,8 @@ def decibel(value: float | None) -> str:
 def percent(value: float) -> str:
     """A share with one decimal."""
     return f"{100 * value:.1f}%"
+
+
+def write_evaluation(path: Path, values: Mapping[str, Any]) -> None:
+    """Render the report of an evaluation. values: what report.evaluation gives."""
+    _render("evaluation.html", path, **values)

@@ -88,6 +88,11 @@ def labelled_grid(columns: Sequence[str], rows: Sequence[Row], cell: int = CELL)
     return grid
 
 
+def even(frames: np.ndarray) -> np.ndarray:
+    """uint8 [T, H, W, 3] with the last row and column repeated where a side is odd."""
+    return np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+
+
 def write_mp4(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
     """frames: uint8 [T, H, W, 3] with even sides, as H.264 asks. Raises ValueError for another array."""
     import imageio

@@ -1,0 +1,330 @@
+"""Every `rectify` mode at several sparsities on the demo model: single attention calls and whole clips against full
+attention, on fixed prompt-seed pairs.
+
+    python benchmarks/ablation.py run --split dev [--batch 24] [--out runs/ablation]
+    torchrun --nproc-per-node 4 benchmarks/ablation.py run ...      # the pairs shared out; one GPU is enough
+    python benchmarks/ablation.py table runs/ablation/dev.csv [--plot ablation.png]
+
+`run` writes SPLIT.csv (one row a pair, sparsity and mode) and SPLIT-layers.csv, and prints what `table` prints: means
+with 95% bootstrap intervals over the pairs, as Markdown. The pairs of "held-out" are for one look, after everything has
+been chosen on "dev".
+"""
+
+import csv
+import itertools
+import math
+import shlex
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, get_type_hints
+
+import torch
+import typer
+from accelerate.utils import gather_object
+from matplotlib.figure import Figure
+from rich.progress import Progress
+
+from rectified_spaattn import SparseConfig
+from rectified_spaattn.benchmark.record import Machine, machine, write_csv
+from rectified_spaattn.config import RECTIFY_MODES
+from rectified_spaattn.demo.pipeline import load_demo_pipeline
+from rectified_spaattn.demo.prompts import split_pairs
+from rectified_spaattn.evaluation.allocation import allocation, exact
+from rectified_spaattn.evaluation.capture import capture_attention, end_after
+from rectified_spaattn.evaluation.intervals import Interval, bootstrap
+from rectified_spaattn.evaluation.paired import Mode, Pair, Settings, full_mode, generate_batch, warm_up
+from rectified_spaattn.evaluation.processes import device_of, processes
+from rectified_spaattn.evaluation.scores import score
+from rectified_spaattn.report.figures import MODE_COLOURS, PALETTE
+
+FRAMES = 16
+FLOOR = "full attention, math kernel"
+HIGHER_IS_BETTER = ("psnr", "ssim")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One pair under one mode. The attention columns are means over all layers and the captured steps."""
+
+    split: str
+    prompt: str
+    seed: int
+    sparsity: float
+    rectify: str
+    backend: str
+    density: float
+    attention_error: float
+    mass_error: float
+    block_mass_error: float
+    kept_mass: float
+    psnr: float
+    ssim: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRow:
+    """One layer at one step, means over the pairs."""
+
+    split: str
+    sparsity: float
+    rectify: str
+    step: int
+    layer: int
+    attention_error: float
+    mass_error: float
+    block_mass_error: float
+    kept_mass: float
+
+
+ATTENTION = ("attention_error", "mass_error", "block_mass_error", "kept_mass")
+Place = tuple[Pair, float, str]  # pair, sparsity, rectify
+Calls = dict[Place, dict[tuple[int, int], tuple[float, ...]]]  # (step, layer) -> ATTENTION
+
+
+def study_calls(pipe, pairs, settings, configs, backend, advance) -> Calls:
+    """All layers at three steps of full-attention runs, each call under every config."""
+    found: Calls = defaultdict(dict)
+    for step in (settings.steps // 4, settings.steps // 2, settings.steps * 3 // 4):
+        with capture_attention(pipe, step=step, device=pipe.device) as calls:
+            generate_batch(pipe, full_mode(), pairs, settings, after_step=end_after(step))
+        for call in calls:
+            full = exact(call, configs[0].block_size, configs[0].order)
+            for config in configs:
+                got = allocation(full, config, backend=backend)
+                values = (got.relative_error, got.mass_error, got.block_mass_error, got.kept_mass)
+                for pair, of_pair in zip(pairs, zip(*(each.tolist() for each in values), strict=True), strict=True):
+                    found[pair, config.sparsity, config.rectify][step, call.layer] = of_pair
+        advance()
+    return found
+
+
+def clip_scores(pipe, pairs, settings, modes, backend, advance):
+    """[(mode, Score)] of every pair under every mode but the reference."""
+    clips = []
+    for mode in modes:
+        clips += generate_batch(pipe, mode, pairs, settings, backend=backend)
+        advance()
+    return [(clip.mode, each) for clip, each in zip(clips, score(clips), strict=True) if clip.mode.name != "full"]
+
+
+def rows_of(split: str, calls: Calls, scores) -> list[Row]:
+    rows = []
+    for mode, each in scores:
+        sparsity, rectify = (mode.config.sparsity, mode.config.rectify) if mode.config else (0.0, FLOOR)
+        of_pair = calls.get((Pair(prompt=each.prompt, seed=each.seed), sparsity, rectify), {}).values()
+        means = [fmean(column) for column in zip(*of_pair, strict=True)] or [math.nan] * len(ATTENTION)
+        rows.append(
+            Row(
+                split=split,
+                prompt=each.prompt,
+                seed=each.seed,
+                sparsity=sparsity,
+                rectify=rectify,
+                backend=each.backend,
+                density=each.density,
+                psnr=each.psnr,
+                ssim=each.ssim,
+                **dict(zip(ATTENTION, means, strict=True)),
+            )
+        )
+    return rows
+
+
+def layer_rows(split: str, calls: Calls) -> list[LayerRow]:
+    by_place = defaultdict(list)
+    for (_, sparsity, rectify), of_pair in calls.items():
+        for (step, layer), values in of_pair.items():
+            by_place[sparsity, rectify, step, layer].append(values)
+    return [
+        LayerRow(
+            split=split,
+            sparsity=sparsity,
+            rectify=rectify,
+            step=step,
+            layer=layer,
+            **{name: fmean(column) for name, column in zip(ATTENTION, zip(*values, strict=True), strict=True)},
+        )
+        for (sparsity, rectify, step, layer), values in by_place.items()
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: one line a sparsity and mode; mean [95% interval], and the gain over "none" pair by pair."""
+    lines = [
+        "| sparsity | rectify | computed pairs | attention error | mass error | of block means | PSNR, dB | SSIM "
+        "| PSNR over none, dB | SSIM over none | PSNR won |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for sparsity, rectify in dict.fromkeys((row.sparsity, row.rectify) for row in rows):
+        mine = by_pair(rows, sparsity, rectify)
+        plain = by_pair(rows, sparsity, "none")
+        cells = [f"{fmean(row.density for row in mine.values()):.1%}"]
+        cells += [cell([getattr(row, name) for row in mine.values()], 3) for name in ATTENTION[:3]]
+        cells += [cell([row.psnr for row in mine.values()], 2), cell([row.ssim for row in mine.values()], 3)]
+        if rectify in ("none", FLOOR) or not plain:
+            cells += ["", "", ""]
+        else:
+            gains = {
+                name: [getattr(mine[k], name) - getattr(plain[k], name) for k in mine] for name in ("psnr", "ssim")
+            }
+            won = sum(gain > 0 for gain in gains["psnr"])
+            cells += [cell(gains["psnr"], 2, "+"), cell(gains["ssim"], 3, "+"), f"{won} of {len(mine)}"]
+        lines.append(f"| {sparsity:.0%} | {rectify} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def orders(rows: list[Row]) -> str:
+    """Per sparsity, the modes from worst to best; "<" where the interval of the paired difference excludes 0."""
+    lines = []
+    sparsities = sorted({row.sparsity for row in rows} - {0.0})
+    for sparsity, name in itertools.product(sparsities, (*ATTENTION[:2], *HIGHER_IS_BETTER)):
+        modes = {}
+        for rectify in dict.fromkeys(row.rectify for row in rows if row.sparsity == sparsity):
+            modes[rectify] = [getattr(row, name) for row in by_pair(rows, sparsity, rectify).values()]
+        sign = 1 if name in HIGHER_IS_BETTER else -1
+        ranked = sorted(modes, key=lambda mode: sign * fmean(modes[mode]))
+        words = [ranked[0]]
+        for worse, better in itertools.pairwise(ranked):
+            gain = bootstrap([sign * (b - a) for a, b in zip(modes[worse], modes[better], strict=True)])
+            words += ["<" if gain.low > 0 else "~", better]
+        lines.append(f"{sparsity:.0%} {name.replace('_', ' ')}: {' '.join(words)}")
+    return "\n".join(lines)
+
+
+def by_pair(rows: list[Row], sparsity: float, rectify: str) -> dict[tuple[str, int], Row]:
+    return {(row.prompt, row.seed): row for row in rows if (row.sparsity, row.rectify) == (sparsity, rectify)}
+
+
+def cell(values: list[float], digits: int, sign: str = "") -> str:
+    found: Interval = bootstrap(values)
+    if math.isnan(found.mean):
+        return ""
+    if math.isnan(found.low):
+        return f"{found.mean:{sign}.{digits}f}"
+    return f"{found.mean:{sign}.{digits}f} [{found.low:{sign}.{digits}f}, {found.high:{sign}.{digits}f}]"
+
+
+def show(rows: list[Row], made_on: Machine) -> None:
+    pairs = len({(row.prompt, row.seed) for row in rows})
+    print(f"\n{rows[0].split}: {pairs} prompt-seed pairs; {made_on.device}, torch {made_on.torch}; {made_on.command}")
+    print("mean [95% interval of the mean, percentile bootstrap over the pairs]\n")
+    print(table(rows), "\n")
+    print("worst to best; < where the interval of the paired difference excludes 0, ~ where not")
+    print(orders(rows))
+
+
+def read(path: Path) -> tuple[list[Row], Machine]:
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    hints = get_type_hints(Row)
+    rows = [Row(**{name: hint(line[name]) for name, hint in hints.items()}) for line in lines]
+    return rows, Machine(**{field.name: lines[0][field.name] for field in fields(Machine)})
+
+
+def plot(rows: list[Row], made_on: Machine, path: Path) -> None:
+    """Attention error, mass error, PSNR and SSIM against sparsity, one line a mode, with the intervals of `table`."""
+    titles = {
+        "attention_error": "output error of an attention call (lower is better)",
+        "mass_error": "mass error (lower is better)",
+        "psnr": "PSNR to full attention, dB (higher is closer)",
+        "ssim": "SSIM to full attention (higher is closer)",
+    }
+    sparsities = sorted({row.sparsity for row in rows} - {0.0})
+    modes = list(dict.fromkeys(row.rectify for row in rows if row.rectify != FLOOR))
+    spare = itertools.cycle(colour for colour in PALETTE if colour not in MODE_COLOURS.values())
+    colours = {mode: MODE_COLOURS.get(mode) or next(spare) for mode in modes}
+    figure = Figure(figsize=(11, 7.6), layout="constrained")
+    for axis, (name, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
+        for place, mode in enumerate(modes):
+            found = [bootstrap([getattr(row, name) for row in by_pair(rows, s, mode).values()]) for s in sparsities]
+            x = [100 * s + 0.35 * (place - (len(modes) - 1) / 2) for s in sparsities]  # bars do not hide one another
+            bars = [[each.mean - each.low for each in found], [each.high - each.mean for each in found]]
+            y = [each.mean for each in found]
+            axis.errorbar(x, y, yerr=bars, color=colours[mode], marker="o", markersize=4, capsize=3, label=mode)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set_xticks([100 * s for s in sparsities], [f"{s:.0%}" for s in sparsities])
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(modes), frameon=False)
+    pairs = len({(row.prompt, row.seed) for row in rows})
+    figure.suptitle(f"{rows[0].split}: {pairs} prompt-seed pairs, 95% intervals; {made_on.device}", fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+@app.command("table")
+def print_table(
+    path: Annotated[Path, typer.Argument(help="CSV file that `run` wrote.")],
+    plot_to: Annotated[Path | None, typer.Option("--plot", help="PNG file for the figure.")] = None,
+) -> None:
+    """Print the Markdown tables of an earlier run."""
+    rows, made_on = read(path)
+    show(rows, made_on)
+    if plot_to is not None:
+        plot(rows, made_on, plot_to)
+
+
+@app.command()
+def run(
+    split: Annotated[str, typer.Option(help="dev or held-out.")],
+    sparsity: Annotated[list[float] | None, typer.Option(show_default="0.7 0.8 0.9 0.95")] = None,
+    rectify: Annotated[list[str] | None, typer.Option(show_default=" ".join(RECTIFY_MODES))] = None,
+    block_size: int = 64,
+    order: str = "gilbert",
+    top_p: float = 0.0,
+    neighbours: bool = False,
+    size: int = 64,
+    steps: int = 12,
+    pairs: Annotated[int | None, typer.Option(help="Only the first so many, to try things out.")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts in one call of the pipeline.")] = 8,
+    device: str = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    backend: str = "auto",
+    out: Path = Path("runs/ablation"),
+) -> None:
+    """Measure one split."""
+    start = time.perf_counter()
+    state = processes()
+    pipe = load_demo_pipeline(device_of(device, state), getattr(torch, dtype))
+    base = {"block_size": block_size, "order": order, "top_p": top_p, "neighbours": neighbours}
+    configs = [
+        SparseConfig(sparsity=each, rectify=mode, **base)
+        for each, mode in itertools.product(sparsity or (0.7, 0.8, 0.9, 0.95), rectify or RECTIFY_MODES)
+    ]
+    floor = Mode(name="floor", label=FLOOR, config=None, kernel="math")
+    modes = [full_mode(), floor]
+    modes += [Mode(name=f"{c.rectify}-{c.sparsity:g}", label=c.rectify, config=c) for c in configs]
+    everything = [Pair(prompt=prompt, seed=seed) for prompt, seed in split_pairs(split)][:pairs]
+    settings = Settings(height=size, width=size, num_frames=FRAMES, steps=steps)
+    with state.split_between_processes(everything) as mine, Progress(disable=not state.is_main_process) as progress:
+        calls: Calls = {}
+        scores = []
+        if mine:
+            warm_up(pipe, modes, mine[0], settings, backend=backend)
+        batches = [mine[i : i + batch] for i in range(0, len(mine), batch)]
+        study = progress.add_task("attention calls", total=3 * len(batches))
+        clips = progress.add_task("clips", total=len(modes) * len(batches))
+        for some in batches:
+            calls |= study_calls(pipe, some, settings, configs, backend, lambda: progress.advance(study))
+            scores += clip_scores(pipe, some, settings, modes, backend, lambda: progress.advance(clips))
+    gathered = gather_object([(calls, scores)]) if state.num_processes > 1 else [(calls, scores)]
+    if not state.is_main_process:
+        return
+    calls = {place: of_pair for part, _ in gathered for place, of_pair in part.items()}
+    found = rows_of(split, calls, [each for _, part in gathered for each in part])
+    ranks = [(0.0, FLOOR), *((config.sparsity, config.rectify) for config in configs)]
+    found.sort(key=lambda row: ranks.index((row.sparsity, row.rectify)))
+    made_on = machine(pipe.device, shlex.join(["python", *sys.argv]))
+    write_csv(out / f"{split}.csv", found, made_on)
+    write_csv(out / f"{split}-layers.csv", layer_rows(split, calls), made_on)
+    show(found, made_on)
+    print(f"\n{time.perf_counter() - start:.0f} s in {state.num_processes} process(es); {out / f'{split}.csv'}")
+
+
+if __name__ == "__main__":
+    app()

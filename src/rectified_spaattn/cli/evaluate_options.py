@@ -1,0 +1,51 @@
+"""What `rectified-spaattn evaluate` can be asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..evaluation.modes import Grid
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """One evaluation, named as the command's options; None leaves a choice to the model.
+
+    Raises ValueError for values out of range and files that are not there.
+    """
+
+    out: Path
+    model: str = "demo"
+    prompts: Path | None = None
+    seeds: int = 1
+    configs: tuple[Path, ...] = ()
+    grid: "Grid"
+    arguments: Path | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    fps: int | None = None
+    dtype: str | None = None
+    device: str = "auto"
+    offload: bool = False
+    backend: str = "auto"
+    dense_kernel: str = "default"
+    floor_kernel: str | None = None
+    lpips: bool | None = None
+    command: str = "rectified-spaattn evaluate"
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "height", "width", "frames", "steps", "fps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}; allowed: 1 or more.")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype: got {self.dtype!r}; allowed: one of {list(DTYPES)}.")
+        for path in (self.prompts, self.arguments, *self.configs):
+            if path is not None and not path.is_file():
+                raise ValueError(f"{path}: got no such file; allowed: a file that can be read.")

@@ -1,0 +1,113 @@
+"""How much attention mass a sparse call gives to the tokens it keeps, against what full attention gives them.
+
+The mass is measured, not read from the plan: the operator runs on values that are 1 for the tokens of one block and 0
+elsewhere, so an output is the weight that a query gives to the block. That holds for every `rectify` mode alike.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..attention import rectified_attention
+from ..config import SparseConfig
+from ..layout import TokenLayout
+from .attention_error import full_attention
+from .capture import AttentionCall
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Exact:
+    """Full attention on one call.
+
+    call    with the values that probe the masses behind the real ones, as further heads
+    layout  of its tokens
+    out     [B, S, H, D]
+    masses  [B, nb, b, H, nb], weight of every tiled query on every key block; the rest is on isolated tokens
+    """
+
+    call: AttentionCall
+    layout: TokenLayout
+    out: torch.Tensor
+    masses: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Allocation:
+    """One call under one config against full attention: float32 [B] each, over all heads.
+
+    relative_error    |out - full| / |full| over the video tokens (Frobenius norms)
+    mass_error        mean over queries of |weight given to the kept tokens - their mass under full attention|; kept are
+                      the critical blocks and the isolated tokens
+    block_mass_error  the same for the means of query blocks, which is all that one factor R a block can reach
+    kept_mass         mean mass of the kept tokens under full attention
+    density           computed query-key pairs over all pairs, mean of the batch
+    """
+
+    relative_error: torch.Tensor
+    mass_error: torch.Tensor
+    block_mass_error: torch.Tensor
+    kept_mass: torch.Tensor
+    density: float
+
+
+def exact(call: AttentionCall, block_size: int, order: str = "gilbert") -> Exact:
+    """Full attention and its masses on `call`, to compute once for many configs. Raises as TokenLayout.build does."""
+    layout = call.layout(block_size, order).on(call.q.device)
+    probed = _probed(call, layout)
+    out = full_attention(probed)
+    heads = call.q.shape[2]
+    return Exact(call=probed, layout=layout, out=out[:, :, :heads], masses=_masses(out, layout, heads))
+
+
+def allocation(full: Exact, config: SparseConfig, *, backend: str = "auto") -> Allocation:
+    """Compare rectified_attention under `config` with full attention. Raises as rectified_attention does."""
+    call, layout, heads = full.call, full.layout, full.out.shape[2]
+    if (config.block_size, config.order) != (layout.block_size, layout.curve):
+        raise ValueError(
+            f"config: got blocks of {config.block_size} in {config.order!r} order; allowed: those of full, "
+            f"{layout.block_size} in {layout.curve!r}."
+        )
+    both, stats = rectified_attention(
+        call.q, call.k, call.v, layout, config, text_mask=call.text_mask, backend=backend, return_stats=True
+    )
+    start = layout.text if layout.text_first else 0
+    video = slice(start, start + layout.video)
+    wrong = (both[:, video, :heads] - full.out[:, video]).flatten(1).norm(dim=1)
+    kept = stats.block_mask[:, :heads].transpose(1, 2)[:, :, None]  # [B, nb, 1, H, nb]
+    given, true = (_kept(masses, kept) for masses in (_masses(both, layout, heads), full.masses))  # [B, nb, b, H]
+    return Allocation(
+        relative_error=wrong / full.out[:, video].flatten(1).norm(dim=1),
+        mass_error=(given - true).abs().mean((1, 2, 3)),
+        block_mass_error=(given.mean(2) - true.mean(2)).abs().mean((1, 2)),
+        kept_mass=true.mean((1, 2, 3)),
+        density=stats.density,
+    )
+
+
+def _probed(call: AttentionCall, layout: TokenLayout) -> AttentionCall:
+    """The call with groups of further heads: the same q and k, and one column of v a block, as many as v has."""
+    dim = call.v.shape[3]
+    block = torch.full((layout.sequence,), -1, device=call.v.device)  # isolated tokens are in none
+    block[layout.tiled] = torch.arange(layout.num_blocks, device=block.device).repeat_interleave(layout.block_size)
+    groups = -(-layout.num_blocks // dim)
+    columns = torch.arange(groups * dim, device=block.device)
+    probes = (block[:, None] == columns).to(call.v.dtype).view(1, -1, groups, 1, dim)
+    probes = probes.expand(call.v.shape[0], -1, -1, call.v.shape[2], -1).flatten(2, 3)
+    return replace(
+        call,
+        q=call.q.repeat(1, 1, 1 + groups, 1),
+        k=call.k.repeat(1, 1, 1 + groups, 1),
+        v=torch.cat([call.v, probes], dim=2),
+    )
+
+
+def _masses(out: torch.Tensor, layout: TokenLayout, heads: int) -> torch.Tensor:
+    """What the heads behind the first `heads` hold: [B, nb, b, H, nb]."""
+    tiled = out[:, layout.tiled, heads:].unflatten(1, (layout.num_blocks, layout.block_size))
+    by_group = tiled.unflatten(3, (-1, heads)).transpose(3, 4)  # [B, nb, b, H, groups, D]
+    return by_group.flatten(4)[..., : layout.num_blocks]
+
+
+def _kept(masses: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """All weight but that on blocks that are not kept: [B, nb, b, H]."""
+    return 1 - (masses * ~kept).sum(-1)

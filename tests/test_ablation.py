@@ -1,0 +1,167 @@
+"""What the ablation measures: masses of every mode, intervals, and the pairs it runs on."""
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rectified_spaattn import SparseConfig
+from rectified_spaattn.config import RECTIFY_MODES
+from rectified_spaattn.demo.model import tokenize
+from rectified_spaattn.demo.pipeline import load_demo_pipeline
+from rectified_spaattn.demo.prompts import PROMPTS, split_pairs
+from rectified_spaattn.evaluation.allocation import allocation, exact
+from rectified_spaattn.evaluation.attention_error import attention_error, block_masses
+from rectified_spaattn.evaluation.capture import AttentionCall
+from rectified_spaattn.evaluation.intervals import bootstrap
+from rectified_spaattn.evaluation.paired import Mode, Pair, Settings, generate, generate_batch
+
+BLOCK = 16
+
+
+def call(batch: int = 1, head_dim: int = 8) -> AttentionCall:
+    """90 video tokens (5 blocks of 16 and 10 left over) and 6 of text; head_dim 4 is fewer columns than blocks."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, batch, 96, 2, head_dim)
+    text = torch.arange(6) < torch.tensor([6, 3])[:batch, None]
+    return AttentionCall(q=2 * q, k=k, v=v, text_mask=text, grid=(2, 5, 9), text_first=False, layer=0, name="0", step=0)
+
+
+@pytest.mark.parametrize("head_dim", [4, 8])
+def test_probed_masses_are_those_of_full_attention(head_dim: int) -> None:
+    one = call(head_dim=head_dim)
+    full = exact(one, BLOCK)
+    for head in range(2):
+        expected = block_masses(one, full.layout, head)
+        torch.testing.assert_close(full.masses[0, :, :, head].mean(1), expected[:, :-1])
+
+
+@pytest.mark.parametrize("rectify", RECTIFY_MODES)
+def test_nothing_is_misallocated_where_nothing_is_dropped(rectify: str) -> None:
+    config = SparseConfig(sparsity=0.0, rectify=rectify, block_size=BLOCK)
+    got = allocation(exact(call(batch=2), BLOCK), config)
+    assert got.relative_error.max() < 1e-5
+    assert got.mass_error.max() < 1e-5
+    torch.testing.assert_close(got.kept_mass, torch.ones(2))
+
+
+@pytest.mark.parametrize("rectify", RECTIFY_MODES)
+def test_errors_are_those_of_the_single_call(rectify: str) -> None:
+    both, config = call(batch=2), SparseConfig(sparsity=0.6, top_p=0.0, rectify=rectify, block_size=BLOCK)
+    got = allocation(exact(both, BLOCK), config)
+    names = ("q", "k", "v", "text_mask")
+    for i in range(2):
+        alone = AttentionCall(**{**vars(both), **{name: getattr(both, name)[i : i + 1] for name in names}})
+        expected = attention_error(alone, config)
+        assert got.relative_error[i].item() == pytest.approx(expected.relative_error, rel=1e-4)
+
+
+def test_mass_errors_follow_from_r_and_the_exact_masses() -> None:
+    one, config = call(), SparseConfig(sparsity=0.6, top_p=0.0, neighbours=False, rectify="ipar", block_size=BLOCK)
+    got = allocation(exact(one, BLOCK), config)
+    stats = attention_error(one, config).stats
+    layout = one.layout(BLOCK)
+    true = torch.stack(
+        [
+            (block_masses(one, layout, h)[:, :-1] * stats.block_mask[0, h]).sum(1) + block_masses(one, layout, h)[:, -1]
+            for h in range(2)
+        ]
+    )
+    assert got.kept_mass.item() == pytest.approx(true.mean().item(), rel=1e-4)
+    assert got.block_mass_error.item() == pytest.approx((stats.r[0] - true).abs().mean().item(), rel=1e-3)
+    assert got.mass_error >= got.block_mass_error  # a mean over a block can only lose error
+    plain = allocation(exact(one, BLOCK), config.replace(rectify="none"))
+    assert plain.mass_error.item() == pytest.approx(1 - plain.kept_mass.item(), rel=1e-4)  # it gives the kept ones all
+
+
+def test_another_layout_than_the_exact_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="blocks of 32"):
+        allocation(exact(call(), BLOCK), SparseConfig(block_size=32))
+
+
+def test_a_batch_gives_the_clips_of_single_calls() -> None:
+    pipe = load_demo_pipeline()
+    config = SparseConfig(sparsity=0.5, block_size=32, top_p=0.0, neighbours=False)
+    mode = Mode(name="sparse", label="sparse", config=config)
+    pairs = [Pair(prompt=prompt, seed=seed) for seed, prompt in enumerate(PROMPTS[:2])]
+    settings = Settings(height=32, width=32, num_frames=8, steps=2)
+    together = generate_batch(pipe, mode, pairs, settings)
+    assert [clip.pair for clip in together] == pairs
+    for clip, pair in zip(together, pairs, strict=True):
+        alone = generate(pipe, mode, pair, settings)
+        torch.testing.assert_close(clip.video, alone.video, atol=1e-3, rtol=0)
+    assert not torch.allclose(together[0].video, together[1].video, atol=0.1)
+
+
+def test_bootstrap_interval() -> None:
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    found = bootstrap(values)
+    assert found == bootstrap(values)
+    assert found.mean == pytest.approx(sum(values) / 400)
+    half = 1.96 * torch.tensor(values).std().item() / 20  # what a normal mean would have
+    assert found.high - found.mean == pytest.approx(half, rel=0.1)
+    assert found.mean - found.low == pytest.approx(half, rel=0.1)
+    assert math.isnan(bootstrap([1.0]).low)
+    assert bootstrap([math.inf, 1.0]).mean == math.inf
+    with pytest.raises(ValueError, match="one or more"):
+        bootstrap([])
+
+
+def test_splits_are_fixed_known_to_the_model_and_disjoint() -> None:
+    dev, held_out = split_pairs("dev"), split_pairs("held-out")
+    assert (len(set(dev)), len(set(held_out))) == (24, 16)
+    assert not {prompt for prompt, _ in dev} & {prompt for prompt, _ in held_out}
+    tokenize([prompt for prompt, _ in dev + held_out])  # raises for a word or a length that it does not know
+    assert dev == split_pairs("dev")
+    assert dev[-1] == (
+        "a small blue ringed cross standing still and a small black checkered ring growing smaller over a purple "
+        "shaded background, camera zooms out",
+        0,
+    )
+    with pytest.raises(ValueError, match="dev or held-out"):
+        split_pairs("test")
+
+
+def test_the_script_writes_a_row_for_every_pair_and_mode_and_prints_them_again(tmp_path: Path) -> None:
+    script = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "ablation.py")]
+    options = ["--split", "dev", "--pairs", "2", "--batch", "2", "--size", "32", "--steps", "4", "--block-size", "32"]
+    options += [
+        "--sparsity",
+        "0.9",
+        "--rectify",
+        "none",
+        "--rectify",
+        "ipar",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
+    ran = subprocess.run([*script, "run", *options], capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr
+    with (tmp_path / "dev.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["rectify"], row["prompt"]) for row in rows]
+    modes = ["full attention, math kernel", "none", "ipar"]
+    assert found == [(mode, prompt) for mode in modes for prompt, _ in split_pairs("dev")[:2]]
+    for plain, ipar in zip(rows[2:4], rows[4:], strict=True):
+        assert plain["density"] == ipar["density"]  # the same blocks
+        assert plain["kept_mass"] == ipar["kept_mass"]
+        assert float(plain["mass_error"]) == pytest.approx(1 - float(plain["kept_mass"]), rel=1e-3)
+        assert float(ipar["mass_error"]) < float(plain["mass_error"])
+        assert float(plain["psnr"]) < 60 < float(rows[0]["psnr"])
+    again = subprocess.run(
+        [*script, "table", str(tmp_path / "dev.csv"), "--plot", str(tmp_path / "plot.png")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert again.returncode == 0, again.stderr
+    table = [line for line in again.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 3
+    assert table == [line for line in ran.stdout.splitlines() if line.startswith("|")]
+    assert (tmp_path / "plot.png").stat().st_size > 1000
