@@ -8,8 +8,9 @@ import torch
 from hypothesis import strategies as st
 
 from rectified_spaattn import SparseConfig, TokenLayout
+from rectified_spaattn.config import RECTIFY_MODES
 
-MODES = ("none", "pooled", "ipar", "ipar+gapr")
+MODES = RECTIFY_MODES
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -84,7 +85,7 @@ def _packed(x: torch.Tensor) -> torch.Tensor:
 
 
 def _sliced(x: torch.Tensor) -> torch.Tensor:
-    wide = torch.full((*x.shape[:3], 2 * x.shape[3] + 1), torch.nan, dtype=x.dtype)
+    wide = torch.full((*x.shape[:3], 2 * x.shape[3] + 1), torch.nan, dtype=x.dtype, device=x.device)
     wide[..., 1::2] = x
     return wide[..., 1::2]
 

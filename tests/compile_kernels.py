@@ -7,6 +7,7 @@ interpreter, which the tests use, replaces the compiler for good.
 import json
 import sys
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, NamedTuple
 
 import triton
@@ -32,24 +33,35 @@ def kernels(arch: str) -> Iterator[Kernel]:
     for block, head_dim in ((128, 128), (64, 128), (128, 64), (64, 64)):
         shape = {"BLOCK": block, "HEAD_DIM": head_dim}
         contiguous = dict.fromkeys(("q_sd", "k_sd", "v_sd"), 1)
-        yield kernel(f"tile {block}x{head_dim}", _tile_kernel, {**shape, **contiguous}, x)
-        for resume in (False, True) if block == 128 else (False,):
+        for mode in ("gapr", "row"):
+            flags = {"GAPR": mode == "gapr", "ROW": mode == "row"}
+            yield kernel(f"tile {block}x{head_dim} {mode}", _tile_kernel, {**shape, **contiguous, **flags}, x)
+        for resume, row in product((False, True) if block == 128 else (False,), (False, True)):
             tiling = tiling_of(arch, block, head_dim, resume)
-            constants = {**shape, "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "RESUME": resume}
+            constants = {
+                **shape,
+                "BLOCK_M": tiling.block_m,
+                "BLOCK_N": tiling.block_n,
+                "RESUME": resume,
+                "ROW": row,
+                "TAIL_STAGES": tiling.tail_stages,
+            }
             options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
             if tiling.maxnreg is not None:
                 options["maxnreg"] = tiling.maxnreg
-            yield kernel(f"attend {block}x{head_dim} resume={resume}", _attend_kernel, constants, x, **options)
+            yield kernel(
+                f"attend {block}x{head_dim} resume={resume} row={row}", _attend_kernel, constants, x, **options
+            )
     for head_dim in (64, 128):
-        for gain in (False, True):
-            constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "CHUNK": 32, "GAIN": gain}
-            yield kernel(f"scores {head_dim} gain={gain}", _scores_kernel, constants, x)
+        for gain, row in ((False, False), (True, False), (False, True)):
+            constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "CHUNK": 32, "GAIN": gain, "ROW": row}
+            yield kernel(f"scores {head_dim} gain={gain} row={row}", _scores_kernel, constants, x)
         constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "BLOCK_K": 16}
         yield kernel(f"compensate {head_dim}", _compensate_kernel, constants, x)
     yield kernel("tail", _tail_kernel, {"BLOCK": 128}, x)
     for width, warps in ((64, 1), (1024, 2), (8192, 16)):
         for given in (False, True):
-            flags = dict.fromkeys(("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN"), True)
+            flags = dict.fromkeys(("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "ROW"), True)
             constants = {"WIDTH": width, "GIVEN": given, **flags}
             yield kernel(f"select {width} given={given}", _select_kernel, constants, x, num_warps=warps)
 
@@ -66,7 +78,7 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any], x: str) -> st
     if argument.endswith("_desc"):
         rows = constants["BLOCK_M"] if argument == "q_desc" else constants["BLOCK_N"]
         return f"tensordesc<{x}[{rows},{constants['HEAD_DIM']}]>"
-    if argument in ("scale", "log_b", "top_p"):
+    if argument in ("scale", "log_b", "top_p", "cap"):
         return "fp32"
     model_strides = kernel == "_tile_kernel" and argument[1:3] == "_s"
     if argument.endswith(("_sb", "_ss", "_sh", "_sd", "_st")):
@@ -76,20 +88,20 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any], x: str) -> st
     if argument in ("critical_ptr", "compensated_ptr", "neighbours_ptr", "first_frame_ptr", "worth_ptr", "valid_ptr"):
         return "*i1"
     in_model_dtype = {
-        "_tile_kernel": ("q_ptr", "k_ptr", "v_ptr", "q_out", "k_out", "v_out", "k_tail", "v_tail"),
+        "_tile_kernel": ("q_ptr", "k_ptr", "v_ptr", "q_out", "k_out", "v_out", "k_tail", "v_tail", "k_pool", "v_pool"),
         "_scores_kernel": ("tail_ptr",),
         "_attend_kernel": ("out_ptr", "partial_ptr"),
     }.get(kernel, ())
     if argument in in_model_dtype:
         return f"*{x}"
     halves = {
-        "_tile_kernel": ("_mean", "_deviation"),
-        "_scores_kernel": ("q_ptr", "k_ptr"),
+        "_tile_kernel": ("_mean", "_deviation", "_variance"),
+        "_scores_kernel": ("q_ptr", "k_ptr", "k_var_ptr"),
         "_compensate_kernel": ("v_ptr",),
     }
     if argument.endswith(halves.get(kernel, ("nothing",))):
         return "*bf16"
-    is_pointer = argument.endswith(("_ptr", "_mean", "_deviation"))
+    is_pointer = argument.endswith(("_ptr", "_mean", "_deviation", "_variance"))
     return "*fp32" if is_pointer else "i32"
 
 

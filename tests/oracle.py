@@ -137,6 +137,7 @@ def oracle(
             "pooled": ~critical,
             "ipar": ~critical,
             "ipar+gapr": ~critical & (worth > error),
+            "row": ~critical,
         }[config.rectify]
 
     # 5 rectify, 6 attend: one S x S matrix for all of it
@@ -149,6 +150,8 @@ def oracle(
     attention = logits.masked_fill(~sees, -torch.inf).softmax(-1)
     r_token = torch.einsum("bhn,sn->bhs", r, member) + (~tiled).double()
     weights = r_token[..., None] * attention + spread
+    if config.rectify == "row":
+        weights = _with_pooled_keys(q, k, logits.masked_fill(~sees, -torch.inf), compensated, member, scale, b)
     pairs = sees.double().mean(1).sum((1, 2)) / (sequence * valid.sum(1))
     return Truth(
         out=(weights @ v).transpose(1, 2),
@@ -160,6 +163,33 @@ def oracle(
         density=pairs.mean().item(),
         undecided=undecided,
     )
+
+
+def _with_pooled_keys(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    logits: torch.Tensor,
+    compensated: torch.Tensor,
+    member: torch.Tensor,
+    scale: float,
+    b: int,
+) -> torch.Tensor:
+    """Weights [B, H, S, S] of one softmax over exact and pooled keys; the latter share theirs out among their tokens.
+
+    A pooled key's logit is scale * q·k̄ + log b + min(½ scale² Σ_d q̄_d² (mean of k_d² - k̄_d²), 2).
+    """
+    tiled = member.sum(1) > 0
+    q_mean, k_mean, k_square = (
+        torch.einsum("bhsd,sn->bhnd", x.masked_fill(~tiled[:, None], 0), member / b) for x in (q, k, k * k)
+    )
+    variance = scale**2 * torch.einsum("bhnd,bhmd->bhnm", q_mean**2, k_square - k_mean**2)
+    added = torch.tensor(float(b), dtype=torch.float64).log() + (variance / 2).clamp(max=2)
+    added = added.masked_fill(~compensated, -torch.inf)
+    none = torch.full((*added.shape[:2], 1, added.shape[3]), -torch.inf, dtype=torch.float64)
+    of_block = torch.where(tiled, member.argmax(1) if member.shape[1] else 0, member.shape[1])  # the row of `none`
+    pooled = scale * torch.einsum("bhsd,bhmd->bhsm", q, k_mean) + torch.cat([added, none], 2)[:, :, of_block]
+    both = torch.cat([logits, pooled], -1).softmax(-1)
+    return both[..., : len(member)] + torch.einsum("bhsm,tm->bhst", both[..., len(member) :], member / b)
 
 
 def _pooled_columns(

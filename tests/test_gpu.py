@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from cases import video_like
+from cases import MODES, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -31,7 +31,7 @@ def dense(q, k, v, layout, mask):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("mode", ["none", "pooled", "ipar", "ipar+gapr"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_error_is_of_the_size_of_sdpas_own(case, mode, dtype):
     layout, qkv, mask = on_gpu(*case, dtype)

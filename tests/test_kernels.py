@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from cases import STRIDED, video_like
+from cases import MODES, STRIDED, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends.call import Call
 from rectified_spaattn.backends.triton import why_not
@@ -65,13 +65,14 @@ def staged(qkv, layout, valid, config, scale, block_mask=None):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_tile_orders_and_pools_in_one_pass(case, dtype):
+@pytest.mark.parametrize("mode", ["ipar", "ipar+gapr", "row"])
+def test_tile_orders_and_pools_in_one_pass(case, dtype, mode):
     layout, (q, k, v), valid = inputs(*case, dtype)
     text_at = layout.isolated[layout.leftover :]
     for x in (k, v):  # whatever padding holds, it must not get further than here
         for sample in range(2):
             x[sample, text_at[~valid[sample]]] = torch.nan
-    tiled = tile(q, k, v, layout, valid)
+    tiled = tile(q, k, v, layout, valid, mode)
     nb, b = layout.num_blocks, layout.block_size
     for x, block_ordered in ((q, tiled.q[:, :, : nb * b]), (k, tiled.k), (v, tiled.v)):
         assert torch.equal(block_ordered.unflatten(2, (nb, b)), blocks_of(x, layout))
@@ -86,9 +87,17 @@ def test_tile_orders_and_pools_in_one_pass(case, dtype):
     for sample in range(2):
         places = keep[sample, 0, :, 0].nonzero()
         assert tiled.tail_end[sample] == (places.max() + 1 if len(places) else 0)
-    want = pool(*(blocks_of(x.double(), layout) for x in (q, k, v)))
+    want = pool(*(blocks_of(x.double(), layout) for x in (q, k, v)), mode)
     for got, exact in zip(tiled.pooled, want, strict=True):
-        torch.testing.assert_close(whole(got), exact, rtol=2e-5, atol=1e-6)
+        assert (got is None) == (exact is None)
+        if exact is not None:
+            torch.testing.assert_close(whole(got), exact, rtol=2e-5, atol=1e-6)
+    for got, exact in ((tiled.k_pool, want.k), (tiled.v_pool, want.v)):
+        assert (got is not None) == (mode == "row")
+        if got is not None:
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(got[:, :, :nb].double(), exact, rtol=eps, atol=1e-6)
+            assert not got[:, :, nb:].any()
 
 
 @pytest.mark.parametrize("stride", STRIDED)
@@ -103,13 +112,13 @@ def test_any_strides(stride):
     assert torch.equal(plain, strided)
 
 
-@pytest.mark.parametrize("mode", ["none", "pooled", "ipar", "ipar+gapr"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES[:4])
 def test_plan_is_that_of_the_stages(case, mode):
     layout, qkv, valid = inputs(*case)
     config = SparseConfig(sparsity=0.6, top_p=0.5, rectify=mode, neighbours=False, first_frame=case is RAGGED)
     scale = 0.2
-    plan, lists = make_plan(tile(*qkv, layout, valid), layout, config, scale, None)
+    plan, lists = make_plan(tile(*qkv, layout, valid, mode), layout, config, scale, None)
     want = staged(qkv, layout, valid, config, scale)
     torch.testing.assert_close(plan.probability.double(), want.probability, rtol=2e-4, atol=1e-6)
     assert torch.equal(plan.block_mask, want.block_mask)
@@ -117,6 +126,10 @@ def test_plan_is_that_of_the_stages(case, mode):
     torch.testing.assert_close(plan.r.double(), want.r, rtol=2e-4, atol=1e-6)
     torch.testing.assert_close(plan.c.double(), want.c, rtol=2e-4, atol=1e-5)
     torch.testing.assert_close(plan.probability.sum(-1), torch.ones_like(plan.r))
+    assert (plan.tail is not None) == (mode == "row")
+    if plan.tail is not None:
+        torch.testing.assert_close(plan.tail.bias.double(), want.tail.bias, rtol=2e-4, atol=1e-5)
+        assert torch.equal(plan.tail.bias.isfinite(), plan.compensated)
     check_lists(lists, plan.block_mask)
 
 
@@ -155,7 +168,7 @@ def test_selection_is_that_of_a_stable_sort_however_many_ties(blocks, sparsity, 
     compensated, r = torch.empty_like(critical), probability.new_empty(1, 2, blocks)
     count = torch.empty(1, 2, blocks + 1, dtype=torch.int32, device=DEVICE)
     lists = BlockLists(count, count.new_empty(1, 2, blocks + 1, blocks))
-    select(layout, config, logits, critical, compensated, r, lists, given=False)
+    select(layout, config, logits, critical, compensated, r, lists, None, given=False)
     torch.testing.assert_close(logits, probability)
     want = select_stage(logits, layout, config)
     # top-p at exactly the sum of the blocks before may fall on either side of it in float32
@@ -197,15 +210,16 @@ def error_of(out, want):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["ipar+gapr", "row"])
 @pytest.mark.parametrize("case", CASES)
-def test_error_is_at_most_twice_that_of_sdpa(case, dtype):
+def test_error_is_at_most_twice_that_of_sdpa(case, mode, dtype):
     layout, qkv, valid = inputs(*case, dtype)
     tail = torch.ones(2, layout.video, dtype=torch.bool, device=DEVICE)
     sees = torch.cat([valid, tail] if layout.text_first else [tail, valid], 1)[:, None, None]
     heads_first = [x.transpose(1, 2) for x in qkv]
     exact = scaled_dot_product_attention(*(x.double() for x in heads_first), attn_mask=sees)
     sdpa_error = error_of(scaled_dot_product_attention(*heads_first, attn_mask=sees), exact) / exact.abs().max().item()
-    config = SparseConfig(sparsity=0.6, neighbours=False)
+    config = SparseConfig(sparsity=0.6, neighbours=False, rectify=mode)
     given = {"text_mask": valid, "return_stats": True}
     out, stats = rectified_attention(*qkv, layout, config, **given, backend="triton")
     want, oracle = rectified_attention(*qkv, layout, config, **given, backend="reference", block_mask=stats.block_mask)
@@ -224,12 +238,13 @@ def test_all_blocks_kept_is_full_attention():
     assert error_of(out, want) < 1e-3
 
 
+@pytest.mark.parametrize("mode", ["ipar+gapr", "row"])
 @pytest.mark.parametrize("case", [CASES[2], RAGGED])
-def test_log_sum_exp_and_a_partial_result_taken_up(case):
+def test_log_sum_exp_and_a_partial_result_taken_up(case, mode):
     """LSE is that of the keys attended to; attention over the listed blocks may be done elsewhere."""
     layout, qkv, valid = inputs(*case)
-    config, scale = SparseConfig(sparsity=0.5, neighbours=False), 0.15
-    tiled = tile(*qkv, layout, valid)
+    config, scale = SparseConfig(sparsity=0.5, neighbours=False, rectify=mode), 0.15
+    tiled = tile(*qkv, layout, valid, mode)
     plan, lists = make_plan(tiled, layout, config, scale, None)
     out, lse = attend(tiled, lists, plan, layout, scale)
     nb, b, rows = layout.num_blocks, layout.block_size, tiled.q.shape[2]
@@ -239,7 +254,12 @@ def test_log_sum_exp_and_a_partial_result_taken_up(case):
     listed = listed.repeat_interleave(b, 2).repeat_interleave(b, 3)
     to_blocks = logits[..., : nb * b].masked_fill(~listed, -math.inf)
     to_tail = logits[..., nb * b :] + tiled.tail_bias.double()[:, None, None]
-    torch.testing.assert_close(lse.double(), torch.cat([to_blocks, to_tail], -1).logsumexp(-1), rtol=1e-3, atol=1e-3)
+    every = [to_blocks, to_tail]
+    if plan.tail is not None:
+        to_pool = scale * tiled.q[:, :, : nb * b].double() @ plan.tail.k[:, :, :nb].double().transpose(-1, -2)
+        to_pool = to_pool + plan.tail.bias.double().repeat_interleave(b, 2)
+        every.append(torch.cat([to_pool, to_pool.new_full((*to_pool.shape[:2], tail_rows, nb), -math.inf)], 2))
+    torch.testing.assert_close(lse.double(), torch.cat(every, -1).logsumexp(-1), rtol=1e-3, atol=1e-3)
     partial = Partial((to_blocks.softmax(-1) @ tiled.v.double()).to(out.dtype), to_blocks.logsumexp(-1).float())
     resumed, again = attend(tiled, lists, plan, layout, scale, partial)
     torch.testing.assert_close(resumed, out, rtol=2e-3, atol=2e-3)
@@ -257,11 +277,12 @@ def uninitialised_memory_is_nan():
 
 
 @pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.parametrize("mode", ["ipar+gapr", "row"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_output_is_written_and_the_same_bits_come_twice(case):
+def test_every_output_is_written_and_the_same_bits_come_twice(case, mode):
     layout, qkv, valid = inputs(*case)
     assert torch.empty(3).isnan().all()
-    config = SparseConfig(sparsity=0.6)
+    config = SparseConfig(sparsity=0.6, rectify=mode)
     given = {"text_mask": valid, "backend": "triton", "return_stats": True}
     first, second = (rectified_attention(*qkv, layout, config, **given) for _ in range(2))
     assert first[0].isfinite().all()

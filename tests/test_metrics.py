@@ -84,6 +84,12 @@ def test_metrics_agree_with_the_classes_of_torchmetrics() -> None:
         torch.testing.assert_close(ssim(video, reference)[b], torch.stack(frames).mean())
 
 
+def test_ssim_of_a_long_clip_is_the_mean_over_its_frames() -> None:
+    video, reference = clips(1, 19, 3, 16, 12), clips(1, 19, 3, 16, 12, seed=1)
+    frames = [ssim(video[:, i : i + 1], reference[:, i : i + 1]) for i in range(19)]
+    torch.testing.assert_close(ssim(video, reference), torch.stack(frames).mean(0))
+
+
 def test_ssim_of_two_flat_clips_by_hand() -> None:
     a, b = 0.25, 0.5  # without variance only the term of the means is left
     expected = (2 * a * b + 0.01**2) / (a * a + b * b + 0.01**2)

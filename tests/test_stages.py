@@ -15,6 +15,7 @@ from rectified_spaattn.method.gain import gain
 from rectified_spaattn.method.pool import Pooled, pool
 from rectified_spaattn.method.rectify import rectify
 from rectified_spaattn.method.select import select
+from rectified_spaattn.method.tail import CAP, tail_bias
 
 
 def row_layout(blocks: int) -> TokenLayout:
@@ -49,10 +50,36 @@ def test_pool_is_float32_for_halves(dtype: torch.dtype) -> None:
     x = torch.full((1, 1, 1, 128, 4), 1.0, dtype=dtype)
     x[..., 0, :] = 1.0078125  # one step of bfloat16 above 1: a mean in half precision would lose it
     got = pool(x, x, x)
-    assert {part.dtype for part in got} == {torch.float32}
+    assert {part.dtype for part in got if part is not None} == {torch.float32}
+    assert got.k_var is None
     exact = x.double().mean(3)
     torch.testing.assert_close(got.v.double(), exact, rtol=1e-6, atol=0)
     torch.testing.assert_close(got.dq.double(), (x.double() - exact.unsqueeze(3)).abs().mean(3), rtol=1e-3, atol=0)
+
+
+def test_pool_gives_the_spread_that_is_asked_for() -> None:
+    x = torch.tensor([1.0, 1.0, 1.0, 5.0]).view(1, 1, 1, 4, 1)
+    got = pool(x, 2 * x, x, "row")
+    assert got[3:5] == (None, None)
+    assert got.k_var.item() == 12.0  # of 2, 2, 2, 10 around 4: (3 * 4 + 36) / 4
+    assert pool(x, x, x, "ipar")[3:] == (None, None, None)
+    with pytest.raises(ValueError, match="without deviations"):
+        gain(got, torch.zeros(1, 1, 1, 1, dtype=torch.bool), "ipar+gapr")
+
+
+def test_tail_bias_is_what_the_spread_of_keys_adds_up_to_a_cap() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.full((1, 1, 1, 4096, 2), 1.0, dtype=torch.float64)
+    k = 0.5 * torch.randn(1, 1, 1, 4096, 2, generator=generator, dtype=torch.float64)
+    pooled, every = pool(q, k, k, "row"), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    mass = (k[0, 0, 0].sum(-1)).exp().sum().log().item()  # log-sum-exp of the logits of q = (1, 1)
+    mean = pooled.k.sum().item()
+    assert mean + tail_bias(pooled, every, 1.0, 4096).item() == pytest.approx(mass, abs=0.02)
+    assert mean + math.log(4096) < mass - 0.2  # what is missing without the variance
+    assert tail_bias(pooled, every, 100.0, 4096).item() == pytest.approx(math.log(4096) + CAP)
+    assert tail_bias(pooled, ~every, 1.0, 4096).item() == -math.inf
+    with pytest.raises(ValueError, match="without the variance"):
+        tail_bias(pool(q, k, k), every, 1.0, 4096)
 
 
 def test_pool_of_large_halves_does_not_overflow() -> None:

@@ -1,6 +1,6 @@
 """Rectified SpaAttn: training-free block-sparse attention for video diffusion transformers, with its biases repaired.
 
-Importing this package needs torch alone; `enable` needs diffusers when it is called.
+Importing this package needs torch alone; `enable` and `enable_teacache` need diffusers when they are called.
 """
 
 from typing import TYPE_CHECKING
@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .attention import SparseStats, rectified_attention
+    from .caching import TeaCacheHandle, TeaCacheStats, enable_teacache
     from .config import PRESETS, SparseConfig, preset
     from .integrations.diffusers import Handle, enable
     from .layout import TokenLayout
@@ -22,6 +23,9 @@ _HOME = {
     "TokenLayout": "layout",
     "enable": "integrations.diffusers",
     "Handle": "integrations.diffusers",
+    "enable_teacache": "caching",
+    "TeaCacheHandle": "caching",
+    "TeaCacheStats": "caching",
 }
 
 __all__ = [
@@ -29,8 +33,11 @@ __all__ = [
     "Handle",
     "SparseConfig",
     "SparseStats",
+    "TeaCacheHandle",
+    "TeaCacheStats",
     "TokenLayout",
     "enable",
+    "enable_teacache",
     "preset",
     "rectified_attention",
 ]

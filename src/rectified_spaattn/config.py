@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from .curve import ORDERS
 
-Rectify = Literal["none", "pooled", "ipar", "ipar+gapr"]
+Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row"]
 RECTIFY_MODES: tuple[str, ...] = get_args(Rectify)
 
 
@@ -21,7 +21,8 @@ class SparseConfig:
     top_p          the kept blocks and the isolated tokens hold at least this attention mass, in [0, 1]
     rectify        "none": plain block-sparse; "pooled": text pooled like video, no log b, every dropped block
                    compensated; "ipar": exact text and log b, every dropped block compensated; "ipar+gapr": compensated
-                   only where the gain beats the pooling error (the paper)
+                   only where the gain beats the pooling error (the paper); "row": every dropped block joins the softmax
+                   of every query as one pooled key, its mass corrected for how the block's keys spread
     block_size     tokens a block, a multiple of 16
     order          "gilbert", "tile" or "raster": how video tokens are laid out before they are cut into blocks
     neighbours     blocks that touch in 3-D always see each other

@@ -32,12 +32,13 @@ def run(
     from ..kernels.tile import tile
 
     layout = layout.on(q.device)
-    tiled = tile(q, k, v, layout, text_valid)
+    tiled = tile(q, k, v, layout, text_valid, config.rectify)
     plan, lists = make_plan(tiled, layout, config, scale, block_mask)
     if layout.num_blocks:
         given = listed_blocks(tiled, lists, scale)
         # the tiled keys have done their work: their memory serves the output
-        tiled = tiled._replace(k=tiled.k[:, :, :0], v=tiled.v[:, :, :0]) if tiled.k_tail.numel() else tiled
+        nothing = tiled.k.new_empty(0, tiled.k.shape[-1])
+        tiled = tiled._replace(k=nothing, v=nothing)
     else:
         given = None
     out, _ = attend(tiled, lists, plan, layout, scale, given)

@@ -33,7 +33,8 @@ def run(
     for i in range(q.shape[0]):  # samples differ in their valid text
         mask = None if block_mask is None else block_mask[i : i + 1]
         plans.append(_run_sample(q[i], k[i], v[i], layout, config, text_valid[i], scale, mask, out[i]))
-    return out, Plan(*(torch.cat(parts) for parts in zip(*plans, strict=True)))
+    each = ([plan[i] for plan in plans] for i in range(5))  # all but the tail, which has been used
+    return out, Plan(*(torch.cat(parts) for parts in each))  # type: ignore[arg-type]
 
 
 def why_not(call: Call) -> str | None:
@@ -55,8 +56,12 @@ def _run_sample(
     (_, heads, head_dim), num_blocks, block_size = q.shape, layout.num_blocks, layout.block_size
     valid = torch.cat([text_valid.new_ones(layout.leftover), text_valid])  # [I]
     alone = layout.isolated[valid]
-    stored = num_blocks + -(-len(alone) // block_size)  # blocks of keys: the tiled ones, then the isolated tokens
-    tail = layout.tiled.new_zeros(stored * block_size - layout.tiled.numel() - len(alone))  # gathered, never read
+    pooled = num_blocks if config.rectify == "row" else 0
+    # blocks of keys: the tiled ones, then the isolated tokens and the pooled keys
+    stored = num_blocks + -(-(len(alone) + pooled) // block_size)
+    tail = layout.tiled.new_zeros(
+        stored * block_size - layout.tiled.numel() - len(alone)
+    )  # written below, or never read
     places = torch.cat([layout.tiled, alone, tail])
 
     q_tiled = _take(q, layout.tiled).view(heads, num_blocks, block_size, head_dim)
@@ -65,6 +70,10 @@ def _run_sample(
     tiled = (q_tiled[None], k_all[None, :, :num_blocks], v_all[None, :, :num_blocks])
     plan = make_plan(*tiled, k_alone[None], valid[None], layout, config, scale, block_mask)
     _require_keys(plan.block_mask, len(alone))
+    if plan.tail is not None:
+        first = num_blocks * block_size + len(alone)
+        for x, means in ((k_all, plan.tail.k), (v_all, plan.tail.v)):
+            x.view(heads, -1, head_dim)[:, first : first + num_blocks] = means[0]
     _attend(q_tiled, k_all, v_all, plan, len(alone), scale, out, layout)
     if layout.isolated.numel():
         q_alone = q.index_select(0, layout.isolated).transpose(0, 1)[None]  # [1, H, I, D]
@@ -99,7 +108,8 @@ def _attend(
     """Writes R * softmax(...) V + C of every query block to its tokens' places in out.
 
     Query blocks with equally many critical blocks share SDPA calls, so nothing is padded or masked. q: [H, nb, b, D];
-    k, v: [H, nb + e, b, D] with `isolated` tokens in the last e blocks; plan of one sample; out: [S, H, D].
+    k, v: [H, nb + e, b, D] with `isolated` tokens in the last e blocks, and behind them, where the plan has a tail, its
+    nb pooled keys: these carry their bias, and R and C do not count. plan of one sample; out: [S, H, D].
     """
     heads, num_blocks, block_size, head_dim = q.shape
     stored = k.shape[1]
@@ -118,15 +128,24 @@ def _attend(
         same = order[done : done + rows_of_count]
         critical = blocks[starts[same, None] + torch.arange(count, device=q.device)]
         index = torch.cat([critical, same[:, None] // num_blocks * stored + tail], dim=1)
-        length = count * block_size + isolated
+        exact = count * block_size + isolated
+        length = exact if plan.tail is None else exact + num_blocks
         at_once = max(1, budget // (2 * k.element_size() * head_dim * max(1, length)))
         buffers = k.new_empty(2, min(at_once, len(same)) * index.shape[1], block_size, head_dim)
         for row, kept in zip(same.split(at_once), index.split(at_once), strict=True):
             k_kept, v_kept = (
                 _gather(x, kept, buffer)[:, :, :length] for x, buffer in zip((k, v), buffers, strict=True)
             )
-            sparse = scaled_dot_product_attention(q[row, None], k_kept, v_kept, scale=scale)[:, 0]
-            torch.addcmul(c[row], sparse, r[row], out=attended[done : done + len(row)])
+            here = attended[done : done + len(row)]
+            if plan.tail is None:
+                sparse = scaled_dot_product_attention(q[row, None], k_kept, v_kept, scale=scale)[:, 0]
+                torch.addcmul(c[row], sparse, r[row], out=here)
+            else:
+                bias = q.new_zeros(len(row), 1, 1, length)
+                bias[..., exact:] = plan.tail.bias[0].flatten(0, 1)[row, None, None]
+                here.copy_(
+                    scaled_dot_product_attention(q[row, None], k_kept, v_kept, attn_mask=bias, scale=scale)[:, 0]
+                )
             done += len(row)
     places = _rows(layout.tiled, heads).view(-1, block_size)[order]
     out.view(-1, head_dim).index_copy_(0, places.flatten(), attended.view(-1, head_dim))

@@ -29,7 +29,7 @@ def run(
     from ..kernels.tile import tile
 
     layout = layout.on(q.device)
-    tiled = tile(q, k, v, layout, text_valid)
+    tiled = tile(q, k, v, layout, text_valid, config.rectify)
     plan, lists = make_plan(tiled, layout, config, scale, block_mask)
     out, _ = attend(tiled, lists, plan, layout, scale)
     return out, plan

@@ -33,6 +33,7 @@ class Row:
     heads: int
     head_dim: int
     block_size: int
+    rectify: str
     dtype: str
     kind: str
     name: str
@@ -63,6 +64,7 @@ class StageRow:
 
     shape: str
     backend: str
+    rectify: str
     sparsity: float
     stage: str
     ms: float
@@ -73,6 +75,91 @@ class StageRow:
     repeats: int
     share: float
     whole_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardRow:
+    """One forward of a whole transformer with one kind of attention, eager or compiled.
+
+    kind         "dense", "sparse", or "removed" (v copied in the place of attention: what sparsity cannot reach)
+    how          "eager" or "compiled"
+    layers       of the whole model; layers_low, layers_high: of the two models that were timed
+    low_s ...    seconds of a forward of those two, medians
+    seconds ...  of the whole model, scaled from the two round by round: median, quartiles, extremes
+    unit_s, constant_s  seconds of one unit of layers, and of everything but the layers, from the medians
+    measured_s   one forward of all layers, None where it was not run
+    dense        the baseline of `ratio`, and its eager median; ratio = dense_s / seconds
+    """
+
+    model: str
+    size: str
+    tokens: int
+    batch: int
+    heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+    diffusers: str
+    kind: str
+    name: str
+    sparsity: float | None
+    density: float | None
+    how: str
+    layers: int
+    layers_low: int
+    layers_high: int
+    units: int
+    low_s: float
+    high_s: float
+    unit_s: float
+    constant_s: float
+    seconds: float
+    seconds_q1: float
+    seconds_q3: float
+    seconds_min: float
+    seconds_max: float
+    repeats: int
+    measured_s: float | None
+    dense: str
+    dense_s: float
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleRow:
+    """A denoising run, computed from forwards and a preset's schedule.
+
+    name                 backend; how: "eager" or "compiled", of the sparse run
+    computed_steps       of `steps`; the others are skipped by a cache and cost nothing here. source: who says so
+    dense_forward_s      a forward of a dense step; sparse_forward_s: of another, its dense layers included
+    total_s              calls * (dense_steps * dense_forward_s + (computed_steps - dense_steps) * sparse_forward_s)
+    dense, dense_total_s the eager baseline and all steps with it; speedup = dense_total_s / total_s
+    paper                published speed-up at this sparsity; paper_composed: with TeaCache; None where there is none
+    steps_for_composed   most computed steps with which `paper_composed` is reached, None where it never is
+    """
+
+    model: str
+    size: str
+    preset: str
+    how: str
+    name: str
+    sparsity: float
+    density: float
+    steps: int
+    computed_steps: int
+    source: str
+    dense_steps: int
+    dense_layers: int
+    calls: int
+    dense_forward_s: float
+    sparse_forward_s: float
+    total_s: float
+    dense: str
+    dense_total_s: float
+    speedup: float
+    paper: float | None
+    paper_composed: float | None
+    steps_for_composed: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +175,7 @@ class Machine:
     created: str
 
 
-R = TypeVar("R", Row, StageRow)
+R = TypeVar("R", Row, StageRow, ForwardRow, ScheduleRow)
 
 
 def machine(device: torch.device, command: str) -> Machine:
@@ -121,7 +208,7 @@ def write_csv(path: Path, rows: Sequence[Any], made_on: Machine) -> None:
 def read_csv(path: Path, kind: type[R]) -> tuple[list[R], Machine]:
     """The rows of a file that write_csv wrote, and the machine of the first. Raises ValueError for another file."""
     if not path.is_file():
-        raise ValueError(f"{path}: got no such file; allowed: a CSV that `rectified-spaattn bench op` wrote.")
+        raise ValueError(f"{path}: got no such file; allowed: a CSV that `rectified-spaattn bench` wrote.")
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     wanted = [field.name for field in (*fields(kind), *fields(Machine))]

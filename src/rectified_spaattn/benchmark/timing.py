@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,25 +44,40 @@ def summary(seconds: Sequence[float]) -> Timing:
 def interleaved(
     calls: Mapping[str, Timed], sets: int, device: torch.device, on_round: Callable[[int, int], None]
 ) -> dict[str, Timing]:
-    """Times all calls. Neighbouring calls get different ones of the `sets` input sets, so that none finds its inputs
-    in the cache. on_round(done, total) is told after every round.
+    """Times all calls after a warm-up; see durations."""
+    return {name: summary(seconds) for name, seconds in durations(calls, sets, device, on_round).items()}
+
+
+def durations(
+    calls: Mapping[str, Timed],
+    sets: int,
+    device: torch.device,
+    on_round: Callable[[int, int], None],
+    warm_up: int = WARM_UP,
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round that counts.
+
+    Every round has another (but reproducible) order: a call that follows a long one finds a hotter, slower GPU.
+    Neighbouring calls get different ones of the `sets` input sets, so that none finds its inputs in the cache.
+    on_round(done, total) is told after every round.
     """
     clock: Callable[[Mapping[str, Callable[[], object]]], dict[str, Callable[[], float]]] = _cpu_round
     if device.type == "cuda":
         clock = partial(_cuda_round, torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device=device))
     most = max(timed.repeats for timed in calls.values())
-    call_number = itertools.count()
+    call_number, order = itertools.count(), random.Random(0)
     waiting: list[dict[str, Callable[[], float]]] = []
-    for turn in range(-WARM_UP, most):
+    for turn in range(-warm_up, most):
         due = [name for name in calls if turn < calls[name].repeats]
+        order.shuffle(due)
         bound = {name: _bind(calls[name].call, next(call_number) % sets) for name in due}
         waiting.append(clock(bound))
         if len(waiting) > 1:  # the round before; this one is queued already, so the GPU is never idle
             for seconds in waiting[-2].values():
                 seconds()
-        on_round(turn + WARM_UP + 1, most + WARM_UP)
-    counted = waiting[WARM_UP:]
-    return {name: summary([each[name]() for each in counted if name in each]) for name in calls}
+        on_round(turn + warm_up + 1, most + warm_up)
+    counted = waiting[warm_up:]
+    return {name: [each[name]() for each in counted if name in each] for name in calls}
 
 
 def _bind(call: Callable[[int], object], place: int) -> Callable[[], object]:

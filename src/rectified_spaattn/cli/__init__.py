@@ -1,13 +1,16 @@
 """The command `rectified-spaattn`."""
 
+import sys
 from importlib.util import find_spec
 
-DEMO_PACKAGES = ("typer", "rich", "diffusers", "imageio", "imageio_ffmpeg", "jinja2", "matplotlib", "torchmetrics")
+DOCTOR_PACKAGES = ("typer", "rich")  # it tells what else is missing
+DEMO_PACKAGES = (*DOCTOR_PACKAGES, "diffusers", "imageio", "imageio_ffmpeg", "jinja2", "matplotlib", "torchmetrics")
 
 
 def main() -> None:
     """Entry point. Exits with a message that says what to install where the demo extra is missing."""
-    missing = [name for name in DEMO_PACKAGES if find_spec(name) is None]
+    needed = DOCTOR_PACKAGES if sys.argv[1:2] == ["doctor"] else DEMO_PACKAGES
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise SystemExit(
             f"rectified-spaattn needs packages that are not installed: {', '.join(missing)}.\n"

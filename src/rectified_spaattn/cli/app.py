@@ -10,8 +10,9 @@ import typer
 from .. import __version__
 from .bench import bench_app
 from .evaluate import evaluate
+from .generate import generate
 from .inspect import inspect
-from .options import DEFAULT, QUICK, DemoOptions
+from .options import DEFAULT, QUICK, DemoOptions, device_of
 
 app = typer.Typer(
     name="rectified-spaattn",
@@ -21,8 +22,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench_app, name="bench")
+app.command()(generate)
 app.command()(evaluate)
-app.command()(inspect)
+app.command(name="inspect")(inspect)
 
 
 def _version(wanted: bool) -> None:
@@ -97,3 +99,21 @@ def demo(
     from .demo import run
 
     run(options)
+
+
+@app.command()
+def doctor(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """What every backend would do on this machine and why not, and a check of those that run.
+
+    Exit code 0: at least one backend is right and none is wrong; 1 otherwise.
+    """
+    from .doctor import run
+
+    try:
+        chosen = device_of(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.Exit(0 if run(chosen, as_json) else 1)

@@ -10,6 +10,8 @@ import typer
 from ..benchmark.baselines import BASELINES
 from ..benchmark.op import DTYPES, OpSettings, backend_names
 from ..benchmark.shapes import MODEL_SHAPES, SHAPES
+from ..config import RECTIFY_MODES
+from .bench_model import model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,9 +26,7 @@ ROWS_CSV, STAGES_CSV, PLOT = "op-speed.csv", "op-stages.csv", "op-speed.png"
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed; results are checked before anything is timed.")
 
 
-@bench_app.callback()
-def root() -> None:
-    """Keeps `op` a command of its own while it is the only one."""
+bench_app.command()(model)
 
 
 @bench_app.command()
@@ -51,6 +51,7 @@ def op(
         typer.Option(help=f"{', '.join(backend_names())}; may be repeated.", show_default="all that can run"),
     ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens a block.")] = DEFAULT.block_size,
+    rectify: Annotated[str, typer.Option(help=f"{', '.join(RECTIFY_MODES)}.")] = DEFAULT.rectify,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = DEFAULT.dtype,
     repeats: Annotated[
         int, typer.Option(help="Rounds that count; every round runs every call once.")
@@ -79,6 +80,7 @@ def op(
             baselines=tuple(baseline or ()),
             backends=tuple(backend or ()),
             block_size=block_size,
+            rectify=rectify,  # type: ignore[arg-type]  # SparseConfig checks it
             dtype=dtype,
             repeats=repeats,
             device=device,

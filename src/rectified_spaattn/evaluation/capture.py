@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from ..config import SparseConfig
 from ..integrations.diffusers.adapters import adapter_for
-from ..integrations.diffusers.processor import wrap
+from ..integrations.diffusers.processor import check_processor, dense_backend, wrap
 from ..integrations.diffusers.state import LayerState, RunClock, TransformerState, key_text_mask
 from ..layout import TokenLayout
 from .paired import Pair, Settings, full_mode, generate
@@ -111,17 +111,19 @@ def capture_attention(
     signature = inspect.signature(type(model).forward)
 
     def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state.begin_forward(adapter.grid(module, signature.bind_partial(module, *args, **kwargs).arguments))
+        inputs = signature.bind_partial(module, *args, **kwargs).arguments
+        state.begin_forward(adapter.grid(module, inputs), text=adapter.text(inputs))
 
     hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
     try:
         for index in chosen:
             name, module = attentions[index]
+            check_processor(module.processor, name)
             recorder = _Recorder(
                 index=index,
                 name=name,
                 owner=state,
-                dense_backend=getattr(module.processor, "_attention_backend", None),
+                dense_backend=dense_backend(module.processor),
                 wanted=step,
                 device=torch.device(device),
                 calls=calls,

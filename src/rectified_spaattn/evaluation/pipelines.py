@@ -85,7 +85,13 @@ def base_configs(pipe: Any) -> tuple[SparseConfig, ...]:
         return (SparseConfig(block_size=64, top_p=0.0, neighbours=False),)
     from ..integrations.diffusers.adapters import adapter_for
 
-    return preset(adapter_for(pipe.transformer).preset(pipe.transformer, pipe))
+    name = adapter_for(pipe.transformer).preset(pipe.transformer, pipe)
+    if name is None:
+        raise ValueError(
+            f"{type(pipe).__name__}: got no configuration, and there is no published preset for this model; allowed: "
+            "one or more YAML files of a SparseConfig. Give --config."
+        )
+    return preset(name)
 
 
 def is_demo_pipeline(pipe: Any) -> bool:

@@ -196,7 +196,8 @@ def _rank(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _pooled(call: AttentionCall, layout: TokenLayout) -> Pooled:
-    return pool(*(tiles(x, layout)[:1] for x in (call.q, call.k, call.v)))
+    q, k, v = (tiles(x, layout)[:1] for x in (call.q, call.k, call.v))
+    return pool(q, k, v)
 
 
 def _scale(call: AttentionCall) -> float:

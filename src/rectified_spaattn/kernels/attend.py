@@ -24,13 +24,16 @@ class Partial(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How a kernel is launched: queries a program, keys a step, warps, pipeline stages, and most registers a thread."""
+    """How a kernel is launched: queries a program, keys a step, warps, pipeline stages, most registers a thread, and
+    pipeline stages of the loops over keys with a bias.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    tail_stages: int = 1
 
 
 def attend(
@@ -38,7 +41,9 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R * (attention over listed blocks and isolated keys) + C for tiled queries, full attention for isolated ones.
 
-    layout: on the tensors' device. With `partial` only the isolated keys are attended to here, and joined to it.
+    Where the plan has a tail, tiled queries attend to listed blocks, isolated keys and the tail's pooled ones instead.
+
+    layout: on the tensors' device. With `partial` all but the listed blocks are attended to here, and joined to it.
     Returns out [B, S, H, D] in the model's token order, and the log-sum-exp of the logits of every query over the keys
     it attended to, float32 [B, H, rows], in block order.
     """
@@ -47,17 +52,19 @@ def attend(
     out = tiled.q.new_empty(batch, layout.sequence, heads, head_dim)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
     tiling = tiling_for(out.device, b, head_dim, resume=partial is not None)
-    # a descriptor cannot be of nothing: where one kind of keys is absent, and never read, the other stands in
-    listed = (tiled.k, tiled.v) if tiled.k.numel() else (tiled.k_tail, tiled.v_tail)
-    tail = (tiled.k_tail, tiled.v_tail) if tiled.k_tail.numel() else listed
+    # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never read
+    pool = (tiled.q, tiled.q) if plan.tail is None else (plan.tail.k, plan.tail.v)
+    keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail, *pool))
     given = (tiled.q, lse) if partial is None else partial  # not read without `partial`
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
-        _rows_of(tiled.q, tiling.block_m), *(_rows_of(x, tiling.block_n) for x in (*listed, *tail)),
-        lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, layout.places, plan.r, plan.c,
+        _rows_of(tiled.q, tiling.block_m), *(_rows_of(x, tiling.block_n) for x in keys),
+        lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, plan.tail and plan.tail.bias,
+        layout.places, plan.r, plan.c,
         out, lse, *given, *given[0].stride()[:3], *out.stride()[:3],
-        heads, layout.num_blocks, rows, scale / math.log(2),
-        BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim, RESUME=partial is not None,
+        heads, layout.num_blocks, rows, pool[0].shape[2], scale / math.log(2),
+        BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim,
+        RESUME=partial is not None, ROW=plan.tail is not None, TAIL_STAGES=tiling.tail_stages,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
     )  # fmt: skip
     return out, lse
@@ -83,7 +90,9 @@ def tiling_of(arch: str, block: int, head_dim: int, resume: bool) -> Tiling:
         return Tiling(block, 32, 4, 1)
     if arch in ("90", "100", "103"):
         # two programs or more an SM: one computes its softmax while the others multiply
-        return Tiling(64, 64, 4, 1, 128) if resume else Tiling(block, 64, 4, 3)
+        if resume:
+            return Tiling(64, 64, 4, 1, maxnreg=128, tail_stages=1 if head_dim == 128 else 2)
+        return Tiling(block if head_dim == 128 else 64, 64, 4, 3, tail_stages=2)
     if arch == "80":
         return Tiling(block, 64, 8 if wide else 4, 2)
     return Tiling(block, 32, 8 if wide else 4, 2)
@@ -103,14 +112,30 @@ def _absorb(acc, total, top, score, scale, v):
 
 
 @triton.jit
+def _absorb_biased(
+    acc, total, top, q, k_desc, v_desc, first, bias_ptr, end, limit, scale, BLOCK_N: tl.constexpr, STAGES: tl.constexpr
+):
+    """Keys with a bias of their own, `end` rows from row `first` on; from `limit` on there is no bias, and no key."""
+    for start in tl.range(0, end, BLOCK_N, num_stages=STAGES):
+        # [BLOCK_N]
+        j = start + tl.arange(0, BLOCK_N)
+        bias = tl.load(bias_ptr + j, mask=j < limit, other=float("-inf")) * 1.4426950408889634
+        # [BLOCK_M, BLOCK_N]
+        score = tl.dot(q, k_desc.load([first + start, 0]).T) * scale + bias[None, :]
+        acc, total, top = _absorb(acc, total, top, score, 1.0, v_desc.load([first + start, 0]))
+    return acc, total, top
+
+
+@triton.jit
 def _attend_kernel(
-    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc,
-    count_ptr, index_ptr, bias_ptr, end_ptr, places_ptr, r_ptr, c_ptr,
+    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc,
+    count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, places_ptr, r_ptr, c_ptr,
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     partial_sb, partial_sh, partial_ss,
     out_sb, out_ss, out_sh,
-    heads, num_blocks, rows, scale,
+    heads, num_blocks, rows, pool_rows, scale,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, RESUME: tl.constexpr,
+    ROW: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
     # blocks of isolated queries attend to every key: they start first
     first = rows - (tl.program_id(0) + 1) * BLOCK_M
@@ -142,18 +167,21 @@ def _attend_kernel(
             score = tl.dot(q, k_desc.load([at, 0]).T)
             acc, total, top = _absorb(acc, total, top, score, scale, v_desc.load([at, 0]))
 
-    # Keys that carry a bias of their own. A further range of such keys is one more loop like this one.
     tail = rows - num_blocks * BLOCK
-    for start in tl.range(0, tl.load(end_ptr + batch), BLOCK_N, num_stages=1):
-        at = head * tail + start
-        # [BLOCK_N]
-        bias = tl.load(bias_ptr + batch * tail + start + tl.arange(0, BLOCK_N))
-        score = tl.dot(q, k_tail_desc.load([at, 0]).T) * scale + bias[None, :]
-        acc, total, top = _absorb(acc, total, top, score, 1.0, v_tail_desc.load([at, 0]))
+    acc, total, top = _absorb_biased(
+        acc, total, top, q, k_tail_desc, v_tail_desc, head * tail,
+        tail_bias_ptr + batch * tail, tl.load(end_ptr + batch), tail, scale, BLOCK_N, TAIL_STAGES,
+    )  # fmt: skip
+    planned = head.to(tl.int64) * num_blocks + n
+    if ROW:
+        acc, total, top = _absorb_biased(
+            acc, total, top, q, k_pool_desc, v_pool_desc, head * pool_rows,
+            pool_bias_ptr + planned * num_blocks, tl.where(n < num_blocks, num_blocks, 0), num_blocks,
+            scale, BLOCK_N, TAIL_STAGES,
+        )  # fmt: skip
 
     result = acc / total[:, None]
-    if n < num_blocks:
-        planned = head.to(tl.int64) * num_blocks + n
+    if not ROW and n < num_blocks:
         # [HEAD_DIM]
         c = tl.load(c_ptr + planned * HEAD_DIM + d)
         result = result * tl.load(r_ptr + planned) + c[None, :]

@@ -10,8 +10,9 @@ import triton.language as tl
 from ..config import SparseConfig
 from ..layout import TokenLayout
 from ..method.estimate import pooled_columns
-from ..method.plan import Plan
+from ..method.plan import Plan, Tail
 from ..method.select import top_k_of
+from ..method.tail import CAP
 from .tile import Tiled
 
 
@@ -33,14 +34,18 @@ def make_plan(
     critical = block_mask if block_mask is not None else torch.empty_like(compensated)
     r = probability.new_empty(probability.shape[:3])
     c = torch.zeros(tiled.pooled.v.shape[1:], dtype=torch.float32, device=r.device)
+    bias = torch.empty(compensated.shape, dtype=torch.float32, device=r.device) if config.rectify == "row" else None
     if layout.num_blocks:
-        scores(tiled, layout, config, scale, probability, compensated)
-        select(layout, config, probability, critical, compensated, r, lists, given=block_mask is not None)
-        if config.rectify != "none":
+        scores(tiled, layout, config, scale, probability, compensated, bias)
+        select(layout, config, probability, critical, compensated, r, lists, bias, given=block_mask is not None)
+        if config.rectify not in ("none", "row"):
             compensate(probability, compensated, tiled.pooled.v, c)
     else:
         lists.counts.zero_()
-    return Plan(critical, compensated, probability, r, c), lists
+    tail = None
+    if layout.num_blocks and bias is not None and tiled.k_pool is not None and tiled.v_pool is not None:
+        tail = Tail(tiled.k_pool, tiled.v_pool, bias)
+    return Plan(critical, compensated, probability, r, c, tail), lists
 
 
 def _empty(tiled: Tiled, layout: TokenLayout) -> tuple[BlockLists, torch.Tensor, torch.Tensor]:
@@ -63,28 +68,31 @@ def scores(
     scale: float,
     logits: torch.Tensor,
     worthwhile: torch.Tensor,
+    bias: torch.Tensor | None,
 ) -> None:
-    """Fills logits [B, H, nb, nb + 1] of the estimate, the last column being the log-sum-exp over isolated keys, and
-    for "ipar+gapr" worthwhile [B, H, nb, nb]: is the gain of compensating above its error?
+    """Fills logits [B, H, nb, nb + 1] of the estimate, the last column being the log-sum-exp over isolated keys;
+    for "ipar+gapr" worthwhile [B, H, nb, nb]: is the gain of compensating above its error?; for "row" bias
+    [B, H, nb, nb], what a pooled key adds to its logit.
     """
     _, batch, heads, nb, head_dim = tiled.pooled.q.shape
     log_b = math.log(layout.block_size)
-    k_tail, bias = tiled.k_tail, tiled.tail_bias
+    k_tail, tail_bias = tiled.k_tail, tiled.tail_bias
     if config.rectify == "pooled":
         isolated = layout.isolated.numel()
         columns, present = pooled_columns(
-            k_tail[:, :, :isolated], bias[:, :isolated] == 0, layout.block_size, layout.leftover
+            k_tail[:, :, :isolated], tail_bias[:, :isolated] == 0, layout.block_size, layout.leftover
         )
         log_b, k_tail = 0.0, columns
-        bias = torch.zeros(present.shape, device=present.device).masked_fill_(~present, -torch.inf)
+        tail_bias = torch.zeros(present.shape, device=present.device).masked_fill_(~present, -torch.inf)
     pooled = tiled.pooled
     block = 64
     tiles = triton.cdiv(nb, block)
     _scores_kernel[(tiles * (tiles + 1), batch * heads)](
-        pooled.q, pooled.dq, pooled.k, pooled.dk, k_tail, bias, logits, worthwhile,
+        pooled.q, pooled.dq, pooled.k, pooled.dk, pooled.k_var, k_tail, tail_bias, logits, worthwhile, bias,
         k_tail.stride(0), k_tail.stride(1), k_tail.shape[2],
-        heads, nb, batch * heads * nb * head_dim, scale, log_b,
-        HEAD_DIM=head_dim, BLOCK=block, CHUNK=32, GAIN=config.rectify == "ipar+gapr", num_warps=4,
+        heads, nb, batch * heads * nb * head_dim, scale, log_b, CAP,
+        HEAD_DIM=head_dim, BLOCK=block, CHUNK=32,
+        GAIN=config.rectify == "ipar+gapr", ROW=config.rectify == "row", num_warps=4,
     )  # fmt: skip
 
 
@@ -96,21 +104,23 @@ def select(
     compensated: torch.Tensor,
     r: torch.Tensor,
     lists: BlockLists,
+    bias: torch.Tensor | None,
     given: bool,
 ) -> None:
     """Turns logits into probability in place, fills critical (unless it is given), compensated (which holds what
-    `scores` found worthwhile), r and the lists.
+    `scores` found worthwhile), r and the lists; for "row" makes bias -inf for critical blocks.
     """
     batch, heads, nb, _ = logits.shape
     blocks = lists.counts.shape[2]
     width = triton.next_power_of_2(nb + 1)
     _select_kernel[(blocks, batch * heads)](
-        logits, critical, compensated, r, lists.counts, lists.indices,
+        logits, critical, compensated, r, bias, lists.counts, lists.indices,
         layout.neighbours, layout.first_frame,
         nb, top_k_of(config.sparsity, nb), config.top_p,
         WIDTH=width, GIVEN=given, TOP_P=config.top_p > 0,
         NEIGHBOURS=config.neighbours, FIRST_FRAME=config.first_frame,
         COMPENSATE=config.rectify != "none", GAIN=config.rectify == "ipar+gapr",
+        ROW=config.rectify == "row",
         num_warps=min(max(width // 512, 1), 16),
     )  # fmt: skip
 
@@ -134,10 +144,10 @@ def _dot(a, a_low, b, b_low, acc):
 
 @triton.jit
 def _scores_kernel(
-    q_ptr, dq_ptr, k_ptr, dk_ptr, tail_ptr, bias_ptr, logits_ptr, worth_ptr,
+    q_ptr, dq_ptr, k_ptr, dk_ptr, k_var_ptr, tail_ptr, tail_bias_ptr, logits_ptr, worth_ptr, bias_ptr,
     tail_sb, tail_sh, tail,
-    heads, num_blocks, half, scale, log_b,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GAIN: tl.constexpr,
+    heads, num_blocks, half, scale, log_b, cap,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GAIN: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(num_blocks, BLOCK)
     row, column = tl.program_id(0) // (tiles + 1), tl.program_id(0) % (tiles + 1)
@@ -152,6 +162,7 @@ def _scores_kernel(
         score = tl.zeros((BLOCK, BLOCK), tl.float32)
         q_error = tl.zeros((BLOCK, BLOCK), tl.float32)
         k_error = tl.zeros((BLOCK, BLOCK), tl.float32)
+        variance = tl.zeros((BLOCK, BLOCK), tl.float32)
         for start in tl.range(0, HEAD_DIM, CHUNK):
             # [BLOCK, CHUNK]
             at_q = mean + n[:, None] * HEAD_DIM + start + d[None, :]
@@ -169,8 +180,18 @@ def _scores_kernel(
                 dk = tl.load(dk_ptr + at_k, mask=in_k, other=0.0)
                 dk_low = tl.load(dk_ptr + half + at_k, mask=in_k, other=0.0)
                 k_error = _dot(q, q_low, dk.T, dk_low.T, k_error)
+            if ROW:
+                wide = q.to(tl.float32) + q_low.to(tl.float32)
+                square = (wide * wide).to(q.dtype)
+                square_low = (wide * wide - square.to(tl.float32)).to(q.dtype)
+                k_var = tl.load(k_var_ptr + at_k, mask=in_k, other=0.0)
+                k_var_low = tl.load(k_var_ptr + half + at_k, mask=in_k, other=0.0)
+                variance = _dot(square, square_low, k_var.T, k_var_low.T, variance)
         inside = (n[:, None] < num_blocks) & (m[None, :] < num_blocks)
         tl.store(row_logits[:, None] + m[None, :], score * scale + log_b, mask=inside)
+        if ROW:
+            bias = log_b + tl.minimum(0.5 * scale * scale * variance, cap)
+            tl.store(bias_ptr + (head * num_blocks + n[:, None]) * num_blocks + m[None, :], bias, mask=inside)
         if GAIN:
             worth = tl.abs(score) > tl.abs(q_error) + tl.abs(k_error)
             tl.store(worth_ptr + (head * num_blocks + n[:, None]) * num_blocks + m[None, :], worth, mask=inside)
@@ -193,8 +214,8 @@ def _scores_kernel(
                 k_high = k.to(q.dtype)
                 k_low = (k - k_high.to(tl.float32)).to(q.dtype)
                 score = _dot(q, q_low, k_high.T, k_low.T, score)
-            bias = tl.load(bias_ptr + batch * tail + t, mask=t < tail, other=float("-inf"))
-            score = score * scale + bias[None, :]
+            tail_bias = tl.load(tail_bias_ptr + batch * tail + t, mask=t < tail, other=float("-inf"))
+            score = score * scale + tail_bias[None, :]
             new_top = tl.maximum(top, tl.max(score, 1))
             against = tl.where(new_top == float("-inf"), 0.0, new_top)
             total = total * tl.exp(top - against) + tl.sum(tl.exp(score - against[:, None]), 1)
@@ -204,12 +225,12 @@ def _scores_kernel(
 
 @triton.jit
 def _select_kernel(
-    logits_ptr, critical_ptr, compensated_ptr, r_ptr, count_ptr, index_ptr,
+    logits_ptr, critical_ptr, compensated_ptr, r_ptr, bias_ptr, count_ptr, index_ptr,
     neighbours_ptr, first_frame_ptr,
     num_blocks, top_k, top_p,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, TOP_P: tl.constexpr,
     NEIGHBOURS: tl.constexpr, FIRST_FRAME: tl.constexpr,
-    COMPENSATE: tl.constexpr, GAIN: tl.constexpr,
+    COMPENSATE: tl.constexpr, GAIN: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # [WIDTH]
@@ -272,6 +293,8 @@ def _select_kernel(
     tl.store(compensated_ptr + row * num_blocks + m, compensated, mask=inside)
     tl.store(r_ptr + row, isolated + tl.sum(tl.where(compensated, 0.0, probability), 0))
     kept = (keep & inside).to(tl.int32)
+    if ROW:
+        tl.store(bias_ptr + row * num_blocks + m, float("-inf"), mask=kept != 0)
     tl.store(count_ptr + listed, tl.sum(kept, 0))
     tl.store(index_ptr + listed * num_blocks + tl.cumsum(kept, 0) - 1, m, mask=kept != 0)
 

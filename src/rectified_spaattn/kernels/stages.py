@@ -22,14 +22,17 @@ def before_attend(
     scale: float,
 ) -> tuple[Tiled, Plan, BlockLists, dict[str, Callable[[], object]]]:
     """What `attend` needs, and the stages that made it, each as a function that runs it again on tensors of its own."""
-    tiled = tile(q, k, v, layout, text_valid)
+    tiled = tile(q, k, v, layout, text_valid, config.rectify)
     plan, lists = make_plan(tiled, layout, config, scale, None)
     critical, worthwhile, r = plan.block_mask.clone(), plan.compensated.clone(), plan.r.clone()
     logits, again = plan.probability.clone(), BlockLists(*(x.clone() for x in lists))
+    bias = None if plan.tail is None else plan.tail.bias.clone()
     named: dict[str, Callable[[], object]] = {
-        "tile + pool": partial(tile, q, k, v, layout, text_valid),
-        "scores, gain": partial(scores, tiled, layout, config, scale, logits, worthwhile),
-        "select, lists, R": partial(select, layout, config, logits, critical, worthwhile, r, again, given=False),
-        "C": partial(compensate, plan.probability, plan.compensated, tiled.pooled.v, torch.empty_like(plan.c)),
+        "tile + pool": partial(tile, q, k, v, layout, text_valid, config.rectify),
+        "scores, gain": partial(scores, tiled, layout, config, scale, logits, worthwhile, bias),
+        "select, lists, R": partial(select, layout, config, logits, critical, worthwhile, r, again, bias, given=False),
     }
+    if config.rectify not in ("none", "row"):
+        c = torch.empty_like(plan.c)
+        named["C"] = partial(compensate, plan.probability, plan.compensated, tiled.pooled.v, c)
     return tiled, plan, lists, named

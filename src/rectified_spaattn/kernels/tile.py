@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..config import Rectify
 from ..layout import TokenLayout
 from ..method.pool import Pooled
 
@@ -18,6 +19,7 @@ class Tiled(NamedTuple):
     k_tail, v_tail  [B, H, rows - nb*b, D], the isolated tokens; zeros where a token is not valid
     pooled          block statistics, each [2, B, H, nb, D]: the float32 value as the sum of two bfloat16, right to 16
                     bits, so that tensor cores can multiply it (float32 and zeros where there are none)
+    k_pool, v_pool  [B, H, nb up to a multiple of 128, D], for "row": means once more, in the inputs' dtype, then zeros
     tail_bias       float32 [B, rows - nb*b], what to add to an isolated key's logit: 0, or -inf where it is not valid
     tail_end        int32 [B], isolated keys from here on are not valid
     """
@@ -30,10 +32,21 @@ class Tiled(NamedTuple):
     pooled: Pooled
     tail_bias: torch.Tensor
     tail_end: torch.Tensor
+    k_pool: torch.Tensor | None = None
+    v_pool: torch.Tensor | None = None
 
 
-def tile(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, text_valid: torch.Tensor) -> Tiled:
-    """q, k, v: [B, S, H, D], any strides; layout on their device; text_valid: bool [B, text]."""
+def tile(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    text_valid: torch.Tensor,
+    rectify: Rectify = "ipar+gapr",
+) -> Tiled:
+    """q, k, v: [B, S, H, D], any strides; layout on their device; text_valid: bool [B, text]. `rectify` says which
+    statistics are wanted.
+    """
     batch, _, heads, head_dim = q.shape
     b, nb, places = layout.block_size, layout.num_blocks, layout.places
     rows, tiled = places.numel(), layout.tiled.numel()
@@ -46,14 +59,20 @@ def tile(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout,
     sizes = (rows, tiled, tiled, rows - tiled, rows - tiled)
     q_out, k_out, v_out, k_tail, v_tail = (q.new_empty(batch, heads, n, head_dim) for n in sizes)
     half = torch.bfloat16 if q.is_cuda else torch.float32
-    pooled = Pooled(*(q.new_empty(2, batch, heads, nb, head_dim, dtype=half) for _ in range(5)))
+    gapr, row = rectify == "ipar+gapr", rectify == "row"
+    wanted = {"q": True, "k": True, "v": True, "dq": gapr, "dk": gapr, "k_var": row}
+    statistic = (2, batch, heads, nb, head_dim)
+    pooled = Pooled(**{name: q.new_empty(statistic, dtype=half) for name, want in wanted.items() if want})
+    in_pool = (batch, heads, nb + -nb % 128, head_dim)
+    k_pool, v_pool = (q.new_zeros(in_pool), q.new_zeros(in_pool)) if row else (None, None)
     _tile_kernel[(rows // b * heads, batch, 3)](
-        q, k, v, q_out, k_out, v_out, k_tail, v_tail, *pooled, places, tail_bias,
+        q, k, v, q_out, k_out, v_out, k_tail, v_tail,
+        pooled.q, pooled.k, pooled.v, pooled.dq, pooled.dk, pooled.k_var, k_pool, v_pool, places, tail_bias,
         *q.stride(), *k.stride(), *v.stride(),
-        heads, nb, rows, batch * heads * nb * head_dim,
-        BLOCK=b, HEAD_DIM=head_dim, num_warps=4,
+        heads, nb, rows, batch * heads * nb * head_dim, in_pool[2],
+        BLOCK=b, HEAD_DIM=head_dim, GAPR=gapr, ROW=row, num_warps=4,
     )  # fmt: skip
-    return Tiled(q_out, k_out, v_out, k_tail, v_tail, pooled, tail_bias, tail_end)
+    return Tiled(q_out, k_out, v_out, k_tail, v_tail, pooled, tail_bias, tail_end, k_pool, v_pool)
 
 
 @triton.jit
@@ -76,13 +95,13 @@ def _tail_kernel(valid_ptr, bias_ptr, end_ptr, valid_sb, valid_st, leftover, tex
 def _tile_kernel(
     q_ptr, k_ptr, v_ptr,
     q_out, k_out, v_out, k_tail, v_tail,
-    q_mean, k_mean, v_mean, q_deviation, k_deviation,
+    q_mean, k_mean, v_mean, q_deviation, k_deviation, k_variance, k_pool, v_pool,
     places_ptr, bias_ptr,
     q_sb, q_ss, q_sh, q_sd,
     k_sb, k_ss, k_sh, k_sd,
     v_sb, v_ss, v_sh, v_sd,
-    heads, num_blocks, rows, half,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    heads, num_blocks, rows, half, pool_rows,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, GAPR: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     # heads vary fastest: programs that run together read neighbouring memory of [B, S, H, D]
     n, h, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
@@ -91,25 +110,30 @@ def _tile_kernel(
     if which == 0:
         from_q = q_ptr + batch * q_sb + h * q_sh
         rows_out = q_out + (at * rows + n * BLOCK) * HEAD_DIM
-        _tile(from_q, q_ss, q_sd, rows_out, q_out, q_mean, q_deviation, places_ptr, bias_ptr,
-              at, batch, n, num_blocks, rows, half, BLOCK, HEAD_DIM, KEYS=False, DEVIATION=True)  # fmt: skip
+        _tile(from_q, q_ss, q_sd, rows_out, q_out, q_mean, q_deviation, None, None, places_ptr, bias_ptr,
+              at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
+              KEYS=False, DEVIATION=GAPR, VARIANCE=False, POOL=False)  # fmt: skip
     elif which == 1:
         from_k = k_ptr + batch * k_sb + h * k_sh
         rows_out = k_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
-        _tile(from_k, k_ss, k_sd, rows_out, k_tail, k_mean, k_deviation, places_ptr, bias_ptr,
-              at, batch, n, num_blocks, rows, half, BLOCK, HEAD_DIM, KEYS=True, DEVIATION=True)  # fmt: skip
+        _tile(from_k, k_ss, k_sd, rows_out, k_tail, k_mean, k_deviation, k_variance, k_pool, places_ptr, bias_ptr,
+              at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
+              KEYS=True, DEVIATION=GAPR, VARIANCE=ROW, POOL=ROW)  # fmt: skip
     else:
         from_v = v_ptr + batch * v_sb + h * v_sh
         rows_out = v_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
-        _tile(from_v, v_ss, v_sd, rows_out, v_tail, v_mean, v_mean, places_ptr, bias_ptr,
-              at, batch, n, num_blocks, rows, half, BLOCK, HEAD_DIM, KEYS=True, DEVIATION=False)  # fmt: skip
+        _tile(from_v, v_ss, v_sd, rows_out, v_tail, v_mean, None, None, v_pool, places_ptr, bias_ptr,
+              at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
+              KEYS=True, DEVIATION=False, VARIANCE=False, POOL=ROW)  # fmt: skip
 
 
 @triton.jit
 def _tile(
-    from_ptr, stride_s, stride_d, to_ptr, tail_ptr, mean_ptr, deviation_ptr, places_ptr, bias_ptr,
-    head, batch, n, num_blocks, rows, half,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, DEVIATION: tl.constexpr,
+    from_ptr, stride_s, stride_d, to_ptr, tail_ptr, mean_ptr, deviation_ptr, variance_ptr, pool_ptr,
+    places_ptr, bias_ptr,
+    head, batch, n, num_blocks, rows, half, pool_rows,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    KEYS: tl.constexpr, DEVIATION: tl.constexpr, VARIANCE: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """One block of one tensor. KEYS: isolated tokens go to a tensor of their own, zeros in place of invalid ones."""
     i = tl.arange(0, BLOCK)
@@ -131,8 +155,13 @@ def _tile(
         wide = x.to(tl.float32)
         mean = tl.sum(wide, 0) / BLOCK
         _store_halves(mean_ptr + pooled, half, mean)
+        apart = wide - mean[None, :]
         if DEVIATION:
-            _store_halves(deviation_ptr + pooled, half, tl.sum(tl.abs(wide - mean[None, :]), 0) / BLOCK)
+            _store_halves(deviation_ptr + pooled, half, tl.sum(tl.abs(apart), 0) / BLOCK)
+        if VARIANCE:
+            _store_halves(variance_ptr + pooled, half, tl.sum(apart * apart, 0) / BLOCK)
+        if POOL:
+            tl.store(pool_ptr + (head * pool_rows + n) * HEAD_DIM + d, mean.to(x.dtype))
 
 
 @triton.jit

@@ -15,6 +15,8 @@ def gain(pooled: Pooled, block_mask: torch.Tensor, rectify: Rectify) -> torch.Te
         return torch.zeros_like(block_mask)
     if rectify != "ipar+gapr":
         return ~block_mask
+    if pooled.dq is None or pooled.dk is None:
+        raise ValueError("gain: got block statistics without deviations; pool with rectify='ipar+gapr'.")
     k_t, dk_t = pooled.k.transpose(-1, -2), pooled.dk.transpose(-1, -2)
     worth = (pooled.q @ k_t).abs_()  # [B, H, nb, nb]
     error = (pooled.dq @ k_t).abs_() + (pooled.q @ dk_t).abs_()

@@ -1,5 +1,6 @@
 """The oracle: the whole method in float64, written as the equations read, sharing no code with the stages it judges."""
 
+import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -77,10 +78,13 @@ def reference(
                 v_kept = torch.cat([vt[keep].flatten(0, 1), v_alone])
                 if not len(k_kept):
                     raise ValueError(f"block_mask: got no critical block for query block {n}; allowed: at least one.")
-                attended = (scale * (qt[n] @ k_kept.T)).softmax(-1) @ v_kept
                 r[i, h, n] = 1 - p[:nb][given_back].sum()
-                c = (p[:nb][given_back, None] * v_mean[given_back]).sum(0)
-                out[i, tiled[n * b : (n + 1) * b], h] = r[i, h, n] * attended + c
+                if config.rectify == "row":
+                    result = _with_pooled_keys(qt[n], k_kept, v_kept, kt[given_back], vt[given_back], scale)
+                else:
+                    attended = (scale * (qt[n] @ k_kept.T)).softmax(-1) @ v_kept
+                    result = r[i, h, n] * attended + (p[:nb][given_back, None] * v_mean[given_back]).sum(0)
+                out[i, tiled[n * b : (n + 1) * b], h] = result
                 critical[i, h, n], compensated[i, h, n], probability[i, h, n] = keep, given_back, p
 
             every_k, every_v = torch.cat([kt.flatten(0, 1), k_alone]), torch.cat([vt.flatten(0, 1), v_alone])
@@ -88,6 +92,20 @@ def reference(
 
     plan = (critical, compensated, probability, r)
     return Reference(out.to(device), *(x.to(device) for x in plan))
+
+
+def _with_pooled_keys(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_blocks: torch.Tensor, v_blocks: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of q [b, D] to k, v [keys, D] and to blocks [m, b, D], each one key that stands for all of its own."""
+    logits = scale * (q @ k.T)
+    for block in k_blocks:
+        mean = block.mean(0)
+        spread = ((block - mean) ** 2).mean(0)
+        half_variance = 0.5 * scale**2 * (q.mean(0) ** 2 * spread).sum()
+        pooled = scale * (q @ mean) + math.log(len(block)) + min(half_variance.item(), 2.0)
+        logits = torch.cat([logits, pooled[:, None]], dim=1)
+    return logits.softmax(-1) @ torch.cat([v, v_blocks.mean(1)])
 
 
 def _critical(p: torch.Tensor, n: int, layout: "TokenLayout", config: "SparseConfig") -> torch.Tensor:

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ...config import SparseConfig
 from .processor import is_wrapped
 from .state import RunClock, TransformerState
+from .watch import lost_layers, shortened, uncalled_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,7 @@ class RunStats:
     backend          names of what ran the sparse calls, comma-separated
     steps            denoising steps seen, 0 where nobody told them
     forwards         calls of the transformers
+    skipped          those in which a cache left out every block, so no attention ran
     """
 
     sparse_calls: int
@@ -45,6 +48,7 @@ class RunStats:
     backend: str
     steps: int
     forwards: int
+    skipped: int
     layers: tuple[LayerStats, ...]
 
 
@@ -94,13 +98,21 @@ class Handle:
             raise ValueError(f"total: got {total!r}; allowed: an integer above step = {step}, or None.")
         self._clock.tell(step, total)
 
+    def configs(self) -> dict[str, SparseConfig]:
+        """Transformer -> the config it runs with."""
+        return {item.name: item.state.config for item in self._enabled}
+
     def stats(self) -> RunStats:
         """Figures of the last run. Waits for the device."""
         layers, reasons, backends = [], Counter[str](), set[str]()
-        density_sum, steps, forwards = 0.0, 0, 0
+        density_sum, steps, forwards, skipped = 0.0, 0, 0, 0
         for item in self._enabled:
+            item.state.catch_up()
             steps += len(item.state.steps_seen)
             forwards += item.state.forwards
+            calls = [layer.record.sparse + layer.record.dense.total() for layer in item.state.layers]
+            if not lost_layers(item.model, item.state, item.originals):
+                skipped += item.state.forwards - max(calls)  # every forward calls a layer once, or a cache left it out
             for layer in item.state.layers:
                 record = layer.record
                 total = float(record.density)
@@ -127,6 +139,7 @@ class Handle:
             backend=", ".join(sorted(backends)),
             steps=steps,
             forwards=forwards,
+            skipped=skipped,
             layers=tuple(layers),
         )
 
@@ -141,32 +154,28 @@ class Handle:
                 f"sparsity {config.sparsity:g}, top_p {config.top_p:g}, rectify {config.rectify}, "
                 f"block {config.block_size}, order {config.order}"
             )
-        if run.sparse_calls + run.dense_calls == 0:
+        if run.forwards == 0:
             return "\n".join([*lines, "  nothing has run yet"])
         steps = f"{run.steps} steps, " if run.steps else ""
         calls = run.sparse_calls + run.dense_calls
-        lines.append(f"  last run: {steps}{run.forwards} forwards, {calls} attention calls")
+        skipped = f" ({run.skipped} skipped by a cache)" if run.skipped else ""
+        lines.append(f"  last run: {steps}{run.forwards} forwards{skipped}, {calls} attention calls")
         if run.sparse_calls:
             lines.append(f"  sparse: {run.sparse_calls} calls, density {run.density:.1%}, backend {run.backend}")
         else:
             lines.append("  sparse: none")
         lines += [
-            f"  dense:  {calls} calls, because of {reason}" for reason, calls in sorted(run.dense_reasons.items())
+            f"  dense:  {count} calls, because of {reason}" for reason, count in sorted(run.dense_reasons.items())
         ]
-        lines.append(f"  computed attention pairs: {run.overall_density:.1%} of full attention in these layers")
+        if calls:
+            lines.append(f"  computed attention pairs: {run.overall_density:.1%} of full attention in these layers")
         for item in self._enabled:
-            lost = lost_layers(item.state, item.originals) if self.active else []
+            lost = lost_layers(item.model, item.state, item.originals) if self.active else []
             if lost:
-                lines.append(f"  LOST on {item.name}: {shortened(lost)} (processor replaced; enable again)")
+                lines.append(f"  LOST on {item.name}: {shortened(lost)} (replaced; disable and enable again)")
+            uncalled = uncalled_layers(item.model, item.state, item.originals) if item.state.forwards else []
+            if uncalled:
+                lines.append(
+                    f"  NOT CALLED on {item.name}: {shortened(uncalled)} (skipped, or not through the dispatcher)"
+                )
         return "\n".join(lines)
-
-
-def lost_layers(state: TransformerState, originals: list[tuple[Any, Any]]) -> list[str]:
-    """Names of layers whose processor somebody replaced after enabling. originals: (module, processor it had)."""
-    pairs = zip(state.layers, originals, strict=True)
-    return [layer.name for layer, (module, _) in pairs if not is_wrapped(module.processor, layer)]
-
-
-def shortened(names: list[str]) -> str:
-    """The first three of a list of names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

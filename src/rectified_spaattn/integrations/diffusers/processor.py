@@ -13,11 +13,24 @@ from typing import Any
 
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from torch.overrides import _get_current_function_mode_stack
 
+from .cogvideox import CogVideoXProcessor
+from .hunyuan_video15 import HunyuanVideo15Processor
 from .state import LayerState
 
 BACKEND_NAME = "rectified_spaattn"
+
+# Stock processors that attend by themselves, or could not at full size, and ours in their place.
+STAND_INS: dict[Any, Any] = {
+    CogVideoXAttnProcessor2_0: CogVideoXProcessor,
+    FusedCogVideoXAttnProcessor2_0: CogVideoXProcessor,
+    HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor,
+}
 
 _layers: "weakref.WeakValueDictionary[int, LayerState]" = weakref.WeakValueDictionary()
 
@@ -80,6 +93,8 @@ def _backend(
             f"The attention backend {BACKEND_NAME!r} was called by a processor it was not enabled for. "
             "Use rectified_spaattn.enable(pipe); do not set the backend by its name."
         )
+    if any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack()):
+        return value  # perturbed attention guidance: what the dense dispatch gives inside this mode
     if dropout_p or is_causal or enable_gqa:
         raise ValueError(
             f"rectified attention: got dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}; allowed: "
@@ -104,17 +119,22 @@ def backend_member() -> AttentionBackendName:
 
 @functools.cache
 def _wrapped_class(processor_class: Any) -> Any:
-    """A subclass that names its layer while the stock __call__ runs; modules read its signature, hence wraps."""
+    """A subclass that names its layer while its __call__ runs; modules read its signature, hence wraps."""
+    base = STAND_INS.get(processor_class, processor_class)
 
-    @functools.wraps(processor_class.__call__)
+    @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.rectified_handle is None:  # made by somebody from our class, as load_ip_adapter does: the stock one
+            return base.__call__(self, *args, **kwargs)
         _caller.handle = self.rectified_handle
         try:
-            return processor_class.__call__(self, *args, **kwargs)
+            return base.__call__(self, *args, **kwargs)
         finally:
             _caller.handle = None
 
-    wrapped = type(processor_class.__name__, (processor_class,), {"__call__": call, "__module__": __name__})
+    members = {"__call__": call, "__module__": __name__, "rectified_handle": None, "rectified_stock": processor_class}
+    wrapped = type(processor_class.__name__, (base,), members)
+    AttentionProcessorRegistry._register()  # it fills itself when first asked
     if processor_class in AttentionProcessorRegistry._registry:  # skip-layer guidance looks processors up by class
         AttentionProcessorRegistry.register(wrapped, AttentionProcessorRegistry.get(processor_class))
     return wrapped
@@ -123,12 +143,26 @@ def _wrapped_class(processor_class: Any) -> Any:
 def wrap(processor: Any, layer: LayerState) -> Any:
     """A copy of `processor` that attends through `layer`; the original stays as it is."""
     wrapped = copy.copy(processor)
-    wrapped.__class__ = _wrapped_class(processor.__class__)
+    wrapped.__class__ = _wrapped_class(getattr(processor, "rectified_stock", processor.__class__))
     wrapped._attention_backend = backend_member()
     wrapped.rectified_handle = layer.handle
     wrapped.rectified_layer = layer  # keeps the layer alive as long as its processor
     _layers[int(layer.handle)] = layer
     return wrapped
+
+
+def check_processor(processor: Any, name: str) -> None:
+    """Raises TypeError for a processor whose attention cannot be redirected."""
+    if type(processor) not in STAND_INS and not hasattr(processor, "_attention_backend"):
+        raise TypeError(
+            f"{name}: got a {type(processor).__name__}, which calls its attention itself; allowed: a processor that "
+            "uses diffusers' dispatch_attention_fn. Put the model's own processor back, then enable."
+        )
+
+
+def dense_backend(processor: Any) -> Any:
+    """What a processor attends with when it is left alone: for a stand-in's original, PyTorch's own attention."""
+    return getattr(processor, "_attention_backend", AttentionBackendName.NATIVE)
 
 
 def is_wrapped(processor: Any, layer: LayerState) -> bool:

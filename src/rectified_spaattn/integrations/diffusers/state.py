@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,41 +11,10 @@ import torch
 from ...attention import rectified_attention
 from ...config import SparseConfig
 from ...layout import TokenLayout
-from .adapters import Grid
+from .clock import RunClock
+from .tokens import Grid
 
 _handles = itertools.count()
-
-
-class RunClock:
-    """The denoising step, shared by the transformers of one pipeline. A step that goes back starts a new run."""
-
-    def __init__(self, pipeline: Any | None) -> None:
-        self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
-        self._told: tuple[int, int | None] | None = None
-        self._last: int | None = None
-        self.run = 0
-
-    def tell(self, step: int, total: int | None) -> None:
-        self._told = (step, total)
-
-    def tells_steps(self) -> bool:
-        return self._from_scheduler() != (None, None)
-
-    def read(self) -> tuple[int | None, int | None]:
-        """(step, number of steps), each None where nobody knows it."""
-        step, total = self._told or self._from_scheduler()
-        if step is not None:
-            if self._last is not None and step < self._last:
-                self.run += 1
-            self._last = step
-        return step, total
-
-    def _from_scheduler(self) -> tuple[int | None, int | None]:
-        scheduler: Any = getattr(self._pipeline() if self._pipeline else None, "scheduler", None)
-        if not hasattr(scheduler, "step_index"):
-            return None, None
-        timesteps = getattr(scheduler, "timesteps", None)
-        return scheduler.step_index or 0, None if timesteps is None else len(timesteps)
 
 
 @dataclass(kw_only=True)
@@ -59,6 +27,8 @@ class TransformerState:
     text_first: bool
     layers: list["LayerState"] = field(default_factory=list)
     grid: Grid | None = None
+    text: int = 0
+    padding: int = 0
     step: int | None = None
     total_steps: int | None = None
     run: int = -1
@@ -66,20 +36,24 @@ class TransformerState:
     steps_seen: set[int] = field(default_factory=set)
     forwards: int = 0
 
-    def begin_forward(self, grid: Grid) -> None:
-        """Called before every forward of the transformer."""
-        self.grid = grid
-        self.step, self.total_steps = self.clock.read()
-        if self.run != self.clock.run:
-            self.reset()
+    def begin_forward(self, grid: Grid, *, text: int = 0, padding: int = 0, timestep: Any = None) -> None:
+        """Called before every forward of the transformer, with the timestep that it gets.
+
+        text: number of text tokens in joint attention; padding: how many of them, at the end, are padding in all rows.
+        """
+        self.grid, self.text, self.padding = grid, text, padding
+        self.step, self.total_steps = self.clock.read(timestep)
+        self.catch_up()
         if self.first_step is None:
             self.first_step = self.step
         if self.step is not None:
             self.steps_seen.add(self.step)
         self.forwards += 1
 
-    def reset(self) -> None:
-        """Forget the run before."""
+    def catch_up(self) -> None:
+        """Forget the run before, if a new one has started, on this transformer or another of the pipeline."""
+        if self.run == self.clock.run:
+            return
         self.run, self.first_step, self.steps_seen, self.forwards = self.clock.run, None, set(), 0
         for layer in self.layers:
             layer.record = Record()
@@ -111,6 +85,7 @@ class LayerState:
     dense_backend: Any
     handle: torch.Tensor = field(default_factory=lambda: torch.tensor(next(_handles)))
     record: Record = field(default_factory=Record)
+    called: bool = False  # in any run: a processor that does without the dispatcher never gets here
 
     def why_dense(self, layout: TokenLayout) -> str | None:
         config = self.owner.config
@@ -126,36 +101,51 @@ class LayerState:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
     ) -> torch.Tensor:
         """q, k, v: [B, S, H, D] after RoPE; mask: bool [B, 1, 1, S], True = valid, or None. Returns [B, S, H, D]."""
+        if k.shape[1] != q.shape[1]:  # an IP-Adapter's cross-attention from the same processor: none of ours
+            return self._dense(q, k, v, mask, scale)
+        self.called = True
         state = self.owner
         layout = self._layout(q.shape[1])
         reason = self.why_dense(layout)
         if reason is not None:
-            from diffusers.models.attention_dispatch import dispatch_attention_fn
-
             self.record.dense[reason] += 1
-            return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
+            return self._dense(q, k, v, mask, scale)
         text_mask = key_text_mask(mask, layout)
+        if state.padding:
+            layout = self._layout(q.shape[1], state.padding)
+            q, k, v = (x[:, : layout.sequence] for x in (q, k, v))
+            text_mask = None if text_mask is None else text_mask[:, : layout.text]
         out, stats = rectified_attention(
             q, k, v, layout, state.config, text_mask=text_mask, scale=scale, backend=state.backend, return_stats=True
         )
         self.record.sparse += 1
         self.record.density = self.record.density + stats.device_density
         self.record.backends.add(stats.backend)
-        return out.to(q.dtype)
+        out = out.to(q.dtype)
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, state.padding)) if state.padding else out
 
-    def _layout(self, sequence: int) -> TokenLayout:
+    def _dense(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> torch.Tensor:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
+
+    def _layout(self, sequence: int, padding: int = 0) -> TokenLayout:
+        """The layout of all tokens but the last `padding` ones."""
         state = self.owner
         if state.grid is None:
             raise RuntimeError(
                 f"{self.name}: attention ran before the transformer's forward. Call the transformer, not its blocks."
             )
-        text = sequence - math.prod(state.grid)
-        if text < 0:
+        expected = math.prod(state.grid) + state.text
+        if sequence != expected:
             raise RuntimeError(
-                f"{self.name}: got {sequence} tokens for a grid of {state.grid}; allowed: at least "
-                f"{math.prod(state.grid)}. Something between the transformer and its attention drops tokens; "
-                "disable one of the two."
+                f"{self.name}: got {sequence} tokens; allowed: {expected}, a grid of {state.grid} and {state.text} of "
+                "text. Something adds tokens (reference images, keyframes) or drops them (token merging); disable one "
+                "of the two."
             )
+        text = state.text - padding
         return TokenLayout.build(state.grid, text, state.text_first, state.config.block_size, state.config.order)
 
 

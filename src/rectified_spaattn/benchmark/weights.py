@@ -1,0 +1,102 @@
+"""Transformers with random weights, made where they are to run, and copies that share them."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from .models import Grid, Model
+
+
+def build(model: Model, units: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
+    """The first `units` units of the model. No weight ever exists in another place or in a wider dtype.
+
+    Matrices are normal with standard deviation 1 / sqrt(inputs), biases zero, norms one. What diffusers keeps in
+    float32 when it loads the model in half precision is float32 here, too.
+    """
+    import diffusers
+
+    with torch.device(device), _default_dtype(dtype):
+        transformer: Any = getattr(diffusers, model.transformer)(**model.arguments(units))
+    kept = transformer._keep_in_fp32_modules or ()
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in transformer.named_parameters():
+        if any(part in name.split(".") for part in kept):
+            parameter.data = parameter.data.float()
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=generator)
+        else:
+            nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+    return transformer.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """As diffusers does while it loads a model."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def shallow_copy(transformer: nn.Module, model: Model, units: int) -> Any:
+    """The first `units` units as a model of their own, with processors of its own, on the same weights."""
+    shared = {id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())}
+    twin: Any = copy.deepcopy(transformer, shared)
+    for kind, count in model.unit.items():
+        blocks = _BLOCKS[model.transformer][kind]
+        setattr(twin, blocks, getattr(twin, blocks)[: units * count])
+    return twin
+
+
+_BLOCKS = {  # argument of the class -> where the model keeps these layers
+    "HunyuanVideoTransformer3DModel": {
+        "num_layers": "transformer_blocks",
+        "num_single_layers": "single_transformer_blocks",
+    },
+    "WanTransformer3DModel": {"num_layers": "blocks"},
+    "CogVideoXTransformer3DModel": {"num_layers": "transformer_blocks"},
+    "FluxTransformer2DModel": {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"},
+}
+
+
+def compile_blocks(transformer: Any, model: Model, compiler: str) -> None:
+    """compile_repeated_blocks(fullgraph=True); for CogVideoX, which diffusers names no repeated blocks of, by hand."""
+    if transformer._repeated_blocks:
+        transformer.compile_repeated_blocks(fullgraph=True, backend=compiler)
+        return
+    for blocks in _BLOCKS[model.transformer].values():
+        for block in getattr(transformer, blocks):
+            block.compile(fullgraph=True, backend=compiler)
+
+
+def inputs_for(model: Model, grid: Grid, device: torch.device, dtype: torch.dtype, seed: int = 1) -> dict[str, Any]:
+    """Arguments of a forward: normal numbers; every text token is valid."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def make(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    return model.inputs(model, grid, make)
+
+
+def exact(transformer: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """The output of an untouched model in float32, from the same weights and inputs."""
+    return output(copy.deepcopy(transformer).float(), {name: _widened(value) for name, value in inputs.items()})
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_widened(each) for each in value)
+    return value.float() if value.is_floating_point() else value
+
+
+def output(transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """One forward."""
+    return transformer(**inputs, return_dict=False)[0]

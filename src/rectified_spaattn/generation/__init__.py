@@ -1,0 +1,1 @@
+"""One generation with any supported diffusers model: load, run, compare, record."""

@@ -1,0 +1,162 @@
+"""The Triton and FlashAttention-4 backends on a CUDA GPU: `pytest -m gpu`; the latter's cases need flash-attn-4."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from torch.profiler import ProfilerActivity, profile
+
+from cases import MODES, STRIDED, video_like
+from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
+from rectified_spaattn.backends import BACKENDS, Call
+from rectified_spaattn.benchmark.shapes import SHAPES
+
+GPU = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA GPU")]
+
+NAMES = ("triton", "fa4")
+HALVES = (torch.float16, torch.bfloat16)
+# grid, text, text first, block size, head_dim, batch: every tail there is, up to a few hundred blocks
+CASES = [
+    ((4, 16, 16), 40, False, 64, 64, 2),
+    ((5, 9, 11), 17, True, 64, 128, 2),
+    ((3, 16, 24), 0, False, 128, 128, 1),
+    ((7, 13, 29), 300, False, 128, 128, 2),
+    ((6, 24, 40), 226, True, 128, 64, 3),
+    ((9, 30, 52), 130, False, 128, 128, 1),
+]
+
+
+def inputs(case, dtype, heads=3):
+    *shape, head_dim, batch = case
+    layout = TokenLayout.build(*shape)
+    qkv = [x.cuda() for x in video_like(0, batch, layout.sequence, heads, head_dim, dtype)]
+    valid = torch.rand(batch, layout.text, generator=torch.Generator().manual_seed(1)) < 0.6
+    valid[0] = True
+    return layout, qkv, valid.cuda()
+
+
+def require(name, layout, head_dim, dtype):
+    """Skips what the backend says it cannot run here; what it says must then also be raised."""
+    call = Call(torch.device("cuda"), dtype, head_dim, layout.block_size, layout.num_blocks)
+    reason = BACKENDS[name].why_not(call)
+    if reason is not None:
+        x = torch.zeros(1, layout.sequence, 1, head_dim, dtype=dtype, device="cuda")
+        with pytest.raises(RuntimeError, match=name):
+            rectified_attention(x, x, x, layout, backend=name)
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_error_is_at_most_twice_that_of_sdpa(name, case, dtype, mode):
+    layout, qkv, valid = inputs(case, dtype)
+    require(name, layout, case[4], dtype)
+    for x in qkv[1:]:  # what padding holds must not matter
+        x[:, layout.isolated[layout.leftover :]] = x[:, layout.isolated[layout.leftover :]].masked_fill(
+            ~valid[..., None, None], torch.nan
+        )
+    seen = torch.cat([valid, valid.new_ones(len(valid), layout.video)], 1) if layout.text_first else None
+    seen = seen if seen is not None else torch.cat([valid.new_ones(len(valid), layout.video), valid], 1)
+    clean = [qkv[0], *(x.nan_to_num(0.0) for x in qkv[1:])]
+    heads_first = [x.transpose(1, 2) for x in clean]
+    mask = seen[:, None, None]
+    exact = scaled_dot_product_attention(*(x.double() for x in heads_first), attn_mask=mask)
+    own = scaled_dot_product_attention(*heads_first, attn_mask=mask).double() - exact
+    budget = 2 * (own.abs().max() / exact.abs().max()) + torch.finfo(dtype).eps + 2.0**-16
+
+    config = SparseConfig(sparsity=0.7, rectify=mode, neighbours=False)
+    out, stats = rectified_attention(*qkv, layout, config, text_mask=valid, return_stats=True, backend=name)
+    assert stats.backend == name
+    given = {"text_mask": valid, "block_mask": stats.block_mask, "backend": "reference", "return_stats": True}
+    want, oracle = rectified_attention(*clean, layout, config, **given)
+    # a gain that equals its error up to rounding may fall on either side: such query blocks are not compared
+    same = (stats.compensated == oracle.compensated).all(-1)
+    assert same.float().mean() > 0.99
+    error = (out.double() - want).abs().amax(-1).transpose(1, 2)  # [B, H, S]
+    tiled = error[..., layout.tiled.cuda()][same.repeat_interleave(layout.block_size, -1)]
+    worst = torch.cat([tiled, error[..., layout.isolated.cuda()].flatten()]).max()
+    assert worst <= budget * want.abs().max()
+
+
+@pytest.mark.parametrize("stride", ["[B, H, S, D] in memory", "qkv packed", "every other element of a wider tensor"])
+@pytest.mark.parametrize("name", NAMES)
+def test_strides_do_not_matter(name, stride):
+    layout, qkv, valid = inputs(CASES[3], torch.bfloat16)
+    require(name, layout, 128, torch.bfloat16)
+    strided = [STRIDED[stride](x.cpu()).cuda() if stride != "qkv packed" else STRIDED[stride](x) for x in qkv]
+    plain, other = (
+        rectified_attention(*each, layout, SparseConfig(sparsity=0.6), text_mask=valid, backend=name)
+        for each in (qkv, strided)
+    )
+    assert torch.equal(plain, other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_is_one_cuda_graph_and_copies_nothing_to_the_host(name):
+    layout, qkv, valid = inputs(CASES[4 if name == "triton" else 3], torch.bfloat16)
+    require(name, layout, qkv[0].shape[-1], torch.bfloat16)
+
+    def call():
+        return rectified_attention(*qkv, layout, SparseConfig(sparsity=0.7), text_mask=valid, backend=name)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            first = call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for _ in range(2):
+        captured.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(captured, first)
+    # other numbers in the same place give their own result
+    qkv[0].copy_(qkv[0].flip(1))
+    graph.replay()
+    assert torch.equal(captured, call())
+    assert not torch.equal(captured, first)
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        call()
+    names = {event.key for event in profiled.key_averages()}
+    assert any("kernel" in each for each in names)
+    assert not [each for each in names if "DtoH" in each or each in ("aten::item", "aten::_local_scalar_dense")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_at_hunyuan_videos_shape(name):
+    shape = SHAPES["hunyuan-video"]
+    layout = shape.layout(128)
+    require(name, layout, 128, torch.bfloat16)
+    size = (1, shape.tokens, shape.heads, shape.head_dim)
+    q, k, v = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    config = SparseConfig(sparsity=0.8, top_p=0.0, neighbours=False)
+    first = rectified_attention(q, k, v, layout, config, backend=name)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    second = rectified_attention(q, k, v, layout, config, backend=name)
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before
+    print(f"\n{name}: {extra / 2**30:.2f} GiB")
+    assert extra <= 3.0 * 2**30
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_elements_than_32_bits_count(name):
+    layout = TokenLayout.build((32, 45, 80), 256)
+    require(name, layout, 128, torch.bfloat16)
+    batch, heads = 5, 32  # 2.4e9 elements a tensor
+    if torch.cuda.mem_get_info()[0] < 60 << 30:
+        pytest.skip("needs 60 GiB of free GPU memory")
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
+    q, k, v = (torch.randn(batch, layout.sequence, heads, 128, **draw) for _ in range(3))
+    config = SparseConfig(sparsity=0.95, top_p=0.0, neighbours=False)
+    out = rectified_attention(q, k, v, layout, config, backend=name)
+    last = rectified_attention(*(x[-1:, :, -2:] for x in (q, k, v)), layout, config, backend=name)
+    assert torch.equal(out[-1:, :, -2:], last)

@@ -1,0 +1,62 @@
+"""enable() on the pipelines of the paper's models: found presets, sparse calls in every step, nothing left behind."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+import rectified_spaattn as rsa
+from tiny_pipelines import PIPELINES, run
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation"),
+    pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated"),  # diffusers' own ControlNet
+]
+
+PLAIN: dict[str, Any] = {"block_size": 16, "neighbours": False, "first_frame": False, "top_p": 0.0}
+PLAIN |= {"dense_layers": (), "dense_steps": 0, "backend": "torch"}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_runs_sparse_and_comes_back(name: str) -> None:
+    case = PIPELINES[name]
+    pipeline, arguments = case.make(), case.arguments()
+    untouched = run(pipeline, arguments)
+    assert untouched.isfinite().all()
+
+    with rsa.enable(pipeline, sparsity=0.0, **PLAIN) as handle:
+        kept = run(pipeline, arguments)
+        assert handle.stats().density == pytest.approx(1.0)
+    torch.testing.assert_close(kept, untouched, rtol=1e-3, atol=1e-4 * float(untouched.abs().max()))
+
+    with rsa.enable(pipeline, sparsity=0.8, **PLAIN) as handle:
+        sparse = run(pipeline, arguments)
+        stats = handle.stats()
+        grids = {item.state.grid for item in handle._enabled}
+    assert stats.sparse_calls == 2 * case.calls
+    assert stats.dense_calls == 0
+    assert stats.density < 0.4
+    assert grids == {case.grid}
+    assert not torch.equal(sparse, untouched)
+    assert torch.equal(run(pipeline, arguments), untouched)
+
+
+@pytest.mark.parametrize("name", [name for name, case in PIPELINES.items() if case.preset])
+def test_a_pipeline_finds_its_preset(name: str) -> None:
+    preset = PIPELINES[name].preset
+    assert preset
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*step_index")  # CogVideoX's schedulers have none
+        handle = rsa.enable(PIPELINES[name].make())
+    assert tuple(item.state.config for item in handle._enabled) == rsa.preset(preset)
+
+
+def test_a_controlnet_stays_as_it_is() -> None:
+    pipeline = PIPELINES["Flux.1 with a ControlNet"].make()
+    before = pipeline.controlnet.attn_processors
+    with rsa.enable(pipeline, **PLAIN):
+        after = pipeline.controlnet.attn_processors
+        assert not pipeline.controlnet._forward_pre_hooks
+    assert all(after[name] is before[name] for name in before)
