@@ -18,12 +18,12 @@ from typer.testing import CliRunner, Result
 import tiny
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.cli.app import app
+from rectified_spaattn.cli.evaluate_pipeline import base_configs, call_settings, load_pipeline
 from rectified_spaattn.evaluation import perceptual
 from rectified_spaattn.evaluation.folder import Folder, write_atomically
 from rectified_spaattn.evaluation.metrics import flicker
 from rectified_spaattn.evaluation.modes import Grid, check_names, file_mode, grid_modes, reference_modes
 from rectified_spaattn.evaluation.paired import Mode, Pair, dense_kernel
-from rectified_spaattn.evaluation.pipelines import base_configs, call_settings, load_pipeline
 from rectified_spaattn.report.video import even
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -370,11 +370,11 @@ def test_calls_take_the_pipelines_defaults_and_refuse_what_it_does_not_know() ->
 
 
 def test_a_model_that_is_not_there_is_named(arguments: list[str], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="cannot load '/nowhere/at-all'"):
-        load_pipeline("/nowhere/at-all", torch.device("cpu"), torch.float32)
+    with pytest.raises(RuntimeError, match="/nowhere/at-all: there is no such folder"):
+        load_pipeline("/nowhere/at-all", torch.device("cpu"))
     result = evaluate(arguments, tmp_path / "out", "--model", tmp_path)
     assert result.exit_code == 1
-    assert "cannot load" in result.output
+    assert "without model_index.json" in result.output
 
 
 def test_the_dense_kernel_is_chosen_inside_and_as_before_outside() -> None:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..config import RECTIFY_MODES
-from .evaluate_options import DTYPES, EvaluateOptions
+from ..generation.request import DTYPES, OFFLOADS
+from .evaluate_options import EvaluateOptions
 
 
 def evaluate(
@@ -43,10 +44,12 @@ def evaluate(
         int | None, typer.Option(help="Frames a second in the videos.", show_default="8 for demo, else 16")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help=f"{', '.join(DTYPES)}.", show_default="float32 for demo, else bfloat16")
-    ] = None,
+        str, typer.Option(help=f"{', '.join(DTYPES)}; auto: float32 for demo and on a CPU, else bfloat16.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    offload: Annotated[bool, typer.Option("--offload", help="Keep the models that do not run in CPU memory.")] = False,
+    offload: Annotated[
+        str, typer.Option(help=f"{', '.join(OFFLOADS)}: what waits in CPU memory while it does not run.")
+    ] = "none",
     backend: Annotated[str, typer.Option(help="Attention backend of sparse calls, or auto.")] = "auto",
     dense_kernel: Annotated[
         str, typer.Option(help="SDPA kernel of every mode: default, math, efficient, flash or cudnn.")
