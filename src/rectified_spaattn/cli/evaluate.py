@@ -32,8 +32,10 @@ def evaluate(
     order: Annotated[list[str] | None, typer.Option(help="gilbert, tile or raster.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Least attention mass the kept blocks hold.")] = None,
     neighbours: Annotated[bool | None, typer.Option(help="Always keep blocks that touch in 3-D.")] = None,
-    arguments: Annotated[
-        Path | None, typer.Option(help="YAML file with further arguments of the pipeline's call.")
+    negative_prompt: Annotated[str | None, typer.Option(help="For models with guidance.")] = None,
+    argument: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for a further argument of the pipeline's call; may be repeated."),
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's")] = None,
@@ -85,7 +87,8 @@ def evaluate(
                 order=order or (),
                 overrides={name: value for name, value in overrides.items() if value is not None},
             ),
-            arguments=arguments,
+            negative_prompt=negative_prompt,
+            argument=tuple(argument or ()),
             height=height,
             width=width,
             frames=frames,

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..generation.request import DTYPES, OFFLOADS
+from ..generation.request import DTYPES, OFFLOADS, Request
 
 if TYPE_CHECKING:
     from ..evaluation.modes import Grid
@@ -23,7 +23,8 @@ class EvaluateOptions:
     seeds: int = 1
     configs: tuple[Path, ...] = ()
     grid: "Grid"
-    arguments: Path | None = None
+    negative_prompt: str | None = None
+    argument: tuple[str, ...] = ()
     height: int | None = None
     width: int | None = None
     frames: int | None = None
@@ -47,6 +48,12 @@ class EvaluateOptions:
         for name, allowed in (("dtype", DTYPES), ("offload", OFFLOADS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: one of {list(allowed)}.")
-        for path in (self.prompts, self.arguments, *self.configs):
+        for path in (self.prompts, *self.configs):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path}: got no such file; allowed: a file that can be read.")
+        self.arguments()
+
+    def arguments(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's call."""
+        given = Request(model=self.model, prompt="", argument=self.argument).arguments()
+        return given if self.negative_prompt is None else {"negative_prompt": self.negative_prompt, **given}

@@ -70,7 +70,7 @@ def prepare(options: EvaluateOptions) -> Prepared:
         "steps": options.steps,
         "guidance_scale": options.guidance,
     }
-    settings = call_settings(pipe, given, _yaml(options.arguments))
+    settings = call_settings(pipe, given, options.arguments())
     modes = _modes(options, pipe, demo)
     why_not = _why_no_lpips(options.lpips, settings.height, settings.width)
     fps = options.fps or (8 if demo else 16)
@@ -229,17 +229,6 @@ def _modes(options: EvaluateOptions, pipe: Any, demo: bool) -> list[Mode]:
     modes += [file_mode(path, options.dense_kernel) for path in options.configs]
     check_names(modes)
     return modes
-
-
-def _yaml(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    import yaml
-
-    values = yaml.safe_load(path.read_text())
-    if not isinstance(values, dict):
-        raise TypeError(f"{path}: got {values!r}; allowed: a mapping, such as 'negative_prompt: blurry'.")
-    return values
 
 
 def _why_no_lpips(wanted: bool | None, height: int, width: int) -> str | None:
