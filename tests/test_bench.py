@@ -111,9 +111,10 @@ def test_rows_are_complete_and_consistent() -> None:
     assert done.stages == []
 
 
+@pytest.mark.parametrize("rectify", ["ipar+gapr", "row"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_passes_the_checks(dtype: str) -> None:
-    done = run(dtype=dtype, sparsities=(0.8,), block_size=64, backends=("torch",))
+def test_half_precision_passes_the_checks(dtype: str, rectify: str) -> None:
+    done = run(dtype=dtype, rectify=rectify, sparsities=(0.8,), block_size=64, backends=("torch",))
     assert all(each.error <= each.allowed for each in done.checks)
 
 
@@ -224,7 +225,7 @@ def gpu_rows() -> list[Row]:
     for name, factor in (("hunyuan-video", 1.0), ("wan-14b", 0.5)):
         shape = SHAPES[name]
         common: dict[str, Any] = {"shape": name, "tokens": shape.tokens, "heads": 24, "head_dim": 128}
-        common |= {"block_size": 128, "dtype": "bfloat16"}
+        common |= {"block_size": 128, "rectify": "ipar+gapr", "dtype": "bfloat16"}
 
         def row(kind: str, label: str, sparsity: float | None, ms: float, common: Any = common) -> Row:
             share = 1.0 if sparsity is None else 1.01 - sparsity
@@ -262,8 +263,8 @@ def test_csv_round_trip_gives_the_same_rows_and_a_figure(tmp_path: Path) -> None
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
     stage = StageRow(
-        shape="tiny", backend="triton", sparsity=0.8, stage="attend", ms=1.0, ms_q1=0.9, ms_q3=1.1, ms_min=0.8,
-        ms_max=1.2, repeats=10, share=1.0, whole_ms=1.1,
+        shape="tiny", backend="triton", rectify="row", sparsity=0.8, stage="attend", ms=1.0, ms_q1=0.9, ms_q3=1.1,
+        ms_min=0.8, ms_max=1.2, repeats=10, share=1.0, whole_ms=1.1,
     )  # fmt: skip
     write_csv(path, [stage], ON_GPU)
     assert read_csv(path, StageRow)[0] == [stage]
@@ -305,7 +306,7 @@ def test_command_prints_unsqueezed_tables_and_writes_files_that_can_be_redrawn(
             shown = [line for line in lines if line.startswith(f"| {'dense ' * (row.kind == 'dense')}{row.name} ")]
             assert any(f" {row.ms:.3f} " in line and line.endswith(f" {row.ratio:.2f}x |") for line in shown)
     assert any("results checked before timing" in line for line in lines)
-    assert sum("stages of fake at" in line for line in lines) == 2
+    assert sum("stages of fake, ipar+gapr, at" in line for line in lines) == 2
     assert "speed-up over sdpa" in result.output
 
     again = invoke("--plot-from", str(tmp_path / "op-speed.csv"), "--plot", str(tmp_path / "again.png"))

@@ -4,15 +4,17 @@ The error budget comes from what scaled_dot_product_attention does on the same n
 error, and rounding: one more in the dtype for R * sparse + C, and a few in float32, in which plans are made.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..attention import SparseStats, rectified_attention
-from ..config import SparseConfig
+from ..config import Rectify, SparseConfig
 from ..layout import TokenLayout
 from ..method.select import top_k_of
+from ..method.tail import CAP
 from .baselines import BASELINES, sdpa
 from .shapes import Case
 
@@ -35,9 +37,9 @@ class Checked(NamedTuple):
     allowed: float
 
 
-def config_at(sparsity: float) -> SparseConfig:
+def config_at(sparsity: float, rectify: Rectify = "ipar+gapr") -> SparseConfig:
     """Exactly the nominal share of blocks, whatever the input."""
-    return SparseConfig(sparsity=sparsity, top_p=0.0, neighbours=False, rectify="ipar+gapr")
+    return SparseConfig(sparsity=sparsity, top_p=0.0, neighbours=False, rectify=rectify)
 
 
 def check_dense(case: Case, name: str) -> Checked:
@@ -54,11 +56,11 @@ def check_small(case: Case, name: str) -> list[Checked]:
     small = case._replace(shape=case.shape.small())
     q, k, v = _small_inputs(case)
     layout = small.shape.layout(case.block_size)
-    full = rectified_attention(q, k, v, layout, config_at(0.0), backend=name)
+    full = rectified_attention(q, k, v, layout, config_at(0.0, case.rectify), backend=name)
     dense = _require(_against_sdpa(name, "sparsity 0 is dense attention", full, (q, k, v)))
 
     q, k, v = (_blockwise(x, layout) for x in (q, k, v))
-    config = config_at(_SMALL_SPARSITY)
+    config = config_at(_SMALL_SPARSITY, case.rectify)
     got, stats = rectified_attention(q, k, v, layout, config, backend=name, return_stats=True)
     want, oracle = rectified_attention(
         q, k, v, layout, config, block_mask=stats.block_mask, backend="reference", return_stats=True
@@ -83,8 +85,9 @@ def check_sample(
     qkv: [1, S, H, D]; generator: on the CPU. Also returns the density. Raises BenchError where the backend is wrong.
     """
     q, k, v = qkv
+    config = config_at(sparsity, case.rectify)
     out, stats = rectified_attention(
-        q, k, v, case.shape.layout(case.block_size), config_at(sparsity), backend=name, return_stats=True
+        q, k, v, case.shape.layout(case.block_size), config, backend=name, return_stats=True
     )
     layout = case.shape.layout(case.block_size).on(case.device)
     heads, nb = stats.r.shape[1:]
@@ -95,7 +98,7 @@ def check_sample(
     errors = []
     for _ in range(_SAMPLED_BLOCKS):
         h, n = (int(torch.randint(high, (), generator=generator)) for high in (heads, nb))
-        errors.append(_block_errors(h, n, out, stats, qkv, layout))
+        errors.append(_block_errors(h, n, out, stats, qkv, layout, case.rectify))
     checks.append(_worst(name, f"sampled blocks at {sparsity:.4g}", errors, case.dtype))
     if layout.isolated.numel():
         h = int(torch.randint(heads, (), generator=generator))
@@ -117,11 +120,15 @@ def _block_errors(
     stats: SparseStats,
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     layout: TokenLayout,
+    rectify: Rectify,
 ) -> _Errors:
-    """Query block n of head h: R * softmax(...) V + C in float64, from the stats' choices."""
+    """Query block n of head h in float64, from the stats' choices."""
     blocks = layout.tiled.view(layout.num_blocks, layout.block_size)
     keys = torch.cat([blocks[stats.block_mask[0, h, n]].flatten(), layout.isolated])
     exact, own = _attend(blocks[n], keys, h, qkv)
+    if rectify == "row":
+        want = _with_pooled_keys(blocks[n], keys, blocks[stats.compensated[0, h, n]], h, qkv)
+        return out[0, blocks[n], h].double() - want, own - exact, want
     given_back = stats.probability[0, h, n, :-1].double() * stats.compensated[0, h, n]
     v_mean = qkv[2][0, blocks.flatten(), h].double().view(*blocks.shape, -1).mean(1)  # [nb, D]
     r = stats.r[0, h, n].double()
@@ -137,6 +144,23 @@ def _attend(
     own = scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0]
     logits = q.double() @ k.double().T * q.shape[-1] ** -0.5
     return logits.softmax(-1) @ v.double(), own.double()
+
+
+def _with_pooled_keys(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    pooled: torch.Tensor,
+    h: int,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
+    """What "row" makes of some tokens of head h, float64 [queries, D]. pooled: places [blocks, b] of one key each."""
+    scale = qkv[0].shape[-1] ** -0.5
+    q, k, v = (x[0, places, h].double() for x, places in zip(qkv, (queries, keys, keys), strict=True))
+    k_blocks, v_blocks = (x[0, pooled, h].double() for x in qkv[1:])  # [blocks, b, D]
+    spread = scale**2 * k_blocks.var(1, unbiased=False) @ q.mean(0).square()
+    added = math.log(pooled.shape[1]) + (spread / 2).clamp(max=CAP)
+    logits = torch.cat([scale * q @ k.T, scale * q @ k_blocks.mean(1).T + added], 1)
+    return logits.softmax(-1) @ torch.cat([v, v_blocks.mean(1)])
 
 
 def _worst(name: str, what: str, errors: list[_Errors], dtype: torch.dtype) -> Checked:

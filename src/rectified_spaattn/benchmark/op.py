@@ -9,6 +9,7 @@ import torch
 
 from ..attention import rectified_attention
 from ..backends import BACKENDS, Call
+from ..config import Rectify
 from .baselines import BASELINES
 from .check import BenchError, Checked, check_dense, check_sample, check_small, config_at
 from .record import Row, StageRow
@@ -37,6 +38,7 @@ class OpSettings:
     baselines: tuple[str, ...] = ()
     backends: tuple[str, ...] = ()
     block_size: int = 128
+    rectify: Rectify = "ipar+gapr"
     dtype: str = "bfloat16"
     repeats: int = 10
     device: str = "auto"
@@ -54,7 +56,7 @@ class OpSettings:
         if len(set(self.sparsities)) != len(self.sparsities):
             raise ValueError(f"sparsity: got {list(self.sparsities)}; allowed: values that differ.")
         for sparsity in self.sparsities:
-            config_at(sparsity)
+            config_at(sparsity, self.rectify)
         for name in self.shapes:
             if SHAPES[name].small().layout(self.block_size).num_blocks < 2:
                 raise ValueError(f"block_size: got {self.block_size}; allowed for {name}: one that gives two blocks.")
@@ -65,7 +67,10 @@ class OpSettings:
         if self.device == "cuda" and not found:
             raise BenchError("device: got 'cuda', but torch finds no CUDA GPU here. Use cpu and a small shape.")
         device = torch.device("cuda", torch.cuda.current_device()) if found and self.device != "cpu" else "cpu"
-        return [Case(SHAPES[name], self.block_size, DTYPES[self.dtype], torch.device(device)) for name in self.shapes]
+        return [
+            Case(SHAPES[name], self.block_size, DTYPES[self.dtype], torch.device(device), self.rectify)
+            for name in self.shapes
+        ]
 
 
 class Measured(NamedTuple):
@@ -180,7 +185,7 @@ def _dense_call(name: str, sets: list[Tensors]) -> Callable[[int], object]:
 
 
 def _sparse_call(each: _Sparse, case: Case, sets: list[Tensors]) -> Callable[[int], object]:
-    layout, config = case.shape.layout(case.block_size), config_at(each.sparsity)
+    layout, config = case.shape.layout(case.block_size), config_at(each.sparsity, case.rectify)
     return lambda i: rectified_attention(*sets[i], layout, config, backend=each.backend)
 
 
@@ -207,7 +212,7 @@ def _time_stages(
         if offered is None:
             continue
         scale = case.shape.head_dim**-0.5
-        stages = offered(*qkv, layout, config_at(each.sparsity), text_valid, scale)
+        stages = offered(*qkv, layout, config_at(each.sparsity, case.rectify), text_valid, scale)
         calls = {stage: Timed(_ignoring_set(run), settings.repeats) for stage, run in stages.items()}
         tell = partial(watch, f"{case.shape.name}: stages of {each.backend}")
         times = interleaved(calls, 1, case.device, tell)
@@ -216,6 +221,7 @@ def _time_stages(
             StageRow(
                 shape=case.shape.name,
                 backend=each.backend,
+                rectify=case.rectify,
                 sparsity=each.sparsity,
                 stage=stage,
                 **_milliseconds(timing),
@@ -243,6 +249,7 @@ def _common(case: Case) -> dict[str, Any]:
         "heads": case.shape.heads,
         "head_dim": case.shape.head_dim,
         "block_size": case.block_size,
+        "rectify": case.rectify,
         "dtype": str(case.dtype).removeprefix("torch."),
     }
 

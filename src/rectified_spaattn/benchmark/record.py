@@ -33,6 +33,7 @@ class Row:
     heads: int
     head_dim: int
     block_size: int
+    rectify: str
     dtype: str
     kind: str
     name: str
@@ -63,6 +64,7 @@ class StageRow:
 
     shape: str
     backend: str
+    rectify: str
     sparsity: float
     stage: str
     ms: float
@@ -188,8 +190,11 @@ def machine(device: torch.device, command: str) -> Machine:
     )
 
 
-def write_csv(path: Path, rows: Sequence[R], made_on: Machine) -> None:
-    """One line a row, each with the machine's columns after its own. The folder is made where it is missing."""
+def write_csv(path: Path, rows: Sequence[Any], made_on: Machine) -> None:
+    """One line a row, each with the machine's columns after its own. The folder is made where it is missing.
+
+    rows: instances of one dataclass. Raises ValueError for none.
+    """
     if not rows:
         raise ValueError(f"{path}: got no rows; allowed: one or more.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,6 +227,8 @@ def _from_text(kind: type[Any], line: dict[str, str]) -> Any:
 def _value(text: str, hint: Any) -> Any:
     if hint is str:
         return text
+    if hint is bool:
+        return text == "True"
     if text == "" and hint in (int | None, float | None):
         return None
     return int(text) if hint in (int, int | None) else float(text)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..config import Rectify
 from ..layout import TokenLayout
 
 _SMALL = 4096  # video tokens of a shape's small form
@@ -67,6 +68,7 @@ class Case(NamedTuple):
     block_size: int
     dtype: torch.dtype
     device: torch.device
+    rectify: Rectify = "ipar+gapr"
 
     def inputs(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v [1, S, H, D] of independent normal numbers. generator: on the case's device."""

@@ -11,6 +11,7 @@ from .. import __version__
 from .bench import bench_app
 from .evaluate import evaluate
 from .generate import generate
+from .inspect import inspect
 from .options import DEFAULT, QUICK, DemoOptions, device_of
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.command()(generate)
 app.command()(evaluate)
+app.command(name="inspect")(inspect)
 
 
 def _version(wanted: bool) -> None:

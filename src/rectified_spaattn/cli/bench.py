@@ -10,6 +10,7 @@ import typer
 from ..benchmark.baselines import BASELINES
 from ..benchmark.op import DTYPES, OpSettings, backend_names
 from ..benchmark.shapes import MODEL_SHAPES, SHAPES
+from ..config import RECTIFY_MODES
 from .bench_model import model
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def op(
         typer.Option(help=f"{', '.join(backend_names())}; may be repeated.", show_default="all that can run"),
     ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens a block.")] = DEFAULT.block_size,
+    rectify: Annotated[str, typer.Option(help=f"{', '.join(RECTIFY_MODES)}.")] = DEFAULT.rectify,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = DEFAULT.dtype,
     repeats: Annotated[
         int, typer.Option(help="Rounds that count; every round runs every call once.")
@@ -78,6 +80,7 @@ def op(
             baselines=tuple(baseline or ()),
             backends=tuple(backend or ()),
             block_size=block_size,
+            rectify=rectify,  # type: ignore[arg-type]  # SparseConfig checks it
             dtype=dtype,
             repeats=repeats,
             device=device,

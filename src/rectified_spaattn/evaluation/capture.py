@@ -14,6 +14,7 @@ from ..integrations.diffusers.adapters import adapter_for
 from ..integrations.diffusers.processor import check_processor, dense_backend, wrap
 from ..integrations.diffusers.state import LayerState, RunClock, TransformerState, key_text_mask
 from ..layout import TokenLayout
+from .paired import Pair, Settings, full_mode, generate
 
 
 class EndRun(Exception):
@@ -148,3 +149,27 @@ def end_after(step: int) -> Callable[..., dict[str, Any]]:
         return tensors
 
     return callback
+
+
+def capture_calls(
+    pipe: Any,
+    pair: Pair,
+    settings: Settings,
+    *,
+    step: int,
+    layers: Sequence[int] | None = None,
+    on_step: Callable[[int], None] = lambda done: None,
+) -> list[AttentionCall]:
+    """One full-attention call a layer, from a generation that ends after `step`.
+
+    on_step is told how many steps are done. Raises as `capture_attention` and `generate` do.
+    """
+    end = end_after(step)
+
+    def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(index + 1)
+        return end(pipe, index, timestep, tensors)
+
+    with capture_attention(pipe, step=step, layers=layers) as calls:
+        generate(pipe, full_mode(), pair, settings, after_step=after_step)
+    return calls

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -28,7 +28,9 @@ MODE_LABELS = {
     "ipar+gapr": "rectified (IPAR + GAPR)",
     "row": "row",
 }
-CRITICAL, COMPENSATED, REJECTED = BLUE, YELLOW, "#DDDDDD"
+KIND_COLOURS = {"critical": BLUE, "compensated": YELLOW, "rejected": "#DDDDDD"}
+# one block is one pixel of an image: sharp where blocks are few, averaged where they are smaller than the screen's
+PIXELS: Mapping[str, Any] = {"interpolation": "antialiased", "interpolation_stage": "rgba"}
 _DPI = 130
 
 
@@ -101,21 +103,20 @@ def plan_figure(
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=(1, 0.06))
     exact, estimated, plan = (figure.add_subplot(grid[0, column]) for column in range(3))
-    norm = _mass_norm(full)
-    image = _map(exact, full, "Full attention:\nexact mass per block", norm)
-    _map(estimated, probability, f"Estimate P from block means:\ncorrelation {found['correlation']:.2f}", norm)
+    norm = mass_norm(full)
+    image = mass_map(exact, full, "Full attention:\nexact mass per block", norm)
+    mass_map(estimated, probability, f"Estimate P from block means:\ncorrelation {found['correlation']:.2f}", norm)
     bar = figure.colorbar(image, cax=figure.add_subplot(grid[1, :2]), orientation="horizontal")
     bar.set_label("attention mass of a block (log scale)")
     kinds = torch.where(critical, 0, torch.where(compensated, 1, 2))
-    colours = {"critical": CRITICAL, "compensated": COMPENSATED, "rejected": REJECTED}
-    plan.imshow(kinds.numpy(), cmap=ListedColormap(list(colours.values())), vmin=0, vmax=2, interpolation="nearest")
+    kind_map(plan, kinds)
     plan.set(title="What becomes of every block", xlabel="key block", ylabel="query block")
     plan.title.set_fontsize(10)
     handles = [
         Patch(
             color=colour, label=f"{kind}: {found[f'{kind}_blocks']:.0%} of blocks, {found[f'{kind}_mass']:.0%} of mass"
         )
-        for kind, colour in colours.items()
+        for kind, colour in KIND_COLOURS.items()
     ]
     below = figure.add_subplot(grid[1, 2])
     below.axis("off")
@@ -156,9 +157,9 @@ def error_figure(
     )
     axes = bottom.subplots(1, len(masses))
     full = next(iter(masses.values()))[0]
-    norm = _mass_norm(full)
+    norm = mass_norm(full)
     for place, (axis, (title, (mass, wrong))) in enumerate(zip(axes, masses.items(), strict=True)):
-        image = _map(axis, mass, title if place == 0 else f"{title}\n{wrong:.0%} of the mass misplaced", norm)
+        image = mass_map(axis, mass, title if place == 0 else f"{title}\n{wrong:.0%} of the mass misplaced", norm)
     bottom.colorbar(image, ax=list(axes), location="right", shrink=0.8, label="attention mass (log scale)")
     bottom.suptitle(
         f"Where the attention mass goes at {sparsity:.0%} sparsity ({call})", fontsize=11, fontweight="bold"
@@ -244,24 +245,29 @@ def _draw_errors(axis: Axes, errors: Mapping[float, Mapping[str, Sequence[float]
     axis.set_ylim(0, axis.get_ylim()[1] * 1.18)
 
 
-def _mass_norm(full: torch.Tensor) -> LogNorm:
+def mass_norm(full: torch.Tensor) -> LogNorm:
     """A log scale over the masses of full attention, two decades at least."""
     high = float(full.max())
     return LogNorm(min(high / 100, max(1e-5, float(full[full > 0].quantile(0.02)))), high)
 
 
-def _map(axis: Axes, masses: torch.Tensor, title: str, norm: LogNorm) -> Any:
-    """[nb, nb + 1] as an image, with the isolated column set apart and drawn wider."""
+def mass_map(axis: Axes, masses: torch.Tensor, title: str, norm: Normalize, cmap: str = "cividis") -> Any:
+    """[nb, nb + 1] as an image, with the isolated column set apart and drawn wider. White: no mass."""
     blocks = masses[:, :-1]
     side = max(2, blocks.shape[1] // 20)
     gap = torch.full((len(blocks), max(1, side // 2)), float("nan"))
     drawn = torch.cat([blocks, gap, masses[:, -1:].expand(-1, side)], dim=1)
-    image = axis.imshow(drawn.numpy(), cmap="cividis", norm=norm, interpolation="nearest")
+    image = axis.imshow(drawn.numpy(), cmap=cmap, norm=norm, **PIXELS)
     axis.set_facecolor("white")
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("key block                    (last: text)")
     axis.set_ylabel("query block")
     return image
+
+
+def kind_map(axis: Axes, kinds: torch.Tensor) -> None:
+    """[nb, nb] as an image in KIND_COLOURS: 0 for critical, 1 for compensated, 2 for rejected."""
+    axis.imshow(kinds.numpy(), cmap=ListedColormap(list(KIND_COLOURS.values())), vmin=0, vmax=2, **PIXELS)
 
 
 def _points(layout: TokenLayout) -> torch.Tensor:

@@ -19,6 +19,12 @@ class Media:
     figures: Mapping[str, Path]
 
 
+def write_inspection(path: Path, record: Mapping[str, Any], figures: Mapping[float, Path]) -> None:
+    """Render the page of one inspected head. record: see cli.inspect_run; figures: sparsity -> PNG, embedded."""
+    images = {sparsity: data_uri(file) for sparsity, file in figures.items()}
+    _render("inspect.html", path, r=record, figures=images, raw=json.dumps(record, indent=2))
+
+
 def write_report(path: Path, metrics: Mapping[str, Any], media: Media) -> None:
     """Render the report of one run. metrics: what is written to metrics.json (see cli.demo). Nothing is linked to."""
     _render(

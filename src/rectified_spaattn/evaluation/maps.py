@@ -1,0 +1,153 @@
+"""One head of one attention call, block by block: where its attention mass goes under every rectify mode."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..attention import rectified_attention
+from ..config import RECTIFY_MODES, SparseConfig
+from ..layout import TokenLayout
+from .attention_error import attention_error, block_masses, full_attention, misplaced
+from .capture import AttentionCall
+
+OnResult = Callable[[str], None]  # what was done, once a result
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadResult:
+    """One head under one config, against full attention of the same q, k and v.
+
+    relative_error    |out - full| / |full| over the video tokens (Frobenius norms)
+    density           computed query-key pairs over all pairs
+    kept_mass         full-attention mass on the critical blocks and the isolated tokens, mean over query blocks
+    compensated       share of the dropped blocks that is compensated
+    mass_error        mean over query blocks of |weight given to what is kept - its full-attention mass|
+    r_error           the same for all that is not compensated: |R - full-attention mass of the critical, isolated and
+                      rejected columns|, R being what the output gives them in all; 0 where nothing is compensated
+    misplaced         share of the mass that lies on other blocks than under full attention: half the L1 distance
+    masses            float32 [nb, nb + 1], how the output weighs the values of every block and of the isolated tokens
+    probability       float32 [nb, nb + 1], the estimate P the plan was made from
+    critical, given_back  bool [nb, nb], the critical blocks and the compensated ones; all others are rejected
+    """
+
+    sparsity: float
+    rectify: str
+    relative_error: float
+    density: float
+    kept_mass: float
+    compensated: float
+    mass_error: float
+    r_error: float
+    misplaced: float
+    masses: torch.Tensor
+    probability: torch.Tensor
+    critical: torch.Tensor
+    given_back: torch.Tensor
+
+    def kinds(self) -> torch.Tensor:
+        """int64 [nb, nb]: 0 for a critical block, 1 for a compensated one, 2 for a rejected one."""
+        return torch.where(self.critical, 0, torch.where(self.given_back, 1, 2))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadStudy:
+    """full: float32 [nb, nb + 1], the block masses of full attention. results: sparsity by sparsity, mode by mode."""
+
+    layout: TokenLayout
+    full: torch.Tensor
+    results: tuple[HeadResult, ...]
+
+    def result(self, sparsity: float, rectify: str) -> HeadResult:
+        """Raises KeyError where it was not studied."""
+        for each in self.results:
+            if (each.sparsity, each.rectify) == (sparsity, rectify):
+                return each
+        raise KeyError((sparsity, rectify))
+
+
+def one_head(call: AttentionCall, head: int, device: torch.device | str = "cpu") -> AttentionCall:
+    """The same call with batch 0 and one head alone, [1, S, 1, D], on `device`. Raises ValueError for no such head."""
+    heads = call.q.shape[2]
+    if not 0 <= head < heads:
+        raise ValueError(f"head: got {head}; allowed: 0 to {heads - 1}.")
+    alone = {name: getattr(call, name)[:1, :, head : head + 1].to(device) for name in ("q", "k", "v")}
+    return replace(call, **alone, text_mask=call.text_mask[:1].to(device))
+
+
+def output_masses(call: AttentionCall, layout: TokenLayout, config: SparseConfig) -> torch.Tensor:
+    """How the output of a call weighs the values of every block, whatever the rectify mode: float32 [nb, nb + 1].
+
+    call: one head. An output is linear in the values, so it is computed for values that tell their block: column m is
+    the mean over a query block of the output for v = 1 on block m and 0 elsewhere. The last column is all isolated
+    tokens. Rows sum to 1.
+    """
+    num_blocks, size = layout.num_blocks, layout.block_size
+    channels = call.v.shape[-1]
+    device = call.v.device
+    block_of = torch.full((layout.sequence,), num_blocks, device=device)
+    block_of[layout.tiled] = torch.arange(num_blocks, device=device).repeat_interleave(size)
+    columns = []
+    for first in range(0, num_blocks + 1, channels):
+        wanted = torch.arange(first, first + channels, device=device)
+        values = (block_of[:, None] == wanted).to(call.v)[None, :, None]  # [1, S, 1, D]
+        out = rectified_attention(call.q, call.k, values, layout, config, text_mask=call.text_mask)
+        columns.append(out[0, layout.tiled, 0].view(num_blocks, size, channels).mean(1))
+    return torch.cat(columns, dim=1)[:, : num_blocks + 1]
+
+
+def study_head(
+    call: AttentionCall,
+    config: SparseConfig,
+    sparsities: Sequence[float],
+    modes: Sequence[str] = RECTIFY_MODES,
+    on_result: OnResult = lambda done: None,
+) -> HeadStudy:
+    """Every rectify mode at every sparsity on one head; all else as in `config`.
+
+    Raises ValueError for a grid that is smaller than one block, and as rectified_attention does.
+    """
+    layout = call.layout(config.block_size, config.order).on(call.q.device)
+    if not layout.num_blocks:
+        raise ValueError(
+            f"block_size: got {config.block_size} for a grid of {layout.grid}; allowed: at most {layout.video} tokens, "
+            "as a smaller grid has no block and runs full attention."
+        )
+    exact = full_attention(call)
+    on_result("full attention")
+    full = block_masses(call, layout, 0)
+    on_result("block masses of full attention")
+    results = []
+    for sparsity in sparsities:
+        for mode in modes:
+            chosen = config.replace(sparsity=sparsity, rectify=mode)
+            results.append(_result(call, layout, chosen, exact, full))
+            on_result(f"{mode} at {sparsity:.4g}")
+    return HeadStudy(layout=layout, full=full.cpu(), results=tuple(results))
+
+
+def _result(
+    call: AttentionCall, layout: TokenLayout, config: SparseConfig, exact: torch.Tensor, full: torch.Tensor
+) -> HeadResult:
+    error = attention_error(call, config, full=exact)
+    critical, given_back = error.stats.block_mask[0, 0], error.stats.compensated[0, 0]
+    masses = output_masses(call, layout, config)
+    apart = masses - full  # rows sum to 0
+    on_kept = (apart[:, :-1] * critical).sum(1) + apart[:, -1]
+    on_given_back = (apart[:, :-1] * given_back).sum(1)  # what is too much here is too little in R
+    dropped = int((~critical).sum())
+    return HeadResult(
+        sparsity=config.sparsity,
+        rectify=config.rectify,
+        relative_error=error.relative_error,
+        density=error.density,
+        kept_mass=((full[:, :-1] * critical).sum(1) + full[:, -1]).mean().item(),
+        compensated=int(given_back.sum()) / dropped if dropped else 0.0,
+        mass_error=on_kept.abs().mean().item(),
+        r_error=on_given_back.abs().mean().item(),
+        misplaced=misplaced(masses, full),
+        masses=masses.cpu(),
+        probability=error.stats.probability[0, 0].float().cpu(),
+        critical=critical.cpu(),
+        given_back=given_back.cpu(),
+    )

@@ -1,0 +1,240 @@
+"""inspect: what is measured of one head, the pictures, and the command from end to end."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from attention_calls import smooth_call
+from rectified_spaattn import SparseConfig
+from rectified_spaattn.cli.app import app
+from rectified_spaattn.config import RECTIFY_MODES
+from rectified_spaattn.evaluation.attention_error import attention_error, block_masses, rectified_masses
+from rectified_spaattn.evaluation.capture import AttentionCall, capture_calls
+from rectified_spaattn.evaluation.maps import HeadStudy, one_head, output_masses, study_head
+from rectified_spaattn.evaluation.paired import Pair, Settings
+from rectified_spaattn.evaluation.selection import SELECTORS
+from rectified_spaattn.report.figures import KIND_COLOURS, CallName
+from rectified_spaattn.report.maps import maps_figure
+from tiny import wan_pipeline
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONFIG = SparseConfig(block_size=16, neighbours=False, top_p=0.0, sparsity=0.8)
+SPARSITIES = (0.5, 0.8)
+PLANNED = ("none", "pooled", "ipar", "ipar+gapr")  # the modes whose masses follow from R and P
+
+
+@pytest.fixture(scope="module")
+def call() -> AttentionCall:
+    return one_head(smooth_call(), 1)
+
+
+@pytest.fixture(scope="module")
+def study(call: AttentionCall) -> HeadStudy:
+    return study_head(call, CONFIG, SPARSITIES)
+
+
+def test_one_head_is_that_head(call: AttentionCall) -> None:
+    whole = smooth_call()
+    assert call.q.shape == (1, 261, 1, 16)
+    assert torch.equal(call.k[0, :, 0], whole.k[0, :, 1])
+    for head in (-1, 2):
+        with pytest.raises(ValueError, match=r"head: got -?\d; allowed: 0 to 1"):
+            one_head(whole, head)
+
+
+@pytest.mark.parametrize("mode", PLANNED)
+@pytest.mark.parametrize("text", [0, 5])
+def test_masses_read_off_the_output_are_those_of_the_plan(mode: str, text: int) -> None:
+    """Two ways to the same numbers: values that tell their block, and R times the sparse masses plus P."""
+    made = one_head(smooth_call(text=text), 0)
+    config, layout = CONFIG.replace(rectify=mode), made.layout(16)
+    measured = output_masses(made, layout, config)
+    planned = rectified_masses(made, layout, 0, attention_error(made, config).stats)
+    assert measured.shape == (16, 17)
+    torch.testing.assert_close(measured, planned, atol=1e-5, rtol=1e-4)
+
+
+def test_masses_of_every_mode_sum_to_one(study: HeadStudy) -> None:
+    assert study.full.shape == (16, 17)
+    torch.testing.assert_close(study.full.sum(1), torch.ones(16))
+    assert [(each.sparsity, each.rectify) for each in study.results] == [
+        (sparsity, mode) for sparsity in SPARSITIES for mode in RECTIFY_MODES
+    ]
+    for each in study.results:
+        torch.testing.assert_close(each.masses.sum(1), torch.ones(16), atol=1e-5, rtol=1e-5)
+        assert 0 <= each.misplaced <= 1
+        assert each.misplaced + 1e-6 >= each.mass_error / 2
+
+
+def test_nothing_is_lost_where_nothing_is_dropped(call: AttentionCall) -> None:
+    for each in study_head(call, CONFIG, (0.0,)).results:
+        assert each.relative_error == pytest.approx(0, abs=1e-5)
+        assert (each.kept_mass, each.misplaced, each.mass_error) == pytest.approx((1, 0, 0), abs=1e-5)
+        assert (each.density, each.compensated) == (1, 0)
+        assert (each.kinds() == 0).all()
+
+
+def test_mass_errors_are_what_they_are_defined_as(call: AttentionCall, study: HeadStudy) -> None:
+    none = study.result(0.8, "none")
+    assert none.mass_error == pytest.approx(1 - none.kept_mass, abs=1e-5)  # the kept keys get everything
+    assert none.mass_error == pytest.approx(none.misplaced, abs=1e-5)
+    assert (none.r_error, none.compensated) == (pytest.approx(0, abs=1e-5), 0)
+    for mode in ("pooled", "ipar", "ipar+gapr"):
+        each = study.result(0.8, mode)
+        r = attention_error(call, CONFIG.replace(rectify=mode)).stats.r[0, 0]
+        true = (study.full[:, :-1] * ~each.given_back).sum(1) + study.full[:, -1]
+        assert each.r_error == pytest.approx((r - true).abs().mean().item(), abs=1e-5)
+    ipar = study.result(0.8, "ipar")  # nothing is rejected, so both sets are the same
+    assert ipar.mass_error == pytest.approx(ipar.r_error, abs=1e-5)
+    assert ipar.misplaced < none.misplaced
+    with pytest.raises(KeyError):
+        study.result(0.7, "none")
+
+
+def test_kinds_tell_the_three_sets_apart(study: HeadStudy) -> None:
+    for each in study.results:
+        kinds = each.kinds()
+        assert torch.equal(kinds == 0, each.critical)
+        assert torch.equal(kinds == 1, each.given_back)
+        assert not (each.critical & each.given_back).any()
+        assert int((kinds == 0).sum()) == {0.5: 8, 0.8: 3}[each.sparsity] * 16
+
+
+def test_a_grid_below_one_block_is_refused(call: AttentionCall) -> None:
+    with pytest.raises(ValueError, match="block_size: got 512 for a grid of"):
+        study_head(call, CONFIG.replace(block_size=512), SPARSITIES)
+
+
+def test_the_picture_shows_the_masses_and_the_plan(study: HeadStudy, tmp_path: Path) -> None:
+    path = tmp_path / "maps.png"
+    maps_figure(path, study, 0.8, "ipar", CallName(layer=2, head=1, step=3))
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    assert len(pixels) > 1_000_000
+    assert len(np.unique(pixels[::7], axis=0)) > 500  # two colour scales
+    result = study.result(0.8, "ipar")
+    found = {}
+    for kind, colour in KIND_COLOURS.items():
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        found[kind] = int((np.abs(pixels.astype(int) - rgb).max(1) <= 1).sum())
+    critical = result.critical.float().mean().item()
+    assert found["critical"] / (found["critical"] + found["compensated"]) == pytest.approx(critical, abs=0.05)
+    assert found["rejected"] < found["critical"]  # the legend alone
+
+
+def test_capture_calls_stops_after_the_step() -> None:
+    pipe, seen = wan_pipeline(), []
+    settings = Settings(height=128, width=128, num_frames=9, steps=3)
+    calls = capture_calls(pipe, Pair(prompt="a b c", seed=0), settings, step=1, layers=[2], on_step=seen.append)
+    assert seen == [1, 2]
+    assert [(call.layer, call.step, call.grid) for call in calls] == [(2, 1, (3, 8, 8))]
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["inspect", *map(str, arguments)], env={"COLUMNS": "300"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_inspect_the_demo_model_from_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed = invoke(
+        "--out", out, "--layer", 4, "--head", 2, "--step", 1, "--steps", 2, "--height", 32, "--width", 32,
+        "--sparsity", 0.9, "--sparsity", 0.75, "--selection", "--device", "cpu", "--seed", 7,
+    )  # fmt: skip
+    assert code == 0, printed
+    names = {"inspect.html", "inspect.json", "results.csv", "selection.csv", "maps-75.png", "maps-90.png"}
+    assert {path.name for path in out.iterdir()} == names
+    told = json.loads((out / "inspect.json").read_text())
+    assert (told["call"]["layer"], told["call"]["head"], told["call"]["step"], told["seed"]) == (4, 2, 1, 7)
+    assert (told["call"]["grid"], told["call"]["num_blocks"]) == ([16, 8, 8], 16)
+    assert [(row["sparsity"], row["rectify"]) for row in told["results"]] == [
+        (sparsity, mode) for sparsity in (0.75, 0.9) for mode in RECTIFY_MODES
+    ]
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, expected in zip(rows, told["results"], strict=True):
+        assert float(row["relative_error"]) == expected["relative_error"]
+        assert f"{expected['relative_error']:.3f}" in printed
+        assert row["command"].startswith("rectified-spaattn")
+    with (out / "selection.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * (len(SELECTORS) + 1)
+    page = (out / "inspect.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is linked to
+    for text in ("Layer 4, head 2, denoising step 1", "ipar+gapr", "random", f"{told['results'][0]['mass_error']:.3f}"):
+        assert text in page
+
+
+def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
+    from rectified_spaattn.demo.pipeline import load_demo_pipeline
+    from rectified_spaattn.demo.prompts import PROMPTS
+
+    out = tmp_path / "out"
+    small = ("--steps", 2, "--height", 32, "--width", 32, "--device", "cpu", "--sparsity", 0.8)
+    code, printed = invoke("--out", out, "--rectify", "ipar", *small)
+    assert code == 0, printed
+    told = json.loads((out / "inspect.json").read_text())
+    assert (told["call"]["layer"], told["call"]["head"], told["call"]["step"]) == (3, 1, 1)  # the middle ones
+    assert told["selection"] == []
+    settings = Settings(height=32, width=32, num_frames=16, steps=2)
+    whole = capture_calls(load_demo_pipeline("cpu"), Pair(prompt=PROMPTS[0], seed=0), settings, step=1, layers=[3])[0]
+    head = one_head(whole, 1)
+    config = SparseConfig(block_size=64, neighbours=False, top_p=0.0, sparsity=0.8, rectify="ipar")
+    row = next(row for row in told["results"] if row["rectify"] == "ipar")
+    assert row["relative_error"] == pytest.approx(attention_error(head, config).relative_error, abs=1e-4)
+    full = block_masses(head, head.layout(64), 0)
+    critical = attention_error(head, config).stats.block_mask[0, 0]
+    kept = ((full[:, :-1] * critical).sum(1) + full[:, -1]).mean().item()
+    assert row["kept_mass"] == pytest.approx(kept, abs=1e-4)
+
+
+def test_inspect_reads_the_folder_of_any_pipeline(tmp_path: Path) -> None:
+    wan_pipeline().save_pretrained(tmp_path / "wan")
+    out = tmp_path / "out"
+    common = ("--model", tmp_path / "wan", "--prompt", "a b c", "--height", 128, "--width", 128, "--frames", 9)
+    code, printed = invoke(*common, "--steps", 2, "--block-size", 32, "--out", out, "--device", "cpu")
+    assert code == 0, printed
+    told = json.loads((out / "inspect.json").read_text())
+    assert (told["call"]["grid"], told["call"]["num_blocks"], told["call"]["isolated"]) == ([3, 8, 8], 6, 0)
+    assert told["settings"]["guidance_scale"] == 5.0  # the pipeline's default
+    assert all(math.isfinite(row["relative_error"]) for row in told["results"])
+    code, printed = invoke(*common, "--steps", 2, "--out", tmp_path / "none", "--device", "cpu", "--block-size", 256)
+    assert code == 1
+    assert "block_size: got 256 for a grid of (3, 8, 8)" in printed
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (("--sparsity", 1.5), 2, "sparsity"),
+        (("--rectify", "none"), 2, "allowed: a mode to show beside it"),
+        (("--rectify", "more"), 2, "rectify: got 'more'"),
+        (("--layer", -1), 2, "layer: got -1; allowed: 0 or more"),
+        (("--device", "tpu"), 2, "allowed: auto, cpu or cuda"),
+        (("--dtype", "int8"), 2, "dtype: got 'int8'"),
+        (("--block-size", 50), 2, "multiple of 16"),
+        (("--layer", 6), 1, "--layer: got 6; allowed: 0 to 5"),
+        (("--step", 12), 1, "--step: got 12; allowed: 0 to 11"),
+        (("--head", 3, "--steps", 1, "--height", 16, "--width", 16), 1, "head: got 3; allowed: 0 to 2"),
+        (("--prompt", "a flying carpet", "--steps", 1), 1, "carpet"),
+        (("--model", "no-such-folder"), 1, "got a folder without model_index.json"),
+    ],
+)
+def test_inspect_refuses_with_what_is_allowed(
+    arguments: tuple[object, ...], code: int, told: str, tmp_path: Path
+) -> None:
+    got, printed = invoke(*arguments, "--out", tmp_path / "out")
+    assert told in printed
+    assert got == code
+    assert not (tmp_path / "out").exists()
