@@ -18,12 +18,12 @@ from typer.testing import CliRunner, Result
 import tiny
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.cli.app import app
+from rectified_spaattn.cli.evaluate_pipeline import base_configs, call_settings, load_pipeline
 from rectified_spaattn.evaluation import perceptual
 from rectified_spaattn.evaluation.folder import Folder, write_atomically
 from rectified_spaattn.evaluation.metrics import flicker
 from rectified_spaattn.evaluation.modes import Grid, check_names, file_mode, grid_modes, reference_modes
 from rectified_spaattn.evaluation.paired import Mode, Pair, dense_kernel
-from rectified_spaattn.evaluation.pipelines import base_configs, call_settings, load_pipeline
 from rectified_spaattn.report.video import even
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -241,6 +241,8 @@ def test_a_folder_of_something_else_is_refused(arguments: list[str], tmp_path: P
         (["--floor-kernel", "default"], "another one than dense_kernel"),
         (["--dense-kernel", "fast"], "kernel"),
         (["--device", "tpu"], "auto, cpu or cuda"),
+        (["--argument", "height=3"], "--height"),
+        (["--argument", "magic=3"], "magic"),
     ],
 )
 def test_bad_options_are_refused_before_a_folder_is_made(
@@ -264,7 +266,6 @@ def test_a_diffusers_pipeline_with_its_preset_and_a_config_file(tmp_path: Path) 
     tiny.wan_pipeline().save_pretrained(tmp_path / "wan")
     files = {
         "prompts.txt": "a b c",
-        "call.yaml": "max_sequence_length: 12\nnegative_prompt: d\n",
         "quarter.yaml": "sparsity: 0.75\nblock_size: 16\ndense_layers: [0]\n",
     }
     for name, text in files.items():
@@ -274,8 +275,10 @@ def test_a_diffusers_pipeline_with_its_preset_and_a_config_file(tmp_path: Path) 
         tmp_path / "wan",
         "--prompts",
         tmp_path / "prompts.txt",
-        "--arguments",
-        tmp_path / "call.yaml",
+        "--argument",
+        "max_sequence_length=12",
+        "--negative-prompt",
+        "d",
     ]
     options += ["--config", tmp_path / "quarter.yaml", "--rectify", "ipar", "--block-size", 16, "--no-neighbours"]
     options += ["--height", 64, "--width", 64, "--frames", 9, "--steps", 2, "--dtype", "float32", "--device", "cpu"]
@@ -285,6 +288,7 @@ def test_a_diffusers_pipeline_with_its_preset_and_a_config_file(tmp_path: Path) 
     assert list(by_mode) == ["full", "full-other-kernel", "ipar-75", "quarter"]
     settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
     assert settings["guidance_scale"] == 5.0  # the pipeline's own
+    assert settings["arguments"] == {"negative_prompt": "d", "max_sequence_length": 12}
     assert settings["modes"][2]["configs"][0]["dense_layers"] == [0, 1]  # of the preset
     computed = {name: float(each["computed"]) for name, each in by_mode.items()}
     density = {name: float(each["density"]) for name, each in by_mode.items()}
@@ -370,11 +374,11 @@ def test_calls_take_the_pipelines_defaults_and_refuse_what_it_does_not_know() ->
 
 
 def test_a_model_that_is_not_there_is_named(arguments: list[str], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="cannot load '/nowhere/at-all'"):
-        load_pipeline("/nowhere/at-all", torch.device("cpu"), torch.float32)
+    with pytest.raises(RuntimeError, match="/nowhere/at-all: there is no such folder"):
+        load_pipeline("/nowhere/at-all", torch.device("cpu"))
     result = evaluate(arguments, tmp_path / "out", "--model", tmp_path)
     assert result.exit_code == 1
-    assert "cannot load" in result.output
+    assert "without model_index.json" in result.output
 
 
 def test_the_dense_kernel_is_chosen_inside_and_as_before_outside() -> None:

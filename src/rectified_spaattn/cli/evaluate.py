@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ..config import RECTIFY_MODES
-from .evaluate_options import DTYPES, EvaluateOptions
+from ..generation.request import DTYPES, OFFLOADS
+from .evaluate_options import EvaluateOptions
 
 
 def evaluate(
@@ -31,8 +32,10 @@ def evaluate(
     order: Annotated[list[str] | None, typer.Option(help="gilbert, tile or raster.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Least attention mass the kept blocks hold.")] = None,
     neighbours: Annotated[bool | None, typer.Option(help="Always keep blocks that touch in 3-D.")] = None,
-    arguments: Annotated[
-        Path | None, typer.Option(help="YAML file with further arguments of the pipeline's call.")
+    negative_prompt: Annotated[str | None, typer.Option(help="For models with guidance.")] = None,
+    argument: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for a further argument of the pipeline's call; may be repeated."),
     ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's")] = None,
@@ -43,10 +46,12 @@ def evaluate(
         int | None, typer.Option(help="Frames a second in the videos.", show_default="8 for demo, else 16")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help=f"{', '.join(DTYPES)}.", show_default="float32 for demo, else bfloat16")
-    ] = None,
+        str, typer.Option(help=f"{', '.join(DTYPES)}; auto: float32 for demo and on a CPU, else bfloat16.")
+    ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    offload: Annotated[bool, typer.Option("--offload", help="Keep the models that do not run in CPU memory.")] = False,
+    offload: Annotated[
+        str, typer.Option(help=f"{', '.join(OFFLOADS)}: what waits in CPU memory while it does not run.")
+    ] = "none",
     backend: Annotated[str, typer.Option(help="Attention backend of sparse calls, or auto.")] = "auto",
     dense_kernel: Annotated[
         str, typer.Option(help="SDPA kernel of every mode: default, math, efficient, flash or cudnn.")
@@ -82,7 +87,8 @@ def evaluate(
                 order=order or (),
                 overrides={name: value for name, value in overrides.items() if value is not None},
             ),
-            arguments=arguments,
+            negative_prompt=negative_prompt,
+            argument=tuple(argument or ()),
             height=height,
             width=width,
             frames=frames,

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..generation.request import DTYPES, OFFLOADS, Request
 
 if TYPE_CHECKING:
     from ..evaluation.modes import Grid
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +23,17 @@ class EvaluateOptions:
     seeds: int = 1
     configs: tuple[Path, ...] = ()
     grid: "Grid"
-    arguments: Path | None = None
+    negative_prompt: str | None = None
+    argument: tuple[str, ...] = ()
     height: int | None = None
     width: int | None = None
     frames: int | None = None
     steps: int | None = None
     guidance: float | None = None
     fps: int | None = None
-    dtype: str | None = None
+    dtype: str = "auto"
     device: str = "auto"
-    offload: bool = False
+    offload: str = "none"
     backend: str = "auto"
     dense_kernel: str = "default"
     floor_kernel: str | None = None
@@ -44,8 +45,15 @@ class EvaluateOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}; allowed: 1 or more.")
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype: got {self.dtype!r}; allowed: one of {list(DTYPES)}.")
-        for path in (self.prompts, self.arguments, *self.configs):
+        for name, allowed in (("dtype", DTYPES), ("offload", OFFLOADS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: one of {list(allowed)}.")
+        for path in (self.prompts, *self.configs):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path}: got no such file; allowed: a file that can be read.")
+        self.arguments()
+
+    def arguments(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's call."""
+        given = Request(model=self.model, prompt="", argument=self.argument).arguments()
+        return given if self.negative_prompt is None else {"negative_prompt": self.negative_prompt, **given}

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import Progress, TaskID
@@ -19,7 +18,6 @@ from ..evaluation.folder import Folder, write_atomically, write_csv
 from ..evaluation.modes import check_names, file_mode, grid_modes, reference_modes
 from ..evaluation.paired import FULL, Mode, Pair
 from ..evaluation.perceptual import LEAST_SIDE, Lpips, why_no_lpips
-from ..evaluation.pipelines import base_configs, call_settings, is_demo, load_pipeline
 from ..evaluation.processes import device_of, processes
 from ..evaluation.run import Job, complete, missing
 from ..evaluation.summary import SCORES, ModeSummary, clip_rows, summarise
@@ -35,6 +33,7 @@ from ..report.evaluation import (
 from ..report.html import percent
 from .bench_tables import print_wide
 from .evaluate_options import EvaluateOptions
+from .evaluate_pipeline import base_configs, call_settings, is_demo, load_pipeline
 from .output import progress_bars
 
 DEMO_GRID: dict[str, Any] = {"rectify": ("none", "ipar+gapr"), "sparsity": (0.8, 0.9)}
@@ -63,8 +62,7 @@ def prepare(options: EvaluateOptions) -> Prepared:
     demo = is_demo(options.model)
     prompts = _prompts(options.prompts, demo)
     device = device_of(options.device, state)
-    dtype = options.dtype or ("float32" if demo else "bfloat16")
-    pipe = load_pipeline(options.model, device, getattr(torch, dtype), options.offload)
+    pipe = load_pipeline(options.model, device, options.dtype, options.offload)
     given = {
         "height": options.height,
         "width": options.width,
@@ -72,14 +70,14 @@ def prepare(options: EvaluateOptions) -> Prepared:
         "steps": options.steps,
         "guidance_scale": options.guidance,
     }
-    settings = call_settings(pipe, given, _yaml(options.arguments))
+    settings = call_settings(pipe, given, options.arguments())
     modes = _modes(options, pipe, demo)
     why_not = _why_no_lpips(options.lpips, settings.height, settings.width)
     fps = options.fps or (8 if demo else 16)
     environment = record.environment(device)
     asked = {
         "model": options.model,
-        "dtype": dtype,
+        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
         "device": environment["device"]["name"],
         "offload": options.offload,
         "backend": options.backend,
@@ -227,21 +225,10 @@ def _modes(options: EvaluateOptions, pipe: Any, demo: bool) -> list[Mode]:
     if grid.given() or not options.configs:
         default = DEMO_GRID if demo else MODEL_GRID
         grid = replace(grid, **{name: values for name, values in default.items() if not getattr(grid, name)})
-        modes += grid_modes(base_configs(pipe), grid, options.dense_kernel)
+        modes += grid_modes(base_configs(pipe, grid.sparsity), grid, options.dense_kernel)
     modes += [file_mode(path, options.dense_kernel) for path in options.configs]
     check_names(modes)
     return modes
-
-
-def _yaml(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    import yaml
-
-    values = yaml.safe_load(path.read_text())
-    if not isinstance(values, dict):
-        raise TypeError(f"{path}: got {values!r}; allowed: a mapping, such as 'negative_prompt: blurry'.")
-    return values
 
 
 def _why_no_lpips(wanted: bool | None, height: int, width: int) -> str | None:

@@ -2,14 +2,17 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import SparseConfig, preset
-from .paired import Settings
+from ..config import SparseConfig
+from ..evaluation.paired import Settings
+from ..generation.load import dtype_of, find, load, place
+from ..generation.request import Request
+from ..integrations.diffusers.adapters import default_configs
 
 DEMO = "demo"
 # names here -> arguments of a pipeline's call
@@ -28,27 +31,20 @@ def is_demo(model: str) -> bool:
     return model == DEMO or (index.is_file() and json.loads(index.read_text())["_class_name"] == "DemoVideoPipeline")
 
 
-def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload: bool = False) -> Any:
-    """model: "demo", a folder, or the name of a repository. offload: keep models on the CPU while they do not run.
+def load_pipeline(model: str, device: torch.device, dtype: str = "auto", offload: str = "none") -> Any:
+    """model: "demo", a folder, or the name of a repository. dtype, offload: as `rectified-spaattn generate` has them;
+    "auto" is float32 for the demo model.
 
-    Raises RuntimeError, saying what to give, where there is no such pipeline.
+    Raises RuntimeError, saying what to do, where there is no such pipeline, it cannot be loaded, or memory is short.
     """
     if is_demo(model):
         from ..demo.pipeline import WEIGHTS, load_demo_pipeline
 
-        return load_demo_pipeline(device, dtype, WEIGHTS if model == DEMO else model)
-    from diffusers import DiffusionPipeline
-
-    try:
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise RuntimeError(
-            f"model: cannot load {model!r}; allowed: {DEMO}, a folder that save_pretrained wrote, or the name of a "
-            f"repository that can be reached. diffusers says: {error}"
-        ) from error
-    if not offload:
-        return pipe.to(device)
-    pipe.enable_model_cpu_offload(device=device)
+        exact = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        return load_demo_pipeline(device, exact, WEIGHTS if model == DEMO else model)
+    request = Request(model=model, prompt="", dtype=dtype, offload=offload)
+    pipe = load(find(request), request, dtype_of(request, device))
+    place(pipe, device, offload)
     return pipe
 
 
@@ -79,19 +75,14 @@ def call_settings(pipe: Any, given: Mapping[str, Any], arguments: Mapping[str, A
     return Settings(**values, arguments=dict(arguments))
 
 
-def base_configs(pipe: Any) -> tuple[SparseConfig, ...]:
-    """What configurations start from: exact sparsity on the demo model's small grid, else the model's preset."""
+def base_configs(pipe: Any, sparsity: Sequence[float] = ()) -> tuple[SparseConfig, ...]:
+    """What configurations start from: exact sparsity on the demo model's small grid, else the model's preset.
+
+    sparsity: what was asked for. Raises ValueError where it is empty and there is no preset for the model.
+    """
     if is_demo_pipeline(pipe):
         return (SparseConfig(block_size=64, top_p=0.0, neighbours=False),)
-    from ..integrations.diffusers.adapters import adapter_for
-
-    name = adapter_for(pipe.transformer).preset(pipe.transformer, pipe)
-    if name is None:
-        raise ValueError(
-            f"{type(pipe).__name__}: got no configuration, and there is no published preset for this model; allowed: "
-            "one or more YAML files of a SparseConfig. Give --config."
-        )
-    return preset(name)
+    return default_configs(pipe.transformer, pipe, {"sparsity": sparsity} if sparsity else {})
 
 
 def is_demo_pipeline(pipe: Any) -> bool:
