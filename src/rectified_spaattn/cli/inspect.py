@@ -10,7 +10,7 @@ import typer
 
 from ..config import RECTIFY_MODES, SparseConfig
 from ..demo.prompts import PROMPTS
-from .evaluate_options import DTYPES
+from ..generation.request import DTYPES, OFFLOADS
 from .options import device_of
 
 
@@ -39,8 +39,8 @@ class InspectOptions:
     steps: int | None = None
     guidance: float | None = None
     device: str = "auto"
-    dtype: str | None = None
-    offload: bool = False
+    dtype: str = "auto"
+    offload: str = "none"
     selection: bool = False
     out: Path = Path("inspect-output")
     command: str = "rectified-spaattn inspect"
@@ -52,8 +52,9 @@ class InspectOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: got {value}; allowed: {least} or more.")
-        if self.dtype not in (None, *DTYPES):
-            raise ValueError(f"dtype: got {self.dtype!r}; allowed: one of {list(DTYPES)}.")
+        for name, allowed in (("dtype", DTYPES), ("offload", OFFLOADS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: one of {list(allowed)}.")
         device_of(self.device)
         for sparsity in self.sparsity:
             self.config(SparseConfig()).replace(sparsity=sparsity)
@@ -110,12 +111,11 @@ def inspect(
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the pipeline's")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = DEFAULT.device,
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(DTYPES)}.", show_default="float32 for the demo model and on a CPU, else bfloat16"
-        ),
-    ] = None,
-    offload: Annotated[bool, typer.Option("--offload", help="Keep models on the CPU while they do not run.")] = False,
+        str, typer.Option(help=f"{', '.join(DTYPES)}; auto: float32 for demo and on a CPU, else bfloat16.")
+    ] = DEFAULT.dtype,
+    offload: Annotated[
+        str, typer.Option(help=f"{', '.join(OFFLOADS)}: what waits in CPU memory while it does not run.")
+    ] = DEFAULT.offload,
     out: Annotated[Path, typer.Option(help="Folder for the page, pictures and tables.")] = DEFAULT.out,
 ) -> None:
     """Look into one attention head: its error under every rectify mode, and where its attention goes."""

@@ -19,13 +19,13 @@ from ..evaluation import record
 from ..evaluation.capture import AttentionCall, capture_calls
 from ..evaluation.maps import HeadResult, HeadStudy, one_head, study_head
 from ..evaluation.paired import Pair, Settings
-from ..evaluation.pipelines import DEMO, base_configs, call_settings, is_demo, load_pipeline
 from ..evaluation.selection import SELECTORS, SelectionRow, study_selection
 from ..integrations.diffusers.adapters import adapter_for
 from ..report.figures import CallName
 from ..report.html import percent, write_inspection
 from ..report.maps import maps_figure
 from .bench_tables import print_wide, progress
+from .evaluate_pipeline import DEMO, base_configs, call_settings, load_pipeline
 from .inspect import InspectOptions
 from .options import device_of
 
@@ -73,7 +73,7 @@ def run(options: InspectOptions, console: Console | None = None) -> Path:
     environment = record.environment(device)
     settings = _settings(pipe, options)
     layer, step = _place(pipe, options, settings)
-    config = options.config(base_configs(pipe)[0])
+    config = options.config(base_configs(pipe, options.sparsity)[0])
     with progress(console) as watch:
         found = _study(pipe, options, config, settings, layer, step, device, watch)
         figures = _draw(options, found)
@@ -188,9 +188,8 @@ def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
 
 
 def _load(options: InspectOptions, device: torch.device) -> Any:
-    dtype = options.dtype or ("float32" if is_demo(options.model) or device.type == "cpu" else "bfloat16")
     try:
-        return load_pipeline(options.model, device, getattr(torch, dtype), options.offload)
+        return load_pipeline(options.model, device, options.dtype, options.offload)
     except RuntimeError as error:
         raise InspectError(str(error)) from error
 
