@@ -4,7 +4,20 @@ import sys
 from importlib.util import find_spec
 
 DOCTOR_PACKAGES = ("typer", "rich")  # it tells what else is missing
-DEMO_PACKAGES = (*DOCTOR_PACKAGES, "diffusers", "imageio", "imageio_ffmpeg", "jinja2", "matplotlib", "torchmetrics")
+DEMO_PACKAGES = (
+    *DOCTOR_PACKAGES,
+    "accelerate",
+    "diffusers",
+    "imageio",
+    "imageio_ffmpeg",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "PIL",
+    "safetensors",
+    "torchmetrics",
+    "yaml",
+)
 
 
 def main() -> None:

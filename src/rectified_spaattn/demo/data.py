@@ -202,6 +202,7 @@ def _vocabulary() -> tuple[str, ...]:
 
 
 VOCABULARY: tuple[str, ...] = _vocabulary()
+CAPTION_LENGTH = 32  # word numbers of a caption; the first is the start token
 
 
 def _open(rng: random.Random) -> tuple[float, ...]:

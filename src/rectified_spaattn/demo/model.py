@@ -10,9 +10,8 @@ from diffusers import ConfigMixin, HunyuanVideoTransformer3DModel, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from .data import VOCABULARY
+from .data import CAPTION_LENGTH, VOCABULARY
 
-CAPTION_LENGTH = 32
 PATCH_SIZE = 4
 START_ID = 1  # 0 is padding; words follow
 

@@ -2,8 +2,7 @@
 
 import random
 
-from .data import sample_scene
-from .model import CAPTION_LENGTH
+from .data import CAPTION_LENGTH, sample_scene
 
 # Never trained on by name.
 PROMPTS: tuple[str, ...] = (
