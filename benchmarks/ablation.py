@@ -33,11 +33,12 @@ from rectified_spaattn.benchmark.record import Machine, machine, write_csv
 from rectified_spaattn.config import RECTIFY_MODES
 from rectified_spaattn.demo.pipeline import load_demo_pipeline
 from rectified_spaattn.demo.prompts import split_pairs
+from rectified_spaattn.device import device_of
 from rectified_spaattn.evaluation.allocation import allocation, exact
 from rectified_spaattn.evaluation.capture import capture_attention, end_after
 from rectified_spaattn.evaluation.intervals import Interval, bootstrap
 from rectified_spaattn.evaluation.paired import Mode, Pair, Settings, full_mode, generate_batch, warm_up
-from rectified_spaattn.evaluation.processes import device_of, processes
+from rectified_spaattn.evaluation.processes import processes
 from rectified_spaattn.evaluation.scores import score
 from rectified_spaattn.report.figures import MODE_COLOURS, PALETTE
 
@@ -290,7 +291,7 @@ def run(
     """Measure one split."""
     start = time.perf_counter()
     state = processes()
-    pipe = load_demo_pipeline(device_of(device, state), getattr(torch, dtype))
+    pipe = load_demo_pipeline(device_of(device, state.local_process_index), getattr(torch, dtype))
     base = {"block_size": block_size, "order": order, "top_p": top_p, "neighbours": neighbours}
     configs = [
         SparseConfig(sparsity=each, rectify=mode, **base)

@@ -103,6 +103,22 @@ def test_without_weights_the_message_says_what_to_do(tmp_path: Path) -> None:
     assert "no demo weights" in result.output
 
 
+def test_a_word_the_model_does_not_know_is_named_before_anything_is_written(weights: Path, tmp_path: Path) -> None:
+    arguments = ["--weights", str(weights), "--out", str(tmp_path / "out"), "--prompt", "a red zebra"]
+    result = CliRunner().invoke(app, ["demo", *arguments])
+    assert result.exit_code == 1
+    assert "does not know 'zebra'" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [["demo"], ["doctor"], ["inspect"], ["generate", "model", "--prompt", "x"]])
+def test_a_gpu_that_is_not_there_is_told_alike_by_every_command(command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "--device", "cuda"], env={"COLUMNS": "300"})
+    assert result.exit_code == 2
+    assert "torch finds no CUDA GPU here. Use cpu" in result.output
+
+
 def test_modes_differ_in_nothing_but_sparsity_and_rectification() -> None:
     full, *sparse = DEFAULT.modes()
     assert full.config is None

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..device import device_of
 from .bench import bench_app
 from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
-from .options import DEFAULT, QUICK, DemoOptions, device_of
+from .options import DEFAULT, QUICK, DemoOptions
 
 app = typer.Typer(
     name="rectified-spaattn",

@@ -11,8 +11,10 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
+from ..demo.model import tokenize
 from ..demo.pipeline import WEIGHTS, DemoVideoPipeline, load_demo_pipeline
 from ..demo.prompts import PROMPTS
+from ..device import device_of
 from ..evaluation import record
 from ..evaluation.paired import Mode, Pair, Settings, generate, generate_pairs, warm_up
 from ..evaluation.scores import means, score
@@ -28,19 +30,18 @@ _TIMING_STEPS = 2
 def run(options: DemoOptions, console: Console | None = None) -> Path:
     """The whole demo. Returns the path of report.html.
 
-    Raises SystemExit with a message where there are no weights or no GPU, ValueError for words the model does not know.
+    Raises SystemExit with a message where there are no weights, and for words that the model does not know.
     """
     console = Console() if console is None else console
     start = time.perf_counter()
-    device = _device(options.device)
+    pairs = _pairs(options)
     try:
-        pipe = load_demo_pipeline(device, torch.float32, options.weights or WEIGHTS)
+        pipe = load_demo_pipeline(device_of(options.device), torch.float32, options.weights or WEIGHTS)
     except RuntimeError as error:
         raise SystemExit(str(error)) from error
     options.out.mkdir(parents=True, exist_ok=True)
     environment = record.environment(pipe.device)
     modes = options.modes()
-    pairs = _pairs(options)
     settings = Settings(height=options.size, width=options.size, num_frames=FRAMES, steps=options.steps)
     with progress_bars(console) as progress:
         watch = _Watch(progress, len(modes), len(pairs), options.steps)
@@ -81,20 +82,15 @@ def run(options: DemoOptions, console: Console | None = None) -> Path:
     return report
 
 
-def _device(name: str) -> str:
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise SystemExit(
-            "--device cuda: torch finds no CUDA GPU here. Use --device cpu, or install a CUDA build of torch."
-        )
-    return "cuda" if name != "cpu" and found else "cpu"
-
-
 def _pairs(options: DemoOptions) -> list[Pair]:
     """All prompts from the first seed, then all from the next."""
     if not options.captions and options.prompts > len(PROMPTS):
         raise SystemExit(f"--prompts {options.prompts}: there are {len(PROMPTS)}. Use --seeds for more pairs.")
     captions = options.captions or PROMPTS[: options.prompts]
+    try:
+        tokenize(captions)
+    except ValueError as error:
+        raise SystemExit(f"--prompt: {error}") from error
     return [Pair(prompt=caption, seed=seed) for seed in range(options.seeds) for caption in captions]
 
 

@@ -13,12 +13,13 @@ from rich.table import Table
 
 from ..demo.model import tokenize
 from ..demo.prompts import PROMPTS
+from ..device import device_of
 from ..evaluation import record
 from ..evaluation.folder import Folder, write_atomically, write_csv
 from ..evaluation.modes import check_names, file_mode, grid_modes, reference_modes
 from ..evaluation.paired import FULL, Mode, Pair
 from ..evaluation.perceptual import LEAST_SIDE, Lpips, why_no_lpips
-from ..evaluation.processes import device_of, processes
+from ..evaluation.processes import processes
 from ..evaluation.run import Job, complete, missing
 from ..evaluation.summary import SCORES, ModeSummary, clip_rows, summarise
 from ..report.evaluation import (
@@ -61,7 +62,7 @@ def prepare(options: EvaluateOptions) -> Prepared:
     state = processes()
     demo = is_demo(options.model)
     prompts = _prompts(options.prompts, demo)
-    device = device_of(options.device, state)
+    device = device_of(options.device, state.local_process_index)
     pipe = load_pipeline(options.model, device, options.dtype, options.offload)
     given = {
         "height": options.height,

@@ -7,8 +7,8 @@ import typer
 
 from ..backends import BACKENDS
 from ..config import PRESETS
+from ..device import device_of
 from ..generation.request import DTYPES, OFFLOADS, GenerationError, Request
-from .options import device_of
 
 
 def generate(

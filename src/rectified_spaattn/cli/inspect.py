@@ -10,8 +10,8 @@ import typer
 
 from ..config import RECTIFY_MODES, SparseConfig
 from ..demo.prompts import PROMPTS
+from ..device import device_of
 from ..generation.request import DTYPES, OFFLOADS
-from .options import device_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from rich.table import Table
 from ..benchmark.op import Watch
 from ..benchmark.record import machine, write_csv
 from ..config import RECTIFY_MODES, SparseConfig
+from ..device import device_of
 from ..evaluation import record
 from ..evaluation.capture import AttentionCall, capture_calls
 from ..evaluation.maps import HeadResult, HeadStudy, one_head, study_head
@@ -27,7 +28,6 @@ from ..report.maps import maps_figure
 from .bench_tables import print_wide, progress
 from .evaluate_pipeline import DEMO, base_configs, call_settings, load_pipeline
 from .inspect import InspectOptions
-from .options import device_of
 
 
 class InspectError(RuntimeError):

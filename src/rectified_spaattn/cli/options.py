@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..config import SparseConfig
+from ..device import device_of
 from ..evaluation.paired import Mode, full_mode
 
 RECTIFIED = "ipar+gapr"
@@ -45,8 +44,7 @@ class DemoOptions:
             raise ValueError(f"size: got {self.size}; allowed: a multiple of 4 from 16 on, best 64 or 96.")
         if not self.sparsity:
             raise ValueError("sparsity: got none; allowed: one or more values in [0, 1).")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device: got {self.device!r}; allowed: auto, cpu or cuda.")
+        device_of(self.device)
         if len({f"{100 * sparsity:g}" for sparsity in self.sparsity}) != len(self.sparsity):
             raise ValueError(f"sparsity: got {self.sparsity}; allowed: values that differ.")
         for sparsity in self.sparsity:
@@ -78,15 +76,3 @@ class DemoOptions:
 
 DEFAULT = DemoOptions()
 QUICK = DemoOptions(prompts=1, steps=6, timing_size=None)
-
-
-def device_of(name: str) -> torch.device:
-    """The device behind "auto", "cpu" or "cuda". Raises ValueError for another name, or where there is no such GPU."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: got {name!r}; allowed: auto, cpu or cuda.")
-    found = torch.cuda.is_available()
-    if name == "cuda" and not found:
-        raise ValueError(
-            "device: got 'cuda', but torch finds no CUDA GPU here. Use cpu, or install a CUDA build of torch."
-        )
-    return torch.device("cuda", torch.cuda.current_device()) if found and name != "cpu" else torch.device("cpu")
