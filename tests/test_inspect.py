@@ -16,7 +16,7 @@ from attention_calls import smooth_call
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.cli.app import app
 from rectified_spaattn.config import RECTIFY_MODES
-from rectified_spaattn.evaluation.attention_error import attention_error, block_masses, rectified_masses
+from rectified_spaattn.evaluation.attention_error import attention_error, block_masses
 from rectified_spaattn.evaluation.capture import AttentionCall, capture_calls
 from rectified_spaattn.evaluation.maps import HeadStudy, one_head, output_masses, study_head
 from rectified_spaattn.evaluation.paired import Pair, Settings
@@ -58,7 +58,9 @@ def test_masses_read_off_the_output_are_those_of_the_plan(mode: str, text: int) 
     made = one_head(smooth_call(text=text), 0)
     config, layout = CONFIG.replace(rectify=mode), made.layout(16)
     measured = output_masses(made, layout, config)
-    planned = rectified_masses(made, layout, 0, attention_error(made, config).stats)
+    stats = attention_error(made, config).stats
+    planned = stats.r[0, 0, :, None] * block_masses(made, layout, 0, stats.block_mask[0, 0])
+    planned[:, :-1] += stats.probability[0, 0, :, :-1] * stats.compensated[0, 0]
     assert measured.shape == (16, 17)
     torch.testing.assert_close(measured, planned, atol=1e-5, rtol=1e-4)
 

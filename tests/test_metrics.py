@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from rectified_spaattn import SparseConfig
+from rectified_spaattn import SparseConfig, rectified_attention
+from rectified_spaattn.config import RECTIFY_MODES
 from rectified_spaattn.demo.model import build_caption_encoder, build_transformer
 from rectified_spaattn.demo.pipeline import DemoVideoPipeline
 from rectified_spaattn.evaluation.attention_error import (
@@ -15,9 +16,9 @@ from rectified_spaattn.evaluation.attention_error import (
     block_masses,
     full_attention,
     misplaced,
-    rectified_masses,
 )
 from rectified_spaattn.evaluation.capture import AttentionCall, capture_attention, end_after
+from rectified_spaattn.evaluation.maps import one_head, output_masses
 from rectified_spaattn.evaluation.metrics import finite_or_none, psnr, ssim
 from rectified_spaattn.evaluation.paired import Clip, Mode, Pair, Settings, full_mode, generate, generate_pairs
 from rectified_spaattn.evaluation.record import comparisons_record, scores_record
@@ -248,22 +249,19 @@ def test_masses_are_those_of_the_softmax(call: AttentionCall) -> None:
     torch.testing.assert_close(full[1, -1], weights[members][:, 512:].sum(1).mean())
 
 
-def test_rectified_masses_explain_the_output(call: AttentionCall) -> None:
+@pytest.mark.parametrize("mode", RECTIFY_MODES)
+def test_output_masses_explain_the_output(mode: str, call: AttentionCall) -> None:
     """Values that are constant on every block make the output a function of the masses alone."""
-    layout, head = call.layout(32), 0
+    layout, config = call.layout(32), SPARSE.replace(rectify=mode)
     values = torch.randn(17, generator=torch.Generator().manual_seed(0))
     v = torch.full_like(call.v, float(values[-1]))
     v[:, layout.tiled] = values[:-1].repeat_interleave(32).view(1, -1, 1, 1)
-    flat = AttentionCall(**{**vars(call), "v": v})
-    for config in (SPARSE.replace(rectify="none"), SPARSE.replace(rectify="ipar"), SPARSE):
-        result = attention_error(flat, config)
-        from rectified_spaattn import rectified_attention
-
-        out = rectified_attention(flat.q, flat.k, flat.v, layout, config, text_mask=flat.text_mask)
-        masses = rectified_masses(flat, layout, head, result.stats)
-        torch.testing.assert_close(masses.sum(-1), torch.ones(16), atol=1e-4, rtol=0)
-        by_block = out[0, layout.tiled, head, 0].view(16, 32).mean(1)
-        torch.testing.assert_close(masses @ values, by_block, atol=1e-4, rtol=1e-3)
+    flat = one_head(AttentionCall(**{**vars(call), "v": v}), 0)
+    out = rectified_attention(flat.q, flat.k, flat.v, layout, config, text_mask=flat.text_mask)
+    masses = output_masses(flat, layout, config)
+    torch.testing.assert_close(masses.sum(-1), torch.ones(16), atol=1e-4, rtol=0)
+    by_block = out[0, layout.tiled, 0, 0].view(16, 32).mean(1)
+    torch.testing.assert_close(masses @ values, by_block, atol=1e-4, rtol=1e-3)
 
 
 def test_misplaced_by_hand() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 from ..config import RECTIFY_MODES
 from ..demo.pipeline import DemoVideoPipeline
-from ..evaluation.attention_error import attention_error, block_masses, full_attention, misplaced, rectified_masses
+from ..evaluation.attention_error import attention_error, full_attention
 from ..evaluation.capture import AttentionCall, capture_attention, end_after
+from ..evaluation.maps import one_head, study_head
 from ..evaluation.paired import Pair, Settings, full_mode, generate
 from ..report.figures import CallName, curve_figure, error_figure, plan_figure
 from .options import RECTIFIED, DemoOptions
@@ -34,27 +35,25 @@ def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> tup
     head = call.q.shape[2] // 2
     name = CallName(layer=call.layer, head=head, step=call.step)
 
-    layout = call.layout(options.block_size)
-    stats = {mode: attention_error(call, options.config(highest, mode)).stats for mode in ("none", RECTIFIED)}
-    full = block_masses(call, layout, head)
-    maps = {"full attention": full}
-    maps |= {
-        label: rectified_masses(call, layout, head, stats[mode])
-        for label, mode in (("sparse, not rectified", "none"), ("rectified", RECTIFIED))
+    study = study_head(one_head(call, head), options.config(highest, RECTIFIED), [highest], ("none", RECTIFIED))
+    none, rectified = (study.result(highest, mode) for mode in ("none", RECTIFIED))
+    maps = {
+        "full attention": (study.full, 0.0),
+        "sparse, not rectified": (none.masses, none.misplaced),
+        "rectified": (rectified.masses, rectified.misplaced),
     }
-    rectified = stats[RECTIFIED]
     found = plan_figure(
         files["plan"],
-        full,
-        rectified.probability[0, head],
-        rectified.block_mask[0, head],
-        rectified.compensated[0, head],
+        study.full,
+        rectified.probability,
+        rectified.critical,
+        rectified.given_back,
         name,
         highest,
     )
-    wrong = {label: misplaced(mass, full) for label, mass in maps.items()}
+    wrong = {label: misplaced for label, (_, misplaced) in maps.items()}
     errors = _errors(calls, options)
-    error_figure(files["error"], errors, {label: (mass, wrong[label]) for label, mass in maps.items()}, name, highest)
+    error_figure(files["error"], errors, maps, name, highest)
     summary = {
         "step": call.step,
         "layers": [each.name for each in calls],

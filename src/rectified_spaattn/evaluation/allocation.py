@@ -11,7 +11,7 @@ import torch
 from ..attention import rectified_attention
 from ..config import SparseConfig
 from ..layout import TokenLayout
-from .attention_error import full_attention
+from .attention_error import block_of_tokens, full_attention
 from .capture import AttentionCall
 
 
@@ -87,8 +87,7 @@ def allocation(full: Exact, config: SparseConfig, *, backend: str = "auto") -> A
 def _probed(call: AttentionCall, layout: TokenLayout) -> AttentionCall:
     """The call with groups of further heads: the same q and k, and one column of v a block, as many as v has."""
     dim = call.v.shape[3]
-    block = torch.full((layout.sequence,), -1, device=call.v.device)  # isolated tokens are in none
-    block[layout.tiled] = torch.arange(layout.num_blocks, device=block.device).repeat_interleave(layout.block_size)
+    block = block_of_tokens(layout)
     groups = -(-layout.num_blocks // dim)
     columns = torch.arange(groups * dim, device=block.device)
     probes = (block[:, None] == columns).to(call.v.dtype).view(1, -1, groups, 1, dim)

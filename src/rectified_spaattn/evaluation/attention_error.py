@@ -76,16 +76,11 @@ def block_masses(
     return masses
 
 
-def rectified_masses(call: AttentionCall, layout: TokenLayout, head: int, stats: SparseStats) -> torch.Tensor:
-    """The masses of a sparse call as its output weighs the values: R times the sparse masses, plus the compensated P.
-
-    stats: of the call under its config; with rectify="none" R is 1 and nothing is compensated. float32 [nb, nb + 1].
-    """
-    sparse = block_masses(call, layout, head, stats.block_mask[0, head])
-    given_back = stats.probability[0, head, :, :-1].masked_fill(~stats.compensated[0, head], 0)
-    masses = stats.r[0, head, :, None] * sparse
-    masses[:, :-1] += given_back
-    return masses
+def block_of_tokens(layout: TokenLayout) -> torch.Tensor:
+    """int64 [S]: the block of every token, num_blocks for isolated ones, on the layout's device."""
+    blocks = torch.full((layout.sequence,), layout.num_blocks, device=layout.tiled.device)
+    blocks[layout.tiled] = torch.arange(layout.num_blocks, device=blocks.device).repeat_interleave(layout.block_size)
+    return blocks
 
 
 def misplaced(masses: torch.Tensor, full: torch.Tensor) -> float:

@@ -8,8 +8,9 @@ import torch
 from ..attention import rectified_attention
 from ..config import RECTIFY_MODES, SparseConfig
 from ..layout import TokenLayout
-from .attention_error import attention_error, block_masses, full_attention, misplaced
+from .attention_error import attention_error, block_masses, block_of_tokens, full_attention, misplaced
 from .capture import AttentionCall
+from .selection import captured_mass
 
 OnResult = Callable[[str], None]  # what was done, once a result
 
@@ -84,12 +85,10 @@ def output_masses(call: AttentionCall, layout: TokenLayout, config: SparseConfig
     """
     num_blocks, size = layout.num_blocks, layout.block_size
     channels = call.v.shape[-1]
-    device = call.v.device
-    block_of = torch.full((layout.sequence,), num_blocks, device=device)
-    block_of[layout.tiled] = torch.arange(num_blocks, device=device).repeat_interleave(size)
+    block_of = block_of_tokens(layout).to(call.v.device)
     columns = []
     for first in range(0, num_blocks + 1, channels):
-        wanted = torch.arange(first, first + channels, device=device)
+        wanted = torch.arange(first, first + channels, device=block_of.device)
         values = (block_of[:, None] == wanted).to(call.v)[None, :, None]  # [1, S, 1, D]
         out = rectified_attention(call.q, call.k, values, layout, config, text_mask=call.text_mask)
         columns.append(out[0, layout.tiled, 0].view(num_blocks, size, channels).mean(1))
@@ -141,7 +140,7 @@ def _result(
         rectify=config.rectify,
         relative_error=error.relative_error,
         density=error.density,
-        kept_mass=((full[:, :-1] * critical).sum(1) + full[:, -1]).mean().item(),
+        kept_mass=captured_mass(critical, full),
         compensated=int(given_back.sum()) / dropped if dropped else 0.0,
         mass_error=on_kept.abs().mean().item(),
         r_error=on_given_back.abs().mean().item(),

@@ -131,7 +131,7 @@ def recall(kept: torch.Tensor, true: torch.Tensor) -> float:
 
 
 def captured_mass(kept: torch.Tensor, true: torch.Tensor) -> float:
-    """Full-attention mass on the kept blocks and the isolated tokens, mean over rows; shapes as in `recall`."""
+    """Full-attention mass on the kept blocks and the isolated tokens, mean over rows. Shapes: see `recall`; H may lack."""
     return ((true[..., :-1] * kept).sum(-1) + true[..., -1]).mean().item()
 
 
