@@ -131,7 +131,9 @@ def recall(kept: torch.Tensor, true: torch.Tensor) -> float:
 
 
 def captured_mass(kept: torch.Tensor, true: torch.Tensor) -> float:
-    """Full-attention mass on the kept blocks and the isolated tokens, mean over rows. Shapes: see `recall`; H may lack."""
+    """Full-attention mass on the kept blocks and the isolated tokens, mean over rows. kept: bool [..., nb, nb]; true:
+    [..., nb, nb + 1].
+    """
     return ((true[..., :-1] * kept).sum(-1) + true[..., -1]).mean().item()
 
 
