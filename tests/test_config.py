@@ -67,6 +67,13 @@ def test_dense_layers_end_as_a_tuple() -> None:
     assert SparseConfig(dense_layers=range(2)).dense_layers == (0, 1)  # type: ignore[arg-type]
 
 
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("sparsity: [0.8")
+    with pytest.raises(ValueError, match=r"config\.yaml: got a file that is no YAML"):
+        SparseConfig.from_yaml(path)
+
+
 def test_yaml(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("sparsity: 0.85\nrectify: none\nfirst_frame: true\ndense_steps: 5\ndense_layers: [0, 1]\n")

@@ -83,9 +83,7 @@ class SparseConfig:
     @classmethod
     def from_yaml(cls, path: str | Path) -> "SparseConfig":
         """A config from a YAML file that holds one mapping. Needs pyyaml."""
-        import yaml
-
-        values = yaml.safe_load(Path(path).read_text())
+        values = read_yaml(path)
         if not isinstance(values, dict):
             raise TypeError(f"{path}: got {type(values).__name__}; allowed: one mapping, such as 'sparsity: 0.8'.")
         return cls.from_dict(values)
@@ -117,6 +115,16 @@ class SparseConfig:
                 "Enable on the whole pipeline, tell it with handle.set_step(step, total), or give a count."
             )
         return math.floor(self.dense_steps * total_steps + 0.5)
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds, as plain values. Raises ValueError for a file that is no YAML. Needs pyyaml."""
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got a file that is no YAML; allowed: such as 'sparsity: 0.8'. {error}") from error
 
 
 def check_block_size(block_size: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import SparseConfig
+from ..config import SparseConfig, read_yaml
 from .paired import Mode, full_mode
 from .run import FLOOR
 
@@ -65,9 +65,7 @@ def grid_modes(base: Sequence[SparseConfig], grid: Grid, dense_kernel: str) -> l
 
 def file_mode(path: Path, dense_kernel: str) -> Mode:
     """The mode of a YAML file: one mapping with fields of SparseConfig, or a list of one a transformer."""
-    import yaml
-
-    values = yaml.safe_load(path.read_text())
+    values = read_yaml(path)
     several = values if isinstance(values, list) else [values]
     if not several or not all(isinstance(each, dict) for each in several):
         raise TypeError(f"{path}: got {values!r}; allowed: a mapping, such as 'sparsity: 0.8', or a list of them.")
