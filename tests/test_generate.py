@@ -31,7 +31,7 @@ from rectified_spaattn.config import SparseConfig
 from rectified_spaattn.generation import load, record
 from rectified_spaattn.generation.compare import write_clip
 from rectified_spaattn.generation.request import GenerationError, Request
-from rectified_spaattn.generation.run import run
+from rectified_spaattn.generation.run import run, switch_on
 from rectified_spaattn.report.video import to_uint8, write_mp4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -235,35 +235,31 @@ def test_the_scheduler_can_be_changed_and_is_recorded(models: Path, tmp_path: Pa
     assert "--scheduler: got flow; allowed: num_train_timesteps, shift," in result.output
 
 
-def test_teacache_is_enabled_with_the_threshold_recorded_and_off_for_full_attention(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-
-    class Cache:
-        def stats(self) -> dict[str, int]:
-            return {"skipped": 4}
-
-        def summary(self) -> str:
-            return "TeaCache: 4 steps skipped"
-
-        def disable(self) -> None:
-            seen.append("disabled")
-
-    def enable(pipe: Any, threshold: float | None = None) -> Cache:
-        seen.append((type(pipe).__name__, threshold))
-        return Cache()
-
-    monkeypatch.setattr(rectified_spaattn, "enable_teacache", enable, raising=False)
+def test_teacache_skips_steps_of_the_sparse_run_and_none_of_full_attention(models: Path, tmp_path: Path) -> None:
+    words = [models / "wan", *WAN, "--steps", 8, "--config", models / "sparse.yaml", "--compare", "--out"]
+    assert generate(*words, tmp_path / "plain.mp4").exit_code == 0
     out = tmp_path / "v.mp4"
-    words = ["--config", models / "sparse.yaml", "--teacache", "--teacache-threshold", 0.15, "--compare", "--out", out]
-    result = generate(models / "wan", *WAN, *words)
+    result = generate(*words, out, "--teacache", "--teacache-threshold", 10)
     assert result.exit_code == 0, result.output
-    assert seen == [("WanPipeline", 0.15), "disabled"]
-    assert "TeaCache: 4 steps skipped" in result.output
-    assert told(out)["teacache"] == {"skipped": 4}
-    assert told(out)["summary"][1] == "TeaCache: 4 steps skipped"
-    assert "+ TeaCache" in told(out)["compare"]["scores"][1]["label"]
+    assert "threshold 10" in result.output
+    got = told(out)
+    assert got["teacache"]["branches"][0]["skipped_steps"] == [5, 6]  # the first 5 and the last are always computed
+    skipped = [step for step, each in enumerate(got["output"]["steps"]) if each["density"] is None]
+    assert skipped == [5, 6]
+    assert got["summary"][1].startswith("TeaCache")
+    assert "+ TeaCache" in got["compare"]["scores"][1]["label"]
+    assert (tmp_path / "v-full.mp4").read_bytes() == (tmp_path / "plain-full.mp4").read_bytes()
+    assert out.read_bytes() != (tmp_path / "plain.mp4").read_bytes()
+
+
+def test_nothing_stays_on_where_something_that_was_asked_for_cannot_be_had() -> None:
+    pipe = tiny.wan_pipeline()
+    before = [block.attn1.processor for block in pipe.transformer.blocks]
+    request = Request(model="wan", prompt="a", teacache=True)
+    with rectified_spaattn.enable_teacache(pipe), pytest.raises(GenerationError, match="TeaCache is enabled on"):
+        switch_on(pipe, request, torch.device("cpu"))
+    after = [block.attn1.processor for block in pipe.transformer.blocks]
+    assert all(one is other for one, other in zip(before, after, strict=True))
 
 
 def test_compile_compiles_the_repeated_blocks(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,6 +355,14 @@ def test_a_config_with_an_unknown_key_is_refused(models: Path, tmp_path: Path) -
     result = generate(models / "wan", *WAN, "--config", config)
     assert result.exit_code == 2
     assert "unknown key(s) ['sparcity']" in result.output
+
+
+def test_a_config_that_is_no_yaml_is_refused(models: Path, tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("sparsity: [0.8\n")
+    result = generate(models / "wan", *WAN, "--config", config)
+    assert result.exit_code == 2
+    assert "got a file that is no YAML" in result.output
 
 
 def test_a_model_that_is_not_there_or_not_supported_is_named(

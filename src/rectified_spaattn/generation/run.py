@@ -1,13 +1,14 @@
 """One run of a loaded pipeline: enabled, watched step by step, undone."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..backends import Call, choose
+from ..caching import TeaCacheHandle, enable_teacache
 from ..evaluation.paired import Clip, Mode, Pair, StepClock, full_mode
 from ..integrations.diffusers import Handle, enable
 from .request import GenerationError, Request
@@ -20,7 +21,7 @@ class Enabled:
     """What is on: the handle of rectified attention, and that of TeaCache where it was asked for."""
 
     handle: Handle
-    teacache: Any | None
+    teacache: TeaCacheHandle | None = None
 
     def disable(self) -> None:
         if self.teacache is not None:
@@ -42,25 +43,27 @@ class Generated:
 
 
 def switch_on(pipe: Any, request: Request, device: torch.device) -> Enabled:
-    """Rectified attention, TeaCache and compilation as asked for. Raises GenerationError where one cannot be had."""
-    try:
-        handle = enable(pipe, request.configs(), preset=request.preset, backend=request.backend, **request.overrides())
-        for name, config in handle.configs().items():  # now, not after the text is encoded and half the layers ran
-            model = getattr(pipe, name)
-            choose(request.backend, Call(device, model.dtype, model.config.attention_head_dim, config.block_size))
-        enabled = Enabled(handle=handle, teacache=_teacache(pipe, request) if request.teacache else None)
-        if request.compile:
-            _compile(pipe)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise GenerationError(str(error)) from error
-    return enabled
+    """Rectified attention, TeaCache and compilation as asked for.
 
-
-def _teacache(pipe: Any, request: Request) -> Any:
-    import rectified_spaattn
-
-    package: Any = rectified_spaattn
-    return package.enable_teacache(pipe, threshold=request.teacache_threshold)
+    Raises GenerationError where one cannot be had; then none of them stays on.
+    """
+    with ExitStack() as undo:
+        try:
+            handle = undo.enter_context(
+                enable(pipe, request.configs(), preset=request.preset, backend=request.backend, **request.overrides())
+            )
+            for name, config in handle.configs().items():  # now, not after the text is encoded and half the layers ran
+                model = getattr(pipe, name)
+                choose(request.backend, Call(device, model.dtype, model.config.attention_head_dim, config.block_size))
+            teacache = None
+            if request.teacache:
+                teacache = undo.enter_context(enable_teacache(pipe, threshold=request.teacache_threshold))
+            if request.compile:
+                _compile(pipe)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise GenerationError(str(error)) from error
+        undo.pop_all()
+    return Enabled(handle=handle, teacache=teacache)
 
 
 def _compile(pipe: Any) -> None:
