@@ -243,6 +243,7 @@ def test_a_folder_of_something_else_is_refused(arguments: list[str], tmp_path: P
         (["--device", "tpu"], "auto, cpu or cuda"),
         (["--argument", "height=3"], "--height"),
         (["--argument", "magic=3"], "magic"),
+        (["--frames", 1], "allowed: 2 or more"),
     ],
 )
 def test_bad_options_are_refused_before_a_folder_is_made(

@@ -28,7 +28,8 @@ _CALL = {
 def is_demo(model: str) -> bool:
     """Whether `model` is the packaged demo model or a folder with weights for it."""
     index = Path(model) / "model_index.json"
-    return model == DEMO or (index.is_file() and json.loads(index.read_text())["_class_name"] == "DemoVideoPipeline")
+    described = json.loads(index.read_text()) if index.is_file() else {}
+    return model == DEMO or described.get("_class_name") == "DemoVideoPipeline"
 
 
 def load_pipeline(model: str, device: torch.device, dtype: str = "auto", offload: str = "none") -> Any:

@@ -72,6 +72,8 @@ def prepare(options: EvaluateOptions) -> Prepared:
         "guidance_scale": options.guidance,
     }
     settings = call_settings(pipe, given, options.arguments())
+    if settings.num_frames < 2:
+        raise ValueError(f"frames: got {settings.num_frames}; allowed: 2 or more, since flicker is among the scores.")
     modes = _modes(options, pipe, demo)
     why_not = _why_no_lpips(options.lpips, settings.height, settings.width)
     fps = options.fps or (8 if demo else 16)
