@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 
 from ..config import SparseConfig
 from ..integrations.diffusers.adapters import adapter_for
@@ -59,10 +58,11 @@ class _Recorder(LayerState):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
     ) -> torch.Tensor:
-        if self.owner.step == self.wanted and not self.done:
+        # as many keys as queries: not an IP-Adapter's cross-attention from the same processor
+        if self.owner.step == self.wanted and not self.done and k.shape[1] == q.shape[1]:
             self.done = True
             self.calls.append(self._call(q, k, v, mask))
-        return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
+        return self._dense(q, k, v, mask, scale)
 
     def _call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> AttentionCall:
         layout = self._layout(q.shape[1])
