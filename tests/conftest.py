@@ -1,4 +1,5 @@
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -20,3 +21,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Any warning of ours is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="rectified_spaattn")
+        yield
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -21,7 +21,23 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+# what enable() gets for grids as small as these
+SPARSE = {
+    "sparsity": 0.75,
+    "block_size": 16,
+    "neighbours": False,
+    "first_frame": False,
+    "dense_layers": (),
+    "dense_steps": 0,
+    "top_p": 0.0,
+}
+ALL_BLOCKS = {**SPARSE, "sparsity": 0.0}
 PROMPT_TEMPLATE = {"template": "describe the video {}", "crop_start": 3}
+
+
+def forward(model, inputs: dict) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs).sample
 
 
 def hunyuan_transformer(**overrides) -> HunyuanVideoTransformer3DModel:
