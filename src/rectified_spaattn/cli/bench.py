@@ -100,7 +100,8 @@ def _run(settings: OpSettings, csv_dir: Path | None, plot: Path | None, named: b
     from ..benchmark.check import BenchError
     from ..benchmark.op import measure
     from ..benchmark.record import machine, write_csv
-    from .bench_tables import checks_line, machine_line, print_wide, progress, speed_table, stage_tables
+    from .bench_tables import checks_line, machine_line, speed_table, stage_tables
+    from .console import print_wide, progress
 
     cases = settings.cases()
     if cases[0].device.type == "cpu" and not named:

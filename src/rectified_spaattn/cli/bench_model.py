@@ -97,7 +97,8 @@ def _run(settings: ModelSettings, csv_dir: Path | None) -> None:
     from ..benchmark.check import BenchError
     from ..benchmark.model import measure
     from ..benchmark.record import ForwardRow, ScheduleRow, machine, write_csv
-    from .bench_tables import machine_line, print_wide, progress
+    from .bench_tables import machine_line
+    from .console import print_wide, progress
     from .model_tables import (
         checks_line,
         forward_line,

@@ -1,35 +1,15 @@
 """What `bench op` prints: Markdown tables that can be pasted, never squeezed into a narrow terminal."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..benchmark.check import Checked
-from ..benchmark.op import Watch
 from ..benchmark.record import Machine, Row, StageRow
 from ..benchmark.shapes import Case
 
-_WIDTH = 200
 _SPEED = ("attention", "sparsity", "density", "ideal", "ms", "quartiles", "min to max", "TFLOP/s", "extra GiB")
-
-
-def print_wide(console: Console, what: Table | str) -> None:
-    """In full width and without colour codes in the text, wherever it goes."""
-    wide = Console(file=console.file, width=max(console.width, _WIDTH))
-    wide.print(what, crop=False, soft_wrap=isinstance(what, str), markup=False, highlight=False)
-
-
-@contextmanager
-def progress(console: Console) -> Iterator[Watch]:
-    """A bar that goes away when it is done; none where the output is not a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting")
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 def machine_line(made_on: Machine) -> str:

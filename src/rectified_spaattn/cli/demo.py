@@ -20,8 +20,9 @@ from ..evaluation.paired import Mode, Pair, Settings, generate, generate_pairs, 
 from ..evaluation.scores import means, score
 from ..report.html import Media, write_report
 from .attention_study import capture_and_warm_up, study_attention
+from .console import print_wide, progress_bars
 from .options import DemoOptions
-from .output import TABLE_WIDTH, mean_table, progress_bars, write_videos
+from .output import mean_table, write_videos
 
 FRAMES = 16
 _TIMING_STEPS = 2
@@ -76,8 +77,7 @@ def run(options: DemoOptions, console: Console | None = None) -> Path:
         report = options.out / "report.html"
         write_report(report, metrics, Media(video=media.video, still=media.still, figures=figures))
         watch.say("done")
-    wide = Console(file=console.file, width=max(console.width, TABLE_WIDTH))
-    wide.print(mean_table(mean, metrics), crop=False)
+    print_wide(console, mean_table(mean, metrics))
     console.print(f"Report: {report.resolve()}", soft_wrap=True)
     return report
 

@@ -22,7 +22,7 @@ from ..diagnosis import (
     typical_calls,
     verdict,
 )
-from .bench_tables import print_wide, progress
+from .console import print_wide, progress
 
 
 def run(device: torch.device, as_json: bool, console: Console | None = None) -> bool:

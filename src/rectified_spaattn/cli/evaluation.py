@@ -32,10 +32,9 @@ from ..report.evaluation import (
     write_evaluation_report,
 )
 from ..report.html import percent
-from .bench_tables import print_wide
+from .console import print_wide, progress_bars
 from .evaluate_options import EvaluateOptions
 from .evaluate_pipeline import base_configs, call_settings, is_demo, load_pipeline
-from .output import progress_bars
 
 DEMO_GRID: dict[str, Any] = {"rectify": ("none", "ipar+gapr"), "sparsity": (0.8, 0.9)}
 MODEL_GRID: dict[str, Any] = {"rectify": ("none", "ipar+gapr")}

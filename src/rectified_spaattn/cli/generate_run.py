@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import TextColumn, TimeRemainingColumn
 
 from ..evaluation.record import device_name
 from ..generation import record
@@ -16,7 +16,7 @@ from ..generation.compare import Comparison, compare, write_clip, write_side_by_
 from ..generation.load import Source, call_arguments, dtype_of, find, load, place
 from ..generation.request import GenerationError, Request
 from ..generation.run import Generated, OnStep, run, switch_on
-from .bench_tables import print_wide
+from .console import print_wide, progress_bars
 from .output import mean_table
 
 
@@ -118,16 +118,8 @@ def _write_json(out: Path, told: dict[str, Any]) -> None:
 @contextmanager
 def _bar(console: Console, what: str) -> Iterator[OnStep]:
     """A bar of the denoising steps with the density of the last one."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[density]}"),
-    )
-    with Progress(*columns, console=console) as progress:
+    more = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[density]}"))
+    with progress_bars(console, *more) as progress:
         task = progress.add_task(what, total=None, density="")
 
         def on_step(done: int, total: int, density: float | None) -> None:

@@ -25,7 +25,7 @@ from ..integrations.diffusers.adapters import adapter_for
 from ..report.figures import CallName
 from ..report.html import percent, write_inspection
 from ..report.maps import maps_figure
-from .bench_tables import print_wide, progress
+from .console import print_wide, progress
 from .evaluate_pipeline import DEMO, base_configs, call_settings, load_pipeline
 from .inspect import InspectOptions
 

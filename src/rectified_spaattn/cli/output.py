@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..evaluation.metrics import finite_or_none
@@ -19,7 +17,6 @@ from ..report.video import Row, difference, enlarge, labelled_grid, write_mp4, w
 
 ROWS = 3  # pairs in the side-by-side video
 CLIP_WIDTH = 384
-TABLE_WIDTH = 120  # the table is meant to be pasted, so it is not squeezed into a narrow terminal
 DIFFERENCE_GAIN = 4.0
 
 
@@ -74,18 +71,6 @@ def mean_table(mean: Sequence[MeanScore], metrics: Mapping[str, Any]) -> Table:
             each.backend or "torch SDPA",
         )
     return table
-
-
-def progress_bars(console: Console, disable: bool = False) -> Progress:
-    """Bars with a description, a count and the time that has passed."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=disable,
-    )
 
 
 def _column(mean: MeanScore) -> str:
