@@ -1,6 +1,7 @@
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,3 +37,20 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a demo model of random weights, one head and one layer of each kind."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from rectified_spaattn.demo.model import build_caption_encoder, build_transformer
+    from rectified_spaattn.demo.pipeline import DemoVideoPipeline
+
+    torch.manual_seed(0)
+    transformer = build_transformer(num_heads=1, num_layers=1, num_single_layers=1)
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path_factory.mktemp("weights")
+    DemoVideoPipeline(transformer, build_caption_encoder(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
+    return folder

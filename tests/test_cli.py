@@ -23,22 +23,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    from rectified_spaattn.demo.model import build_caption_encoder, build_transformer
-    from rectified_spaattn.demo.pipeline import DemoVideoPipeline
-
-    torch.manual_seed(0)
-    transformer = build_transformer(num_heads=1, num_layers=1, num_single_layers=1)
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path_factory.mktemp("weights")
-    DemoVideoPipeline(transformer, build_caption_encoder(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished demo: its folder and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "out"

@@ -24,7 +24,7 @@ from rectified_spaattn.evaluation.folder import Folder, write_atomically
 from rectified_spaattn.evaluation.metrics import flicker
 from rectified_spaattn.evaluation.modes import Grid, check_names, file_mode, grid_modes, reference_modes
 from rectified_spaattn.evaluation.paired import Mode, Pair, dense_kernel
-from rectified_spaattn.report.video import even
+from rectified_spaattn.report.video import even, write_clip
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,22 +36,6 @@ PAIRS = [(prompt, seed) for prompt in PROMPTS for seed in (0, 1)]
 MODES = ["full", "full-other-kernel", "none-50", "ipar+gapr-50"]
 LABELS = ["full attention", "full attention, math kernel (noise floor)", "none, 50%", "ipar+gapr, 50%"]
 NO_LPIPS = "torchvision is not installed"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    from rectified_spaattn.demo.model import build_caption_encoder, build_transformer
-    from rectified_spaattn.demo.pipeline import DemoVideoPipeline
-
-    torch.manual_seed(0)
-    transformer = build_transformer(num_heads=1, num_layers=1, num_single_layers=1)
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    folder = tmp_path_factory.mktemp("weights")
-    DemoVideoPipeline(transformer, build_caption_encoder(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -425,7 +409,9 @@ def test_flicker() -> None:
         flicker(video[:, :1])
 
 
-def test_odd_sides_gain_a_pixel() -> None:
+def test_odd_sides_gain_a_pixel(tmp_path: Path) -> None:
     frames = torch.arange(2 * 3 * 5 * 3, dtype=torch.uint8).view(2, 3, 5, 3).numpy()
     assert even(frames).shape == (2, 4, 6, 3)
     assert (even(frames)[:, :3, :5] == frames).all()
+    write_clip(tmp_path / "odd.mp4", torch.rand(2, 3, 17, 33), fps=8)
+    assert iio.imread(tmp_path / "odd.mp4").shape == (2, 18, 34, 3)

@@ -29,10 +29,9 @@ from rectified_spaattn.cli.app import app
 from rectified_spaattn.cli.generate_run import output_path
 from rectified_spaattn.config import SparseConfig
 from rectified_spaattn.generation import load, record
-from rectified_spaattn.generation.compare import write_clip
 from rectified_spaattn.generation.request import GenerationError, Request
 from rectified_spaattn.generation.run import run, switch_on
-from rectified_spaattn.report.video import to_uint8, write_mp4
+from rectified_spaattn.report.video import to_uint8, write_clip, write_mp4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -309,7 +308,7 @@ def test_a_model_of_pictures_writes_a_png(tmp_path: Path) -> None:
     arguments = {"prompt": "a b c", "height": 32, "width": 48, "num_inference_steps": 2, "max_sequence_length": 12}
     made = run(pipe, request, arguments, torch.device("cpu"), None)
     assert made.densities == (1.0, 1.0)
-    write_clip(tmp_path / "p.png", made, 16)
+    write_clip(tmp_path / "p.png", made.clip.video, 16)
     assert iio.imread(tmp_path / "p.png").shape == (32, 48, 3)
     source = load.Source(model="flux", folder=tmp_path, revision=None, pipeline=FluxPipeline, components={})
     assert output_path(request, source) == Path("generated.png")

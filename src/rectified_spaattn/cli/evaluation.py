@@ -28,10 +28,10 @@ from ..report.evaluation import (
     interval,
     scores_figure,
     side_by_side,
-    write_clip,
     write_evaluation_report,
 )
 from ..report.html import percent
+from ..report.video import write_clip
 from .console import print_wide, progress_bars
 from .evaluate_options import EvaluateOptions
 from .evaluate_pipeline import base_configs, call_settings, is_demo, load_pipeline

@@ -12,10 +12,11 @@ from rich.progress import TextColumn, TimeRemainingColumn
 
 from ..evaluation.record import device_name
 from ..generation import record
-from ..generation.compare import Comparison, compare, write_clip, write_side_by_side
+from ..generation.compare import Comparison, compare, write_side_by_side
 from ..generation.load import Source, call_arguments, dtype_of, find, load, place
 from ..generation.request import GenerationError, Request
 from ..generation.run import Generated, OnStep, run, switch_on
+from ..report.video import write_clip
 from .console import print_wide, progress_bars
 from .output import mean_table
 
@@ -44,7 +45,7 @@ def generate(request: Request, device: torch.device, console: Console | None = N
     finally:
         enabled.disable()
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_clip(out, sparse, request.fps)
+    write_clip(out, sparse.clip.video, request.fps)
     fps = request.fps if source.makes_video else None
     told: dict[str, Any] = {
         **record.describe(request, source, pipe, shown, device),
@@ -81,7 +82,7 @@ def _compared(
     """Writes the full-attention clip and both side by side, and prints the table."""
     comparison = compare(full, sparse)
     full_path, both = (out.with_name(f"{out.stem}-{what}{out.suffix}") for what in ("full", "compare"))
-    write_clip(full_path, full, request.fps)
+    write_clip(full_path, full.clip.video, request.fps)
     write_side_by_side(both, comparison, full, sparse, request.fps)
     print_wide(console, _table(comparison, full))
     console.print(f"Side by side: {both}", soft_wrap=True, highlight=False)

@@ -9,7 +9,7 @@ from ..evaluation.metrics import finite_or_none
 from ..evaluation.record import scores_record
 from ..evaluation.scores import MeanScore, means, score
 from ..report.html import decibel
-from ..report.video import Row, labelled_grid, to_uint8, write_mp4, write_png
+from ..report.video import Row, labelled_grid, write_frames
 from .record import plain
 from .run import Generated
 
@@ -52,17 +52,4 @@ def write_side_by_side(path: Path, comparison: Comparison, full: Generated, spar
     ]
     caption = f"“{full.clip.pair.prompt}”, seed {full.clip.pair.seed}"
     row = Row(caption=caption, clips=[full.clip.video, sparse.clip.video])
-    frames = labelled_grid(columns, [row], cell=min(max(full.clip.video.shape[3], 256), _WIDEST))
-    if path.suffix == ".png":
-        write_png(path, frames[0])
-    else:
-        write_mp4(path, frames, fps)
-
-
-def write_clip(path: Path, made: Generated, fps: int) -> None:
-    """An .mp4 of all frames, or a .png of the only one."""
-    frames = to_uint8(made.clip.video)
-    if path.suffix == ".png":
-        write_png(path, frames[0])
-    else:
-        write_mp4(path, frames, fps)
+    write_frames(path, labelled_grid(columns, [row], cell=min(max(full.clip.video.shape[3], 256), _WIDEST)), fps)

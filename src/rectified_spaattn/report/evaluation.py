@@ -19,7 +19,7 @@ from ..evaluation.run import FLOOR
 from ..evaluation.summary import ModeSummary
 from .figures import MODE_COLOURS, PALETTE
 from .html import data_uri, write_evaluation
-from .video import Row, enlarge, even, labelled_grid, write_mp4
+from .video import Row, labelled_grid, write_frames
 
 COLUMNS, ROWS = 6, 3  # of the side-by-side video
 HEADS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "flicker": "flicker"}
@@ -35,11 +35,6 @@ _TITLES = {
 class EvaluationMedia:
     figure: Path
     video: Path
-
-
-def write_clip(path: Path, clip: torch.Tensor, fps: int) -> None:
-    """clip: [T, 3, H, W] in [0, 1], at its own size; an odd side gains the pixel that H.264 asks for."""
-    write_mp4(path, even(enlarge(clip, clip.shape[3])), fps)
 
 
 def scores_figure(path: Path, summaries: Sequence[ModeSummary]) -> None:
@@ -72,7 +67,7 @@ def side_by_side(
         for pair in pairs
     ]
     columns = [f"{each.mode.label}\n{_psnr_label(each)}" for each in shown]
-    write_mp4(path, even(labelled_grid(columns, rows)), fps)
+    write_frames(path, labelled_grid(columns, rows), fps)
 
 
 def read_mp4(path: Path) -> torch.Tensor:

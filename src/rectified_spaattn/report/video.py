@@ -93,6 +93,22 @@ def even(frames: np.ndarray) -> np.ndarray:
     return np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
 
 
+def write_clip(path: Path, clip: torch.Tensor, fps: int) -> None:
+    """A clip [T, 3, H, W] in [0, 1] at its own size; see `write_frames`."""
+    write_frames(path, to_uint8(clip), fps)
+
+
+def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
+    """A .png of the first frame, or else an mp4, where an odd side gains the pixel that H.264 asks for.
+
+    frames: uint8 [T, H, W, 3].
+    """
+    if path.suffix == ".png":
+        write_png(path, frames[0])
+    else:
+        write_mp4(path, even(frames), fps)
+
+
 def write_mp4(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
     """frames: uint8 [T, H, W, 3] with even sides, as H.264 asks. Raises ValueError for another array."""
     import imageio
