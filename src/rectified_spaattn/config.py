@@ -49,8 +49,8 @@ class SparseConfig:
     def __post_init__(self) -> None:
         _check_number("sparsity", self.sparsity, 0.0, 1.0, high_open=True)
         _check_number("top_p", self.top_p, 0.0, 1.0)
-        _check_choice("rectify", self.rectify, RECTIFY_MODES)
-        _check_choice("order", self.order, tuple(ORDERS))
+        check_choice("rectify", self.rectify, RECTIFY_MODES)
+        check_choice("order", self.order, tuple(ORDERS))
         check_block_size(self.block_size)
         for name in ("neighbours", "first_frame"):
             if not isinstance(getattr(self, name), bool):
@@ -127,6 +127,14 @@ def read_yaml(path: str | Path) -> Any:
         raise ValueError(f"{path}: got a file that is no YAML; allowed: such as 'sparsity: 0.8'. {error}") from error
 
 
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises TypeError or ValueError, naming the option, unless value is one of the words allowed."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
+    if value not in allowed:
+        raise ValueError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
+
+
 def check_block_size(block_size: int) -> None:
     """Raises TypeError or ValueError unless block_size is a positive multiple of 16."""
     if isinstance(block_size, bool) or not isinstance(block_size, int):
@@ -141,13 +149,6 @@ def _check_number(name: str, value: float, low: float, high: float, high_open: b
         raise TypeError(f"{name}: got {value!r}; allowed: {allowed}.")
     if not (low <= value <= high) or (high_open and value == high):  # NaN fails the first comparison
         raise ValueError(f"{name}: got {value!r}; allowed: {allowed}.")
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
 
 
 _WAN = SparseConfig(sparsity=0.75, dense_layers=(0, 1), first_frame=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config import check_choice
 from ..generation.request import DTYPES, OFFLOADS, Request
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ class EvaluateOptions:
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}; allowed: 1 or more.")
         for name, allowed in (("dtype", DTYPES), ("offload", OFFLOADS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: one of {list(allowed)}.")
+            check_choice(name, getattr(self, name), allowed)
         for path in (self.prompts, *self.configs):
             if path is not None and not path.is_file():
                 raise ValueError(f"{path}: got no such file; allowed: a file that can be read.")

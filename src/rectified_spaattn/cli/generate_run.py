@@ -59,7 +59,7 @@ def generate(request: Request, device: torch.device, console: Console | None = N
     if request.compare:
         with _bar(console, "full attention") as on_step:
             full = run(pipe, request, arguments, device, None, on_step)
-        told["compare"] = _compared(request, out, full, sparse, fps, console)
+        told["compare"] = _compared(request, out, full, sparse, fps, device, console)
         _write_json(out, told)
     return out
 
@@ -77,14 +77,20 @@ def output_path(request: Request, source: Source) -> Path:
 
 
 def _compared(
-    request: Request, out: Path, full: Generated, sparse: Generated, fps: int | None, console: Console
+    request: Request,
+    out: Path,
+    full: Generated,
+    sparse: Generated,
+    fps: int | None,
+    device: torch.device,
+    console: Console,
 ) -> dict[str, Any]:
     """Writes the full-attention clip and both side by side, and prints the table."""
     comparison = compare(full, sparse)
     full_path, both = (out.with_name(f"{out.stem}-{what}{out.suffix}") for what in ("full", "compare"))
     write_clip(full_path, full.clip.video, request.fps)
     write_side_by_side(both, comparison, full, sparse, request.fps)
-    print_wide(console, _table(comparison, full))
+    print_wide(console, _table(comparison, full, device))
     console.print(f"Side by side: {both}", soft_wrap=True, highlight=False)
     return {
         "full": record.result(full, full_path, fps),
@@ -93,14 +99,10 @@ def _compared(
     }
 
 
-def _table(comparison: Comparison, full: Generated) -> Any:
+def _table(comparison: Comparison, full: Generated, device: torch.device) -> Any:
     frames, _, height, width = full.clip.video.shape
     settings = {"height": height, "width": width, "num_frames": frames, "steps": len(full.clip.steps)}
-    return mean_table(comparison.rows, {"settings": settings, "device": {"name": device_name(_where(full))}})
-
-
-def _where(made: Generated) -> torch.device:
-    return torch.device("cpu" if made.peak_memory is None else "cuda")
+    return mean_table(comparison.rows, {"settings": settings, "device": {"name": device_name(device)}})
 
 
 def _image(path: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..config import RECTIFY_MODES, SparseConfig
+from ..config import RECTIFY_MODES, SparseConfig, check_choice
 from ..demo.prompts import PROMPTS
 from ..device import device_of
 from ..generation.request import DTYPES, OFFLOADS
@@ -53,8 +53,7 @@ class InspectOptions:
             if value is not None and value < least:
                 raise ValueError(f"{name}: got {value}; allowed: {least} or more.")
         for name, allowed in (("dtype", DTYPES), ("offload", OFFLOADS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; allowed: one of {list(allowed)}.")
+            check_choice(name, getattr(self, name), allowed)
         device_of(self.device)
         for sparsity in self.sparsity:
             self.config(SparseConfig()).replace(sparsity=sparsity)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends import BACKENDS
-from ..config import SparseConfig
+from ..config import SparseConfig, check_choice
 from ..config import preset as preset_of
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -77,9 +77,9 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}; allowed: 1 or more.")
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("offload", self.offload, OFFLOADS)
-        _check_choice("backend", self.backend, ("auto", *BACKENDS))
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("offload", self.offload, OFFLOADS)
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
         if self.preset is not None:
             preset_of(self.preset)
             if self.config:
@@ -148,8 +148,3 @@ def _pairs(name: str, texts: tuple[str, ...]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ValueError(f"{name}: got {text!r}; allowed: a YAML value behind the '='. {error}") from error
     return parsed
-
-
-def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
