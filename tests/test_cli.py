@@ -95,6 +95,14 @@ def test_a_word_the_model_does_not_know_is_named_before_anything_is_written(weig
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:rectified_spaattn")
+def test_blocks_larger_than_the_clip_end_with_what_to_change(weights: Path, tmp_path: Path) -> None:
+    arguments = ["--weights", weights, "--out", tmp_path, "--quick", "--size", 16, "--steps", 1, "--block-size", 512]
+    result = CliRunner().invoke(app, ["demo", *map(str, arguments)])
+    assert result.exit_code == 1
+    assert "Use a smaller block_size" in result.output
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", [["demo"], ["doctor"], ["inspect"], ["generate", "model", "--prompt", "x"]])
 def test_a_gpu_that_is_not_there_is_told_alike_by_every_command(command: list[str]) -> None:

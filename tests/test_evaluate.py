@@ -239,6 +239,14 @@ def test_bad_options_are_refused_before_a_folder_is_made(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:rectified_spaattn")
+def test_blocks_larger_than_the_clip_end_with_what_to_change(arguments: list[str], tmp_path: Path) -> None:
+    result = evaluate(arguments, tmp_path / "out", "--block-size", 2048)
+    assert result.exit_code == 1
+    assert "Use a smaller block_size" in result.output
+    assert "Traceback" not in result.output
+
+
 @pytest.mark.parametrize(("text", "told"), [("a\n\na\n", "more than once"), ("\n", "no line"), ("a dog", "'dog'")])
 def test_bad_prompt_files_are_refused(arguments: list[str], tmp_path: Path, text: str, told: str) -> None:
     (tmp_path / "p.txt").write_text(text)

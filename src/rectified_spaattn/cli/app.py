@@ -9,6 +9,7 @@ import typer
 
 from .. import __version__
 from ..device import device_of
+from ..evaluation.paired import NothingSparseError
 from .bench import bench_app
 from .evaluate import evaluate
 from .generate import generate
@@ -99,7 +100,10 @@ def demo(
         raise typer.BadParameter(str(error)) from error
     from .demo import run
 
-    run(options)
+    try:
+        run(options)
+    except NothingSparseError as error:
+        raise SystemExit(str(error)) from error
 
 
 @app.command()

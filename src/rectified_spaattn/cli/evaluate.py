@@ -70,6 +70,7 @@ def evaluate(
     accelerate launch --num_processes 4 -m rectified_spaattn evaluate ...
     """
     from ..evaluation.modes import Grid
+    from ..evaluation.paired import NothingSparseError
     from .evaluation import prepare, run
 
     overrides = {"top_p": top_p, "neighbours": neighbours}
@@ -109,4 +110,7 @@ def evaluate(
         raise typer.BadParameter(str(error)) from error
     except RuntimeError as error:  # no such model, no weights
         raise SystemExit(str(error)) from error
-    run(prepared)
+    try:
+        run(prepared)
+    except NothingSparseError as error:
+        raise SystemExit(str(error)) from error

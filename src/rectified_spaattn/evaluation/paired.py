@@ -23,6 +23,10 @@ DENSE_KERNELS: dict[str, SDPBackend | None] = {
 }
 
 
+class NothingSparseError(RuntimeError):
+    """A sparse mode ran no sparse call. The message says why and what to change."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mode:
     """One way to run attention.
@@ -110,7 +114,7 @@ def generate(
     output_type="pt" and callback_on_step_end, and returns `.frames` [B, T, 3, H, W] in [0, 1].
     after_step: a `callback_on_step_end` in diffusers' terms.
     The noise comes from a CPU generator, so a seed means the same noise on every device.
-    Raises RuntimeError where a sparse mode ran no sparse call, and what `enable` and the pipeline raise.
+    Raises NothingSparseError where a sparse mode ran no sparse call, and what `enable` and the pipeline raise.
     """
     return generate_batch(pipe, mode, [pair], settings, backend=backend, after_step=after_step)[0]
 
@@ -152,7 +156,7 @@ def generate_batch(
         steps = tuple(each / len(pairs) for each in clock.steps())
         stats = handle.stats() if handle is not None else None
     if stats is not None and not stats.sparse_calls:
-        raise RuntimeError(
+        raise NothingSparseError(
             f"{mode.name}: no attention call ran sparse ({stats.dense_reasons}); the comparison would be of full "
             "attention with itself. Use a smaller block_size, more pixels or fewer dense steps and layers."
         )
