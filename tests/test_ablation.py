@@ -19,6 +19,7 @@ from rectified_spaattn.evaluation.attention_error import attention_error, block_
 from rectified_spaattn.evaluation.capture import AttentionCall
 from rectified_spaattn.evaluation.intervals import bootstrap
 from rectified_spaattn.evaluation.paired import Mode, Pair, Settings, generate, generate_batch
+from rectified_spaattn.report.evaluation import interval
 
 BLOCK = 16
 
@@ -106,7 +107,9 @@ def test_bootstrap_interval() -> None:
     assert found.high - found.mean == pytest.approx(half, rel=0.1)
     assert found.mean - found.low == pytest.approx(half, rel=0.1)
     assert math.isnan(bootstrap([1.0]).low)
-    assert bootstrap([math.inf, 1.0]).mean == math.inf
+    some, every = bootstrap([math.inf, 1.0]), bootstrap([math.inf])
+    assert (some.mean, interval(some, "psnr")) == (math.inf, "some identical")
+    assert (every.mean, interval(every, "psnr")) == (math.inf, "identical")
     with pytest.raises(ValueError, match="one or more"):
         bootstrap([])
 

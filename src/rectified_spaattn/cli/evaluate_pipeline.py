@@ -15,7 +15,15 @@ from ..generation.request import Request
 from ..integrations.diffusers.adapters import default_configs
 
 DEMO = "demo"
-# names here -> arguments of a pipeline's call
+# names in Settings -> options
+_OPTIONS = {
+    "height": "height",
+    "width": "width",
+    "num_frames": "frames",
+    "steps": "steps",
+    "guidance_scale": "guidance",
+}
+# names in Settings -> arguments of a pipeline's call
 _CALL = {
     "height": "height",
     "width": "width",
@@ -47,6 +55,11 @@ def load_pipeline(model: str, device: torch.device, dtype: str = "auto", offload
     pipe = load(find(request), request, dtype_of(request, device))
     place(pipe, device, offload)
     return pipe
+
+
+def given_settings(options: Any) -> dict[str, Any]:
+    """What a command's options say about the pipeline's call, by their names in Settings; None where they do not."""
+    return {name: getattr(options, option) for name, option in _OPTIONS.items()}
 
 
 def call_settings(pipe: Any, given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Settings:

@@ -34,7 +34,7 @@ from ..report.html import percent
 from ..report.video import write_clip
 from .console import print_wide, progress_bars
 from .evaluate_options import EvaluateOptions
-from .evaluate_pipeline import base_configs, call_settings, is_demo, load_pipeline
+from .evaluate_pipeline import base_configs, call_settings, given_settings, is_demo, load_pipeline
 
 DEMO_GRID: dict[str, Any] = {"rectify": ("none", "ipar+gapr"), "sparsity": (0.8, 0.9)}
 MODEL_GRID: dict[str, Any] = {"rectify": ("none", "ipar+gapr")}
@@ -63,13 +63,7 @@ def prepare(options: EvaluateOptions) -> Prepared:
     prompts = _prompts(options.prompts, demo)
     device = device_of(options.device, state.local_process_index)
     pipe = load_pipeline(options.model, device, options.dtype, options.offload)
-    given = {
-        "height": options.height,
-        "width": options.width,
-        "num_frames": options.frames,
-        "steps": options.steps,
-        "guidance_scale": options.guidance,
-    }
+    given = given_settings(options)
     settings = call_settings(pipe, given, options.arguments())
     if settings.num_frames < 2:
         raise ValueError(f"frames: got {settings.num_frames}; allowed: 2 or more, since flicker is among the scores.")

@@ -26,7 +26,7 @@ from ..report.figures import CallName
 from ..report.html import percent, write_inspection
 from ..report.maps import maps_figure
 from .console import print_wide, progress
-from .evaluate_pipeline import DEMO, base_configs, call_settings, load_pipeline
+from .evaluate_pipeline import DEMO, base_configs, call_settings, given_settings, load_pipeline
 from .inspect import InspectOptions
 
 
@@ -195,15 +195,8 @@ def _load(options: InspectOptions, device: torch.device) -> Any:
 
 
 def _settings(pipe: Any, options: InspectOptions) -> Settings:
-    given = {
-        "height": options.height,
-        "width": options.width,
-        "num_frames": options.frames,
-        "steps": options.steps,
-        "guidance_scale": options.guidance,
-    }
     try:
-        return call_settings(pipe, given, {})
+        return call_settings(pipe, given_settings(options), {})
     except (TypeError, ValueError) as error:
         raise InspectError(str(error)) from error
 

@@ -40,7 +40,7 @@ def write_videos(out: Path, clips: Sequence[Clip], mean: Sequence[MeanScore]) ->
 
     columns = [_column(each) for each in mean]
     by_pair = {pair: [clip.video for clip in clips if clip.pair == pair] for pair in pairs[:ROWS]}
-    rows = [Row(caption=_caption(pair), clips=videos) for pair, videos in by_pair.items()]
+    rows = [Row(caption=pair.caption(), clips=videos) for pair, videos in by_pair.items()]
     files = SideBySide(video=out / "side-by-side.mp4", still=out / "side-by-side.png")
     write_mp4(files.video, labelled_grid(columns, rows))
     write_png(files.still, labelled_grid(columns, _still_rows(by_pair))[0])
@@ -79,16 +79,12 @@ def _column(mean: MeanScore) -> str:
     return f"{mean.label}\n{decibel(finite_or_none(mean.psnr))} dB on average"
 
 
-def _caption(pair: Pair) -> str:
-    return f"“{pair.prompt}”, seed {pair.seed}"
-
-
 def _still_rows(by_pair: Mapping[Pair, Sequence[torch.Tensor]]) -> list[Row]:
     """The middle frame of every clip, and below it how far it is from full attention."""
     rows = []
     for pair, videos in by_pair.items():
         middle = [video[len(video) // 2 : len(video) // 2 + 1] for video in videos]
-        rows.append(Row(caption=f"{_caption(pair)}, frame {len(videos[0]) // 2}", clips=middle))
+        rows.append(Row(caption=f"{pair.caption()}, frame {len(videos[0]) // 2}", clips=middle))
         away = [difference(frame, middle[0], DIFFERENCE_GAIN) for frame in middle[1:]]
         rows.append(
             Row(caption=f"difference from full attention, × {DIFFERENCE_GAIN:g} (white: none)", clips=[None, *away])

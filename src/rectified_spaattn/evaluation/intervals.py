@@ -10,7 +10,10 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean and the 2.5% and 97.5% quantiles of the means of resampled pairs; NaN quantiles for a single pair."""
+    """A mean and the 2.5% and 97.5% quantiles of the means of resampled pairs; NaN quantiles for a single pair.
+
+    Infinite values, the PSNR of identical clips: an infinite mean, and infinite quantiles where all are, else NaN.
+    """
 
     mean: float
     low: float
@@ -21,12 +24,14 @@ def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> Interval:
     """The mean of one value a pair, with its percentile bootstrap interval.
 
     The same resamples for every call with as many values, so give differences of pairs to compare two modes.
-    Raises ValueError for no value. Infinite values (PSNR of identical clips) give an infinite mean and NaN quantiles.
+    Raises ValueError for no value.
     """
     if not values:
         raise ValueError("bootstrap: got no values; allowed: one or more.")
     data = torch.tensor(values, dtype=torch.float64)
     mean = data.mean().item()
+    if data.isinf().all():
+        return Interval(mean=mean, low=mean, high=mean)
     if len(values) == 1 or not data.isfinite().all():
         return Interval(mean=mean, low=torch.nan, high=torch.nan)
     drawn = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(0))

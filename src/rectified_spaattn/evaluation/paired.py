@@ -56,6 +56,9 @@ class Pair:
     prompt: str
     seed: int
 
+    def caption(self) -> str:
+        return f"“{self.prompt}”, seed {self.seed}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

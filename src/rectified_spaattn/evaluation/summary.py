@@ -8,6 +8,7 @@ from typing import Any
 
 from .folder import ClipRecord
 from .intervals import Interval, bootstrap
+from .metrics import finite_or_none
 from .paired import FULL, Mode
 
 SCORES = ("psnr", "ssim", "lpips", "flicker")
@@ -40,7 +41,7 @@ class ModeSummary:
             row[name] = None if found is None else found.mean
             for end in ("low", "high"):
                 value = math.nan if found is None else getattr(found, end)
-                row[f"{name}_{end}"] = None if math.isnan(value) else value
+                row[f"{name}_{end}"] = finite_or_none(value)
         for name in ("density", "computed", "backend", "seconds", "step_seconds", "speedup"):
             row[name] = getattr(self, name)
         return row

@@ -50,6 +50,5 @@ def write_side_by_side(path: Path, comparison: Comparison, full: Generated, spar
         f"{reference.label}\n{reference.seconds:.1f} s",
         f"{other.label}\n{other.seconds:.1f} s, PSNR {decibel(finite_or_none(other.psnr))}, SSIM {other.ssim:.3f}",
     ]
-    caption = f"“{full.clip.pair.prompt}”, seed {full.clip.pair.seed}"
-    row = Row(caption=caption, clips=[full.clip.video, sparse.clip.video])
+    row = Row(caption=full.clip.pair.caption(), clips=[full.clip.video, sparse.clip.video])
     write_frames(path, labelled_grid(columns, [row], cell=min(max(full.clip.video.shape[3], 256), _WIDEST)), fps)

@@ -61,7 +61,7 @@ def side_by_side(
     files = {(record.mode, record.prompt, record.seed): folder / record.video for record in records}
     rows = [
         Row(
-            caption=f"“{pair.prompt}”, seed {pair.seed}",
+            caption=pair.caption(),
             clips=[read_mp4(files[each.mode.name, pair.prompt, pair.seed]) for each in shown],
         )
         for pair in pairs
@@ -105,9 +105,9 @@ def write_evaluation_report(
 
 
 def interval(value: Interval, score: str) -> str:
-    """A mean and its interval, with the digits that the score deserves; an infinite PSNR as "identical"."""
+    """A mean and its interval, with the digits that the score deserves; an infinite PSNR in words."""
     if math.isinf(value.mean):
-        return "identical"
+        return "identical" if math.isinf(value.low) else "some identical"
     digits = 2 if score == "psnr" else 4
     ends = "" if math.isnan(value.low) else f" [{value.low:.{digits}f}, {value.high:.{digits}f}]"
     return f"{value.mean:.{digits}f}{ends}"
