@@ -111,7 +111,7 @@ def test_a_fraction_of_an_unknown_number_of_steps_is_an_error() -> None:
         SparseConfig(dense_steps=0.1).dense_step_count(None)
 
 
-# The published settings, a row a transformer: sparsity, dense steps (of 40 for A14B, else 50), dense layers, first frame.
+# As published, a row a transformer: sparsity, dense steps (of 40 for A14B, else 50), dense layers, first frame.
 TABLE = {
     "hunyuan-video-t2v": [(0.80, 0, (), False)],
     "wan2.1-t2v": [(0.75, 5, (0, 1), True)],
