@@ -3,9 +3,10 @@
 import sys
 from importlib.util import find_spec
 
-DOCTOR_PACKAGES = ("typer", "rich")  # it tells what else is missing
+_ALWAYS = ("typer", "rich")
+PACKAGES = {"doctor": _ALWAYS, "bench": (*_ALWAYS, "matplotlib")}  # by command; the others need these:
 DEMO_PACKAGES = (
-    *DOCTOR_PACKAGES,
+    *_ALWAYS,
     "accelerate",
     "diffusers",
     "imageio",
@@ -22,7 +23,7 @@ DEMO_PACKAGES = (
 
 def main() -> None:
     """Entry point. Exits with a message that says what to install where the demo extra is missing."""
-    needed = DOCTOR_PACKAGES if sys.argv[1:2] == ["doctor"] else DEMO_PACKAGES
+    needed = PACKAGES.get("".join(sys.argv[1:2]), DEMO_PACKAGES)
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise SystemExit(
