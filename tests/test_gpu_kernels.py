@@ -93,6 +93,21 @@ def test_strides_do_not_matter(name, stride):
     assert torch.equal(plain, other)
 
 
+@pytest.mark.parametrize("name", ["torch", *NAMES])
+def test_tensors_need_not_be_on_the_current_gpu(name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    layout, qkv, valid = inputs(CASES[3], torch.bfloat16)
+    require(name, layout, 128, torch.bfloat16)
+    config = SparseConfig(sparsity=0.6)
+    want = rectified_attention(*qkv, layout, config, text_mask=valid, backend=name)
+    elsewhere = (x.to("cuda:1") for x in qkv)
+    got = rectified_attention(*elsewhere, layout, config, text_mask=valid.to("cuda:1"), backend=name)
+    assert torch.cuda.current_device() == 0
+    assert got.device == torch.device("cuda:1")
+    assert torch.equal(got.to("cuda:0"), want)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_call_is_one_cuda_graph_and_copies_nothing_to_the_host(name):
     layout, qkv, valid = inputs(CASES[4 if name == "triton" else 3], torch.bfloat16)
