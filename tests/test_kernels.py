@@ -205,6 +205,14 @@ def test_a_query_block_without_any_key_is_not_a_number():
     assert out.isnan().sum() == layout.block_size * out.shape[-1]
 
 
+def test_row_needs_no_critical_block():
+    layout, qkv, _ = inputs(*CASES[3])
+    block_mask = torch.zeros(2, 2, layout.num_blocks, layout.num_blocks, dtype=torch.bool, device=DEVICE)
+    given = {"block_mask": block_mask, "config": SparseConfig(rectify="row")}
+    out, want = (rectified_attention(*qkv, layout, **given, backend=name) for name in ("triton", "reference"))
+    torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
+
+
 def error_of(out, want):
     return (out.double() - want).abs().max().item()
 
