@@ -9,7 +9,7 @@ demo: $(STAMP)
 	$(BIN)/rectified-spaattn demo --out demo-output
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks examples

@@ -111,7 +111,7 @@ def test_a_fraction_of_an_unknown_number_of_steps_is_an_error() -> None:
         SparseConfig(dense_steps=0.1).dense_step_count(None)
 
 
-# The published settings: sparsity, dense steps of 50, dense layers, first frame; one row a transformer.
+# As published, a row a transformer: sparsity, dense steps (of 40 for A14B, else 50), dense layers, first frame.
 TABLE = {
     "hunyuan-video-t2v": [(0.80, 0, (), False)],
     "wan2.1-t2v": [(0.75, 5, (0, 1), True)],
@@ -131,7 +131,8 @@ def test_there_are_no_other_presets() -> None:
 
 @pytest.mark.parametrize("name", TABLE)
 def test_presets_are_the_published_settings(name: str) -> None:
-    got = [(c.sparsity, c.dense_step_count(50), c.dense_layers, c.first_frame) for c in preset(name)]
+    steps = 40 if name.endswith("a14b") else 50
+    got = [(c.sparsity, c.dense_step_count(steps), c.dense_layers, c.first_frame) for c in preset(name)]
     assert got == TABLE[name]
     assert PRESETS[name] == preset(name)
     for config in preset(name):
@@ -140,7 +141,14 @@ def test_presets_are_the_published_settings(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "counts"), [("wan2.1-t2v", [3]), ("cogvideox1.5-i2v", [3]), ("wan2.2-t2v-a14b", [3, 1])]
+    ("name", "steps", "counts"),
+    [
+        ("wan2.1-t2v", 30, [3]),
+        ("cogvideox1.5-i2v", 30, [3]),
+        ("wan2.2-t2v-a14b", 20, [2, 1]),
+        ("wan2.2-t2v-a14b", 8, [1, 0]),
+        ("wan2.2-t2v-a14b", 4, [0, 0]),
+    ],
 )
-def test_a_warm_up_of_5_of_50_is_a_share_and_one_of_3_steps_a_count(name: str, counts: list[int]) -> None:
-    assert [config.dense_step_count(30) for config in preset(name)] == counts
+def test_a_warm_up_is_a_share_of_the_steps(name: str, steps: int, counts: list[int]) -> None:
+    assert [config.dense_step_count(steps) for config in preset(name)] == counts

@@ -145,13 +145,13 @@ def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 _WAN = SparseConfig(sparsity=0.75, dense_layers=(0, 1), first_frame=True)
 _WAN_A14B = SparseConfig(sparsity=0.85, dense_layers=(0, 1), first_frame=True)
 
-# One config a transformer, in the order of the pipeline (Wan2.2 A14B has two). A warm-up of "5 of 50 steps" is kept as
-# the fraction 0.1, so that samplers with fewer steps keep their sparse share.
+# One config a transformer, in the order of the pipeline (Wan2.2 A14B has two). Warm-ups are kept as fractions of the
+# published number of steps (5 of 50; 3 and 1 of 40), so that samplers with fewer steps keep their sparse share.
 PRESETS: dict[str, tuple[SparseConfig, ...]] = {
     "hunyuan-video-t2v": (SparseConfig(sparsity=0.80),),
     "wan2.1-t2v": (_WAN.replace(dense_steps=0.1),),
     "wan2.1-i2v": (_WAN,),
-    "wan2.2-t2v-a14b": (_WAN_A14B.replace(dense_steps=3), _WAN_A14B.replace(dense_steps=1)),
+    "wan2.2-t2v-a14b": (_WAN_A14B.replace(dense_steps=0.075), _WAN_A14B.replace(dense_steps=0.025)),
     "wan2.2-i2v-a14b": (_WAN_A14B, _WAN_A14B),
     "wan2.2-ti2v-5b": (_WAN.replace(dense_steps=0.1),),
     "cogvideox1.5-t2v": (SparseConfig(sparsity=0.85, dense_steps=0.1),),

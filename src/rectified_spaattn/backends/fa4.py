@@ -51,7 +51,7 @@ def why_not(call: Call) -> str | None:
     if reason is not None:
         return reason
     if installed_version(PACKAGE) is None:
-        return f"{PACKAGE} is not installed (pip install {PACKAGE})"
+        return f"{PACKAGE} is not installed (pip install --pre {PACKAGE})"
     if call.device.type != "cuda" or torch.version.hip is not None:
         return "FlashAttention-4 runs on NVIDIA GPUs"
     major, minor = torch.cuda.get_device_capability(call.device)

@@ -73,7 +73,7 @@ def _flash2_why_not(case: Case) -> str | None:
 
 def _fa4_why_not(case: Case) -> str | None:
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
-        return "flash-attn-4 is not installed (pip install flash-attn-4)"
+        return "flash-attn-4 is not installed (pip install --pre flash-attn-4)"
     if case.device.type == "cuda" and torch.version.cuda is None:
         return "needs an NVIDIA GPU, this build of torch is for another"
     return _needs_gpu(case, (9, 0), 128)

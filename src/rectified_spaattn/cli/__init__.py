@@ -3,13 +3,14 @@
 import sys
 from importlib.util import find_spec
 
-DOCTOR_PACKAGES = ("typer", "rich")  # it tells what else is missing
-DEMO_PACKAGES = (*DOCTOR_PACKAGES, "diffusers", "imageio", "imageio_ffmpeg", "jinja2", "matplotlib", "torchmetrics")
+_ALWAYS = ("typer", "rich")
+PACKAGES = {"doctor": _ALWAYS, "bench": (*_ALWAYS, "matplotlib")}  # by command; the others need these:
+DEMO_PACKAGES = (*_ALWAYS, "diffusers", "imageio", "imageio_ffmpeg", "jinja2", "matplotlib", "torchmetrics")
 
 
 def main() -> None:
     """Entry point. Exits with a message that says what to install where the demo extra is missing."""
-    needed = DOCTOR_PACKAGES if sys.argv[1:2] == ["doctor"] else DEMO_PACKAGES
+    needed = PACKAGES.get("".join(sys.argv[1:2]), DEMO_PACKAGES)
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise SystemExit(

@@ -3,7 +3,6 @@
 import random
 
 from .data import sample_scene
-from .model import CAPTION_LENGTH
 
 # Never trained on by name.
 PROMPTS: tuple[str, ...] = (
@@ -33,6 +32,8 @@ _DEV_DRAW, _HELD_OUT_DRAW = "dev", "held-out"
 
 def drawn_captions(count: int, draw: str) -> tuple[str, ...]:
     """Captions from the training data's grammar, all different and none of PROMPTS; the same for the same `draw`."""
+    from .model import CAPTION_LENGTH  # needs diffusers, which somebody who asks for --help may not have
+
     rng = random.Random(draw)
     captions: dict[str, None] = {}
     while len(captions) < count:
