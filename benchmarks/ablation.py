@@ -301,6 +301,16 @@ def run(
     modes += [Mode(name=f"{c.rectify}-{c.sparsity:g}", label=c.rectify, config=c) for c in configs]
     everything = [Pair(prompt=prompt, seed=seed) for prompt, seed in split_pairs(split)][:pairs]
     settings = Settings(height=size, width=size, num_frames=FRAMES, steps=steps)
+    made_on = machine(pipe.device, shlex.join(["python", *sys.argv]))
+    ranks = [(0.0, FLOOR), *((config.sparsity, config.rectify) for config in configs)]
+
+    def save(calls: Calls, scores) -> list[Row]:
+        found = rows_of(split, calls, scores)
+        found.sort(key=lambda row: ranks.index((row.sparsity, row.rectify)))
+        write_csv(out / f"{split}.csv", found, made_on)
+        write_csv(out / f"{split}-layers.csv", layer_rows(split, calls), made_on)
+        return found
+
     with state.split_between_processes(everything) as mine, Progress(disable=not state.is_main_process) as progress:
         calls: Calls = {}
         scores = []
@@ -312,16 +322,13 @@ def run(
         for some in batches:
             calls |= study_calls(pipe, some, settings, configs, backend, lambda: progress.advance(study))
             scores += clip_scores(pipe, some, settings, modes, backend, lambda: progress.advance(clips))
+            if state.num_processes == 1:  # a run that is stopped leaves the batches it finished
+                save(calls, scores)
     gathered = gather_object([(calls, scores)]) if state.num_processes > 1 else [(calls, scores)]
     if not state.is_main_process:
         return
     calls = {place: of_pair for part, _ in gathered for place, of_pair in part.items()}
-    found = rows_of(split, calls, [each for _, part in gathered for each in part])
-    ranks = [(0.0, FLOOR), *((config.sparsity, config.rectify) for config in configs)]
-    found.sort(key=lambda row: ranks.index((row.sparsity, row.rectify)))
-    made_on = machine(pipe.device, shlex.join(["python", *sys.argv]))
-    write_csv(out / f"{split}.csv", found, made_on)
-    write_csv(out / f"{split}-layers.csv", layer_rows(split, calls), made_on)
+    found = save(calls, [each for _, part in gathered for each in part])
     show(found, made_on)
     print(f"\n{time.perf_counter() - start:.0f} s in {state.num_processes} process(es); {out / f'{split}.csv'}")
 
