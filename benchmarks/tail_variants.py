@@ -3,19 +3,20 @@
     python benchmarks/tail_variants.py [--prompts 8] [--block-size 64] [--sparsity 0.9] [--out runs/tail]
 
 Every variant shares the blocks kept (the pooled estimate picks them, but for "sel ..."), on the demo model, with exact
-sparsity. Writes tail-calls.csv and tail-clips.csv: error of single attention calls that full attention led to, and PSNR
-and SSIM of whole clips made with the variant. Nothing here is fast: it computes full attention and throws parts away.
+sparsity. Writes tail-ORDER-BLOCK.csv, a line a variant and sparsity: the error of single attention calls that full
+attention led to, and PSNR and SSIM of whole clips made with the variant, means and half widths of their 95% intervals.
+Nothing here is fast: it computes full attention and throws parts away.
 """
 
-import contextlib
 import csv
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -23,10 +24,9 @@ import typer
 from rectified_spaattn import SparseConfig, TokenLayout
 from rectified_spaattn.demo.pipeline import load_demo_pipeline
 from rectified_spaattn.demo.prompts import PROMPTS
+from rectified_spaattn.evaluation.capture import attending
 from rectified_spaattn.evaluation.metrics import psnr, ssim
-from rectified_spaattn.integrations.diffusers.adapters import adapter_for
-from rectified_spaattn.integrations.diffusers.processor import wrap
-from rectified_spaattn.integrations.diffusers.state import LayerState, RunClock, TransformerState, key_text_mask
+from rectified_spaattn.integrations.diffusers.state import LayerState, key_text_mask
 from rectified_spaattn.method.gain import gain
 from rectified_spaattn.method.pool import pool
 from rectified_spaattn.method.select import top_k_of
@@ -175,43 +175,22 @@ def _back(tiled: torch.Tensor, alone: torch.Tensor, layout: TokenLayout, order: 
 
 
 @dataclass(kw_only=True)
-class _Layer(LayerState):
+class Layer(LayerState):
     run: Callable[..., torch.Tensor]
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
     ) -> torch.Tensor:
         layout = self._layout(q.shape[1]).on(q.device)
-        return self.run(self.index, self.owner.step, q, k, v, layout, key_text_mask(mask, layout))
+        valid = key_text_mask(mask, layout)
+        if valid is None:
+            valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
+        return self.run(self.index, self.owner.step, q, k, v, layout, valid)
 
 
-@contextlib.contextmanager
-def attending(pipe: Any, block_size: int, order: str, run: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Self-attention of the pipeline's transformer is run(layer, step, q, k, v, layout, valid) inside."""
-    model, adapter = pipe.transformer, adapter_for(pipe.transformer)
-    config = SparseConfig(block_size=block_size, order=order)
-    state = TransformerState(config=config, backend="auto", clock=RunClock(pipe), text_first=adapter.text_first)
-
-    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        state.begin_forward(adapter.grid(module, kwargs))
-
-    hook, originals = model.register_forward_pre_hook(before, with_kwargs=True), []
-    for index, (name, module) in enumerate(adapter.attentions(model)):
-        originals.append((module, module.processor))
-        layer = _Layer(index=index, name=name, owner=state, dense_backend=None, run=run)
-        module.set_processor(wrap(module.processor, layer))
-        state.layers.append(layer)
-    try:
-        yield
-    finally:
-        hook.remove()
-        for module, processor in originals:
-            module.set_processor(processor)
-
-
-def interval(values: list[float]) -> str:
-    half = 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{fmean(values):.3f} ± {half:.3f}"
+def half_width(values: list[float]) -> float:
+    """Of the 95% interval of the mean."""
+    return 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
 @torch.inference_mode()
@@ -230,10 +209,11 @@ def main(
     asked = list(PROMPTS[:prompts])
     chosen = {name: VARIANTS[name] for name in (only or VARIANTS)}
     sparsities = sparsity or [0.9]
+    config = SparseConfig(block_size=block_size, order=order)
 
     def clips(run: Callable[..., torch.Tensor]) -> torch.Tensor:
         noise = [torch.Generator().manual_seed(0) for _ in asked]
-        with attending(pipe, block_size, order, run):
+        with attending(pipe, config, partial(Layer, run=run)):
             return pipe(asked, generator=noise).frames.float()
 
     errors: dict[tuple[str, float, int], list[float]] = {}
@@ -261,7 +241,10 @@ def main(
             quality = [psnr(a[None], b[None]).item() for a, b in zip(video, full, strict=True)]
             alike = [ssim(a[None], b[None]).item() for a, b in zip(video, full, strict=True)]
             row |= {"psnr": fmean(quality), "ssim": fmean(alike)}
-            told = f"{interval(quality)} | {interval(alike)}"
+            row |= {"psnr_half_width": half_width(quality), "ssim_half_width": half_width(alike)}
+            told = (
+                f"{row['psnr']:.3f} ± {row['psnr_half_width']:.3f} | {row['ssim']:.3f} ± {row['ssim_half_width']:.3f}"
+            )
         rows.append(row)
         print(
             f"| {sparse:g} | {name} | {row['error']:.3f} | {' '.join(f'{x:.3f}' for x in layers)} | {told} |",

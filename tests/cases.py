@@ -28,6 +28,12 @@ def video_like(
     return draw(0.3), draw(0.3), draw(1.0)
 
 
+def seen(layout: TokenLayout, text_valid: torch.Tensor) -> torch.Tensor:
+    """bool [B, 1, 1, S], the keys that may be attended to. text_valid: bool [B, text]."""
+    video = text_valid.new_ones(len(text_valid), layout.video)
+    return torch.cat([text_valid, video] if layout.text_first else [video, text_valid], 1)[:, None, None]
+
+
 @dataclass
 class Call:
     """One call: rectified_attention(*c.qkv, c.layout, c.config, **c.options)."""
@@ -44,11 +50,9 @@ class Call:
     @property
     def valid(self) -> torch.Tensor:
         """bool [B, 1, 1, S], the keys that may be attended to."""
-        text, video = self.layout.text, self.layout.video
         mask = self.options.get("text_mask")
-        mask = torch.ones(len(self.qkv[0]), text, dtype=torch.bool) if mask is None else mask
-        ones = torch.ones(len(mask), video, dtype=torch.bool)
-        return torch.cat([mask, ones] if self.layout.text_first else [ones, mask], 1)[:, None, None]
+        mask = torch.ones(len(self.qkv[0]), self.layout.text, dtype=torch.bool) if mask is None else mask
+        return seen(self.layout, mask)
 
 
 GRIDS = ((4, 4, 8), (2, 8, 8), (3, 5, 7), (1, 11, 13), (7, 5, 5), (3, 8, 8), (1, 8, 16), (2, 7, 11), (11, 4, 5))

@@ -18,6 +18,8 @@ from rectified_spaattn.kernels.attend import _attend_kernel, tiling_of
 from rectified_spaattn.kernels.plan import _compensate_kernel, _scores_kernel, _select_kernel
 from rectified_spaattn.kernels.tile import _tail_kernel, _tile_kernel
 
+_SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "ROW")
+
 
 class Kernel(NamedTuple):
     name: str
@@ -33,7 +35,7 @@ def kernels(arch: str) -> Iterator[Kernel]:
     for block, head_dim in ((128, 128), (64, 128), (128, 64), (64, 64)):
         shape = {"BLOCK": block, "HEAD_DIM": head_dim}
         contiguous = dict.fromkeys(("q_sd", "k_sd", "v_sd"), 1)
-        for mode in ("gapr", "row"):
+        for mode in ("gapr", "row", "plain") if (block, head_dim) == (128, 128) else ("gapr", "row"):
             flags = {"GAPR": mode == "gapr", "ROW": mode == "row"}
             yield kernel(f"tile {block}x{head_dim} {mode}", _tile_kernel, {**shape, **contiguous, **flags}, x)
         for resume, row in product((False, True) if block == 128 else (False,), (False, True)):
@@ -61,9 +63,11 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield kernel("tail", _tail_kernel, {"BLOCK": 128}, x)
     for width, warps in ((64, 1), (1024, 2), (8192, 16)):
         for given in (False, True):
-            flags = dict.fromkeys(("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "ROW"), True)
-            constants = {"WIDTH": width, "GIVEN": given, **flags}
+            constants = {"WIDTH": width, "GIVEN": given, **dict.fromkeys(_SELECT_FLAGS, True)}
             yield kernel(f"select {width} given={given}", _select_kernel, constants, x, num_warps=warps)
+    for compensate in (False, True):
+        constants = {"WIDTH": 64, "GIVEN": False, **dict.fromkeys(_SELECT_FLAGS, False), "COMPENSATE": compensate}
+        yield kernel(f"select 64 compensate={compensate}, no gain", _select_kernel, constants, x, num_warps=1)
 
 
 def kernel(name: str, function: Any, constants: dict[str, Any], x: str, **options: Any) -> Kernel:

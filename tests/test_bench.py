@@ -301,7 +301,7 @@ def test_command_prints_unsqueezed_tables_and_writes_files_that_can_be_redrawn(
     lines = result.output.splitlines()
     for row in rows:
         if row.not_run:
-            assert f"not run: {row.name}: {row.not_run}" in lines
+            assert f"not run: {row.kind} {row.name}: {row.not_run}" in lines
         else:
             shown = [line for line in lines if line.startswith(f"| {'dense ' * (row.kind == 'dense')}{row.name} ")]
             assert any(f" {row.ms:.3f} " in line and line.endswith(f" {row.ratio:.2f}x |") for line in shown)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from cases import MODES, video_like
+from cases import MODES, seen, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -25,9 +25,8 @@ def on_gpu(grid, text, text_first, block_size, head_dim, dtype):
 
 
 def dense(q, k, v, layout, mask):
-    ones = mask.new_ones(len(mask), layout.video)
-    keys = torch.cat([mask, ones] if layout.text_first else [ones, mask], 1)[:, None, None]
-    return scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=keys).transpose(1, 2)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(*heads_first, attn_mask=seen(layout, mask)).transpose(1, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from cases import MODES, STRIDED, video_like
+from cases import MODES, STRIDED, seen, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends import BACKENDS, Call
 from rectified_spaattn.benchmark.shapes import SHAPES
@@ -57,11 +57,9 @@ def test_error_is_at_most_twice_that_of_sdpa(name, case, dtype, mode):
         x[:, layout.isolated[layout.leftover :]] = x[:, layout.isolated[layout.leftover :]].masked_fill(
             ~valid[..., None, None], torch.nan
         )
-    seen = torch.cat([valid, valid.new_ones(len(valid), layout.video)], 1) if layout.text_first else None
-    seen = seen if seen is not None else torch.cat([valid.new_ones(len(valid), layout.video), valid], 1)
     clean = [qkv[0], *(x.nan_to_num(0.0) for x in qkv[1:])]
     heads_first = [x.transpose(1, 2) for x in clean]
-    mask = seen[:, None, None]
+    mask = seen(layout, valid)
     exact = scaled_dot_product_attention(*(x.double() for x in heads_first), attn_mask=mask)
     own = scaled_dot_product_attention(*heads_first, attn_mask=mask).double() - exact
     budget = 2 * (own.abs().max() / exact.abs().max()) + torch.finfo(dtype).eps + 2.0**-16
@@ -91,6 +89,21 @@ def test_strides_do_not_matter(name, stride):
         for each in (qkv, strided)
     )
     assert torch.equal(plain, other)
+
+
+@pytest.mark.parametrize("name", ["torch", *NAMES])
+def test_tensors_need_not_be_on_the_current_gpu(name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    layout, qkv, valid = inputs(CASES[3], torch.bfloat16)
+    require(name, layout, 128, torch.bfloat16)
+    config = SparseConfig(sparsity=0.6)
+    want = rectified_attention(*qkv, layout, config, text_mask=valid, backend=name)
+    elsewhere = (x.to("cuda:1") for x in qkv)
+    got = rectified_attention(*elsewhere, layout, config, text_mask=valid.to("cuda:1"), backend=name)
+    assert torch.cuda.current_device() == 0
+    assert got.device == torch.device("cuda:1")
+    assert torch.equal(got.to("cuda:0"), want)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from cases import MODES, STRIDED, video_like
+from cases import MODES, STRIDED, seen, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends.call import Call
 from rectified_spaattn.backends.triton import why_not
@@ -205,6 +205,14 @@ def test_a_query_block_without_any_key_is_not_a_number():
     assert out.isnan().sum() == layout.block_size * out.shape[-1]
 
 
+def test_row_needs_no_critical_block():
+    layout, qkv, _ = inputs(*CASES[3])
+    block_mask = torch.zeros(2, 2, layout.num_blocks, layout.num_blocks, dtype=torch.bool, device=DEVICE)
+    given = {"block_mask": block_mask, "config": SparseConfig(rectify="row")}
+    out, want = (rectified_attention(*qkv, layout, **given, backend=name) for name in ("triton", "reference"))
+    torch.testing.assert_close(out.double(), want, rtol=2e-3, atol=2e-3)
+
+
 def error_of(out, want):
     return (out.double() - want).abs().max().item()
 
@@ -214,8 +222,7 @@ def error_of(out, want):
 @pytest.mark.parametrize("case", CASES)
 def test_error_is_at_most_twice_that_of_sdpa(case, mode, dtype):
     layout, qkv, valid = inputs(*case, dtype)
-    tail = torch.ones(2, layout.video, dtype=torch.bool, device=DEVICE)
-    sees = torch.cat([valid, tail] if layout.text_first else [tail, valid], 1)[:, None, None]
+    sees = seen(layout, valid)
     heads_first = [x.transpose(1, 2) for x in qkv]
     exact = scaled_dot_product_attention(*(x.double() for x in heads_first), attn_mask=sees)
     sdpa_error = error_of(scaled_dot_product_attention(*heads_first, attn_mask=sees), exact) / exact.abs().max().item()
@@ -233,8 +240,8 @@ def test_error_is_at_most_twice_that_of_sdpa(case, mode, dtype):
 def test_all_blocks_kept_is_full_attention():
     layout, qkv, valid = inputs(*RAGGED)
     out = rectified_attention(*qkv, layout, SparseConfig(sparsity=0.0), text_mask=valid, backend="triton")
-    sees = torch.cat([valid, valid.new_ones(2, layout.video)], 1)[:, None, None]
-    want = scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in qkv), attn_mask=sees).transpose(1, 2)
+    exact = (x.double().transpose(1, 2) for x in qkv)
+    want = scaled_dot_product_attention(*exact, attn_mask=seen(layout, valid)).transpose(1, 2)
     assert error_of(out, want) < 1e-3
 
 

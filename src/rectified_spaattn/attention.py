@@ -22,8 +22,9 @@ class SparseStats:
     compensated  bool [B, H, nb, nb], the dropped blocks that got their pooled contribution back
     probability  [B, H, nb, nb + 1], the estimated full attention; the last column is all isolated tokens
     r            [B, H, nb], the full-attention mass that was not compensated
-    density      computed query-key pairs over all pairs of queries and valid keys, isolated ones counted; reading it
-                 waits for the device, reading `device_density`, the same as a scalar tensor, does not
+    density      computed query-key pairs over all pairs of queries and valid keys, isolated ones counted, "row"'s
+                 pooled keys not; reading it waits for the device, reading `device_density`, the same as a scalar
+                 tensor, does not
     backend      name
     """
 

@@ -44,7 +44,8 @@ def attention(
     valid = text_mask if text_mask is not None else q.new_ones(q.shape[0], text, dtype=torch.bool)
     if block_mask is not None:
         block_mask = block_mask.contiguous()
-    with torch.autocast(q.device.type, enabled=False):  # the stages choose their dtypes themselves
+    # the stages choose their dtypes themselves; kernels are launched on the current GPU, which need not be q's
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         out, plan = BACKENDS[backend].run(q, k, v, layout, config, valid, scale, block_mask)
     # an op may not return one of its inputs
     critical = plan.block_mask.clone() if plan.block_mask is block_mask else plan.block_mask

@@ -24,7 +24,8 @@ def run(
 ) -> tuple[torch.Tensor, Plan]:
     """q, k, v: [B, S, H, D]; text_valid: bool [B, text]; block_mask: bool [B, H, nb, nb] or None.
 
-    Returns out [B, S, H, D] and the plan, without waiting for the device. A query block left without any key gives NaN.
+    Returns out [B, S, H, D] and the plan, without waiting for the device. A query block left without any key gives NaN
+    ("row" leaves none without: a dropped block is a key).
     """
     from ..kernels.attend import attend
     from ..kernels.fa4 import listed_blocks

@@ -1,5 +1,7 @@
 """Stage 6 with PyTorch alone: gather the kept keys of a few query blocks at a time and call SDPA on them."""
 
+import math
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -25,7 +27,8 @@ def run(
 ) -> tuple[torch.Tensor, Plan]:
     """q, k, v: [B, S, H, D]; text_valid: bool [B, text]; block_mask: bool [B, H, nb, nb] or None.
 
-    Returns out [B, S, H, D] and the plan. Raises ValueError where a query block is left without any key.
+    Returns out [B, S, H, D] and the plan. Raises ValueError where a query block is left without any key ("row" leaves
+    none without: a dropped block is a key).
     """
     layout = layout.on(q.device)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -69,8 +72,9 @@ def _run_sample(
     k_alone = k.index_select(0, layout.isolated).transpose(0, 1)
     tiled = (q_tiled[None], k_all[None, :, :num_blocks], v_all[None, :, :num_blocks])
     plan = make_plan(*tiled, k_alone[None], valid[None], layout, config, scale, block_mask)
-    _require_keys(plan.block_mask, len(alone))
-    if plan.tail is not None:
+    if plan.tail is None:
+        _require_keys(plan.block_mask, len(alone))
+    else:
         first = num_blocks * block_size + len(alone)
         for x, means in ((k_all, plan.tail.k), (v_all, plan.tail.v)):
             x.view(heads, -1, head_dim)[:, first : first + num_blocks] = means[0]
@@ -122,6 +126,8 @@ def _attend(
     counts = torch.bincount(rows, minlength=heads * num_blocks)
     starts = counts.cumsum(0) - counts
     tail = torch.arange(num_blocks, stored, device=q.device)
+    # a softmax ignores what all logits share: without log b, half precision holds what is left of the biases
+    level = torch.tensor(math.log(block_size)).to(q.dtype).item()
     budget = _CHUNK_BYTES_CPU if q.device.type == "cpu" else _CHUNK_BYTES
     order = counts.argsort(stable=True)
     for count, rows_of_count in zip(*(x.tolist() for x in counts.unique(return_counts=True)), strict=True):
@@ -141,8 +147,8 @@ def _attend(
                 sparse = scaled_dot_product_attention(q[row, None], k_kept, v_kept, scale=scale)[:, 0]
                 torch.addcmul(c[row], sparse, r[row], out=here)
             else:
-                bias = q.new_zeros(len(row), 1, 1, length)
-                bias[..., exact:] = plan.tail.bias[0].flatten(0, 1)[row, None, None]
+                bias = q.new_full((len(row), 1, 1, length), -level)
+                bias[..., exact:] = plan.tail.bias[0].flatten(0, 1)[row, None, None] - level
                 here.copy_(
                     scaled_dot_product_attention(q[row, None], k_kept, v_kept, attn_mask=bias, scale=scale)[:, 0]
                 )

@@ -1,6 +1,6 @@
 """Dense attention to compare with. Every baseline takes and gives [B, S, H, D]."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -85,3 +85,8 @@ BASELINES: dict[str, Baseline] = {
     "fa4": Baseline(_fa4, _fa4_why_not),
     "sdpa": Baseline(sdpa, lambda case: None),
 }
+
+
+def compared_with(timed: Sequence[str]) -> str:
+    """The baseline that speed-ups are over: cuDNN's attention or PyTorch's choice, else the first that was timed."""
+    return next((name for name in ("cudnn", "sdpa") if name in timed), timed[0])

@@ -18,14 +18,13 @@ from .model_check import check_first_runs, check_model
 from .model_rows import Key, Times, forward_rows, schedule_rows
 from .models import MODELS, SIZES, Model
 from .modes import REMOVED, Mode, enable
-from .op import DTYPES, Watch, check_names
+from .op import DTYPES, Watch, check_names, device_for
 from .record import ForwardRow, ScheduleRow
 from .schedule import Schedule, schedule
 from .shapes import Case
-from .timing import Timed, durations
+from .timing import Timed, durations, ignoring_set
 from .weights import build, compile_blocks, inputs_for, output, shallow_copy
 
-_CPU = torch.device("cpu")
 _PAPER_SPARSITY, _HIGH_SPARSITY = 0.797, 0.8895
 _UNASKED = {"cuda": ("cudnn", "fa4"), "cpu": ("sdpa",)}  # baselines timed where none is named
 _FEWEST_REPEATS = 2
@@ -104,10 +103,7 @@ class ModelSettings:
 
     def where(self) -> torch.device:
         """Raises BenchError where a GPU is asked for and there is none."""
-        found = torch.cuda.is_available()
-        if self.device == "cuda" and not found:
-            raise BenchError("device: got 'cuda', but torch finds no CUDA GPU here. Use cpu and --size tiny.")
-        return torch.device("cuda", torch.cuda.current_device()) if found and self.device != "cpu" else _CPU
+        return device_for(self.device, "Use cpu and --size tiny.")
 
 
 class MeasuredModel(NamedTuple):
@@ -226,10 +222,6 @@ class _Forward:
 def _time(
     forwards: dict[Key, _Forward], inputs: dict[str, Any], repeats: int, device: torch.device, watch: Any
 ) -> Times:
-    calls = {str(key): Timed(_ignoring_set(forward, inputs), repeats) for key, forward in forwards.items()}
+    calls = {str(key): Timed(ignoring_set(partial(forward, inputs)), repeats) for key, forward in forwards.items()}
     seconds = durations(calls, 1, device, watch, warm_up=0)
     return {key: seconds[str(key)] for key in forwards}
-
-
-def _ignoring_set(forward: _Forward, inputs: dict[str, Any]) -> Any:
-    return lambda _: forward(inputs)

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .check import BenchError, Checked
+from .check import BenchError, Checked, require
 from .model_rows import Key
 from .models import Model
 from .modes import REMOVED, Mode, enable
@@ -66,13 +66,3 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Euclidean norm of the difference over that of `want`; NaN where a value is not finite."""
     got, want = got.float(), want.float()
     return float((got - want).norm() / want.norm())
-
-
-def require(checked: Checked) -> Checked:
-    """Raises BenchError where the error is above what is allowed, or not a number."""
-    if not checked.error <= checked.allowed:
-        raise BenchError(
-            f"{checked.name}, {checked.what}: got a relative error of {checked.error:.3g}; allowed: "
-            f"{checked.allowed:.3g}. Nothing was timed."
-        )
-    return checked

@@ -7,14 +7,13 @@ from statistics import median
 from typing import NamedTuple
 
 from ..config import preset
+from .baselines import compared_with
 from .models import Model
 from .modes import Mode
 from .record import ForwardRow, ScheduleRow
 from .schedule import Line, Schedule, line, mixed_forward, most_computed
 from .shapes import Case
 from .timing import summary
-
-_COMPARED_WITH = ("cudnn", "sdpa")  # speed-ups are over the first of these that was timed
 
 
 class Key(NamedTuple):
@@ -45,7 +44,7 @@ def forward_rows(
         for kind in kinds
     }
     names = [mode.name for mode, _ in kinds if mode.kind == "dense"]
-    against = next((name for name in _COMPARED_WITH if name in names), names[0])
+    against = compared_with(names)
     dense = median(scaled[Mode("dense", against), "eager"])
 
     rows = []

@@ -10,16 +10,15 @@ import torch
 from ..attention import rectified_attention
 from ..backends import BACKENDS, Call
 from ..config import Rectify
-from .baselines import BASELINES
+from .baselines import BASELINES, compared_with
 from .check import BenchError, Checked, check_dense, check_sample, check_small, config_at
 from .record import Row, StageRow
 from .shapes import SHAPES, Case
-from .timing import Timed, Timing, extra_memory, input_sets, interleaved
+from .timing import Timed, Timing, extra_memory, ignoring_set, input_sets, interleaved
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SLOW_ON_GPUS = ("torch",)  # a third of the repeats
 _FEWEST_REPEATS = 3
-_COMPARED_WITH = ("cudnn", "sdpa")  # ratios are to the first of these that is timed
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Watch = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
@@ -63,14 +62,8 @@ class OpSettings:
 
     def cases(self) -> list[Case]:
         """Raises BenchError where a GPU is asked for and there is none."""
-        found = torch.cuda.is_available()
-        if self.device == "cuda" and not found:
-            raise BenchError("device: got 'cuda', but torch finds no CUDA GPU here. Use cpu and a small shape.")
-        device = torch.device("cuda", torch.cuda.current_device()) if found and self.device != "cpu" else "cpu"
-        return [
-            Case(SHAPES[name], self.block_size, DTYPES[self.dtype], torch.device(device), self.rectify)
-            for name in self.shapes
-        ]
+        device = device_for(self.device, "Use cpu and a small shape.")
+        return [Case(SHAPES[name], self.block_size, DTYPES[self.dtype], device, self.rectify) for name in self.shapes]
 
 
 class Measured(NamedTuple):
@@ -124,7 +117,7 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> Measured:
         stages = _time_stages(case, settings, sparse, sets[0], times, watch)
 
     common = _common(case)
-    against = next((name for name in _COMPARED_WITH if name in baselines), baselines[0])
+    against = compared_with(baselines)
     row = partial(_row, common, len(sets), against, times[against])
     rows = [row("dense", name, None, 1.0, times[name], extra[name]) for name in baselines]
     rows += [
@@ -208,12 +201,12 @@ def _time_stages(
     text_valid = torch.ones(1, case.shape.text, dtype=torch.bool, device=case.device)
     rows = []
     for each in sparse:
-        offered: Any = getattr(BACKENDS[each.backend], "stages", None)
+        offered = BACKENDS[each.backend].stages
         if offered is None:
             continue
         scale = case.shape.head_dim**-0.5
         stages = offered(*qkv, layout, config_at(each.sparsity, case.rectify), text_valid, scale)
-        calls = {stage: Timed(_ignoring_set(run), settings.repeats) for stage, run in stages.items()}
+        calls = {stage: Timed(ignoring_set(run), settings.repeats) for stage, run in stages.items()}
         tell = partial(watch, f"{case.shape.name}: stages of {each.backend}")
         times = interleaved(calls, 1, case.device, tell)
         total = sum(timing.median for timing in times.values())
@@ -231,10 +224,6 @@ def _time_stages(
             for stage, timing in times.items()
         ]
     return rows
-
-
-def _ignoring_set(run: Callable[[], object]) -> Callable[[int], object]:
-    return lambda _: run()
 
 
 def _milliseconds(timing: Timing) -> dict[str, Any]:
@@ -295,3 +284,11 @@ def check_names(what: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> 
             raise ValueError(f"{what}: got {name!r}; allowed: one of {list(allowed)}.")
     if len(set(names)) != len(names):
         raise ValueError(f"{what}: got {list(names)}; allowed: names that differ.")
+
+
+def device_for(asked: str, instead: str) -> torch.device:
+    """The device of "auto", "cpu" or "cuda". Raises BenchError where a GPU is asked for and there is none."""
+    found = torch.cuda.is_available()
+    if asked == "cuda" and not found:
+        raise BenchError(f"device: got 'cuda', but torch finds no CUDA GPU here. {instead}")
+    return torch.device("cuda", torch.cuda.current_device()) if found and asked != "cpu" else torch.device("cpu")

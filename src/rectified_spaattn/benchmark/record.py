@@ -1,7 +1,6 @@
 """What a run leaves behind: rows, the machine they come from, and CSV files of both."""
 
 import csv
-import importlib.metadata
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
+from ..backends.call import installed_version, triton_version
 from ..evaluation.record import device_name
 
 
@@ -182,8 +182,8 @@ def machine(device: torch.device, command: str) -> Machine:
     return Machine(
         device=device_name(device),
         torch=torch.__version__,
-        triton=_version("triton"),
-        flash_attn_4=_version("flash-attn-4"),
+        triton=triton_version() or "",
+        flash_attn_4=installed_version("flash-attn-4") or "",
         commit=_commit(Path(__file__).parent),
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -232,11 +232,6 @@ def _value(text: str, hint: Any) -> Any:
     if text == "" and hint in (int | None, float | None):
         return None
     return int(text) if hint in (int, int | None) else float(text)
-
-
-def _version(distribution: str) -> str:
-    found = next(iter(importlib.metadata.distributions(name=distribution)), None)
-    return "" if found is None else found.version
 
 
 def _commit(folder: Path) -> str:

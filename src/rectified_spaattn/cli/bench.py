@@ -118,7 +118,7 @@ def _run(settings: OpSettings, csv_dir: Path | None, plot: Path | None, named: b
         print_wide(console, speed_table(measured.rows, made_on))
         for row in measured.rows:
             if row.not_run:
-                print_wide(console, f"not run: {row.name}: {row.not_run}")
+                print_wide(console, f"not run: {row.kind} {row.name}: {row.not_run}")
         for table in stage_tables(measured.stages):
             print_wide(console, table)
         rows, stages = rows + measured.rows, stages + measured.stages

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,6 +94,23 @@ def capture_attention(
     Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, RuntimeError where
     the model is enabled already or the step never ran.
     """
+    calls: list[AttentionCall] = []
+    recorder = partial(_Recorder, wanted=step, device=torch.device(device), calls=calls)
+    with attending(pipe, SparseConfig(block_size=16), recorder, layers), suppress(EndRun):
+        yield calls
+    if not calls:
+        raise RuntimeError(f"capture_attention: step {step} never ran inside; allowed: a step of the run, from 0.")
+
+
+@contextmanager
+def attending(
+    pipe: Any, config: SparseConfig, make: Callable[..., LayerState], layers: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Inside, self-attention of the pipeline's transformer is that of layers of the caller's own.
+
+    make(index=, name=, owner=, dense_backend=) gives a layer; config: what its layout is built from; layers: indices,
+    None for all. On exit every processor is back. Raises TypeError, ValueError and RuntimeError as capture_attention.
+    """
     model = pipe.transformer
     adapter = adapter_for(model)
     attentions: list[tuple[str, Any]] = adapter.attentions(model)
@@ -101,12 +119,9 @@ def capture_attention(
     if beyond:
         raise ValueError(f"layers: got {beyond}; allowed: 0 to {len(attentions) - 1}.")
     if any(hasattr(module.processor, "rectified_layer") for _, module in attentions):
-        raise RuntimeError("capture_attention: the model is enabled; call disable() of its handle first.")
+        raise RuntimeError("attention of this pipeline: the model is enabled; call disable() of its handle first.")
 
-    state = TransformerState(
-        config=SparseConfig(block_size=16), backend="auto", clock=RunClock(pipe), text_first=adapter.text_first
-    )
-    calls: list[AttentionCall] = []
+    state = TransformerState(config=config, backend="auto", clock=RunClock(pipe), text_first=adapter.text_first)
     originals = []
     signature = inspect.signature(type(model).forward)
 
@@ -119,25 +134,14 @@ def capture_attention(
         for index in chosen:
             name, module = attentions[index]
             check_processor(module.processor, name)
-            recorder = _Recorder(
-                index=index,
-                name=name,
-                owner=state,
-                dense_backend=dense_backend(module.processor),
-                wanted=step,
-                device=torch.device(device),
-                calls=calls,
-            )
+            layer = make(index=index, name=name, owner=state, dense_backend=dense_backend(module.processor))
             originals.append((module, module.processor))
-            module.set_processor(wrap(module.processor, recorder))
-        with suppress(EndRun):
-            yield calls
+            module.set_processor(wrap(module.processor, layer))
+        yield
     finally:
         hook.remove()
         for module, processor in originals:
             module.set_processor(processor)
-    if not calls:
-        raise RuntimeError(f"capture_attention: step {step} never ran inside; allowed: a step of the run, from 0.")
 
 
 def end_after(step: int) -> Callable[..., dict[str, Any]]:

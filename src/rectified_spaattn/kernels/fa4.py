@@ -29,9 +29,3 @@ def listed_blocks(tiled: Tiled, lists: BlockLists, scale: float) -> Partial:
         return_lse=True,
     )[:2]
     return Partial(out.transpose(1, 2), lse)
-
-
-def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Full attention by FlashAttention-4. q, k, v, out: [B, S, H, D]."""
-    out = flash_attn_func(q, k, v)
-    return out[0] if isinstance(out, tuple) else out

@@ -147,7 +147,8 @@ def _tile(
         wanted &= tl.load(bias_ptr + batch * tail_rows + tail * BLOCK + i) == 0
         to_ptr = tail_ptr + (head * tail_rows + tail * BLOCK) * HEAD_DIM
     # [BLOCK, HEAD_DIM]
-    x = tl.load(from_ptr + place[:, None] * stride_s + d[None, :] * stride_d, mask=wanted[:, None], other=0.0)
+    at = place[:, None] * stride_s + d[None, :].to(tl.int64) * stride_d
+    x = tl.load(from_ptr + at, mask=wanted[:, None], other=0.0)
     tl.store(to_ptr + i[:, None] * HEAD_DIM + d[None, :], x)
     if tail < 0:
         # [HEAD_DIM]

@@ -1,0 +1,51 @@
+"""The dense-matrix variants of the tail study against the reference backend, where both know the mode."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from cases import video_like
+from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
+from rectified_spaattn.demo.pipeline import load_demo_pipeline
+from rectified_spaattn.demo.prompts import PROMPTS
+from rectified_spaattn.evaluation.capture import attending
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from tail_variants import VARIANTS, Layer, attend
+
+MODES = {"none": "none", "ipar": "ipar", "ipar+gapr": "ipar+gapr", "row + s2, cap 2": "row"}
+
+
+@pytest.mark.parametrize("variant", MODES)
+def test_a_variant_is_the_reference_backend_in_that_mode(variant: str) -> None:
+    layout = TokenLayout.build((3, 5, 7), text=9, block_size=16)  # 6 blocks and 9 leftover tokens
+    q, k, v = (x.double() for x in video_like(5, 2, layout.sequence, 2, 8))
+    valid = torch.arange(9) < torch.tensor([9, 4])[:, None]
+    config = SparseConfig(sparsity=0.6, rectify=MODES[variant], neighbours=False, top_p=0.0)
+    want = rectified_attention(q, k, v, layout, config, text_mask=valid, backend="reference")
+    torch.testing.assert_close(attend(VARIANTS[variant], q, k, v, layout, valid, 0.6), want, rtol=0, atol=1e-10)
+
+
+def test_clips_made_with_every_block_kept_are_those_of_the_untouched_pipeline() -> None:
+    pipe = load_demo_pipeline("cpu")
+    pipe.set_progress_bar_config(disable=True)
+
+    def clip() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        with torch.inference_mode():
+            return pipe(PROMPTS[0], 16, 24, 4, num_inference_steps=2, generator=generator).frames
+
+    steps = set()
+
+    def run(layer, step, q, k, v, layout, valid):
+        steps.add((layer, step))
+        return attend(VARIANTS["none"], q, k, v, layout, valid, 0.0)
+
+    untouched = clip()
+    with attending(pipe, SparseConfig(block_size=16), partial(Layer, run=run)):
+        torch.testing.assert_close(clip(), untouched, rtol=0, atol=1e-4)
+    assert steps == {(layer, step) for layer in range(6) for step in range(2)}
+    assert torch.equal(clip(), untouched)
