@@ -204,11 +204,7 @@ def by_pair(rows: list[Row], sparsity: float, rectify: str) -> dict[tuple[str, i
 
 def cell(values: list[float], digits: int, sign: str = "") -> str:
     found: Interval = bootstrap(values)
-    if math.isnan(found.mean):
-        return ""
-    if math.isnan(found.low):
-        return f"{found.mean:{sign}.{digits}f}"
-    return f"{found.mean:{sign}.{digits}f} [{found.low:{sign}.{digits}f}, {found.high:{sign}.{digits}f}]"
+    return "" if math.isnan(found.mean) else found.text(digits, sign)
 
 
 def show(rows: list[Row], made_on: Machine) -> None:

@@ -9,7 +9,6 @@ interval over the prompts].
 """
 
 import itertools
-import math
 import shlex
 import sys
 from collections import defaultdict
@@ -190,10 +189,7 @@ def show(rows: list[Row], made_on: Machine) -> None:
 
 
 def interval(values: list[float], sign: str = "") -> str:
-    found = bootstrap(values)
-    if math.isnan(found.low):
-        return f"{found.mean:{sign}.3f}"
-    return f"{found.mean:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+    return bootstrap(values).text(3, sign)
 
 
 def main(

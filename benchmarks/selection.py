@@ -92,8 +92,7 @@ def show(rows: list[Row], made_on: Machine) -> None:
 
 def cell(values: list[float], sign: str = "") -> str:
     """Mean [95% interval]."""
-    found = bootstrap(values)
-    return f"{found.mean:{sign}.3f} [{found.low:{sign}.3f}, {found.high:{sign}.3f}]"
+    return bootstrap(values).text(3, sign)
 
 
 def main(

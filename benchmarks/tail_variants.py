@@ -8,9 +8,10 @@ attention led to, and PSNR and SSIM of whole clips made with the variant, means 
 Nothing here is fast: it computes full attention and throws parts away.
 """
 
-import csv
 import itertools
 import math
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ import torch
 import typer
 
 from rectified_spaattn import SparseConfig, TokenLayout
+from rectified_spaattn.benchmark.record import machine, write_csv
 from rectified_spaattn.demo.pipeline import load_demo_pipeline
 from rectified_spaattn.demo.prompts import PROMPTS
 from rectified_spaattn.evaluation.capture import attending
@@ -126,7 +128,7 @@ def attend(
     part = torch.cat([weight[..., : nb * b] * by_row.repeat_interleave(b, 3), weight[..., nb * b :]], -1)
     out, total = part @ v, part.sum(-1, keepdim=True)
     if variant.tail == "none":
-        return _back(out / total, alone, layout, order)
+        return _back(out / total, alone, order)
     dropped = ~kept
     if variant.gate == "gapr":
         dropped = gain(pooled, kept, "ipar+gapr")
@@ -137,7 +139,7 @@ def attend(
         p = torch.cat([estimated, isolated], -1).softmax(-1)[..., :nb] * dropped
         r, c = 1 - p.sum(-1), p @ pooled.v
         out = (out / total).unflatten(2, (nb, b)) * r[..., None, None] + c[..., None, :]
-        return _back(out.flatten(2, 3), alone, layout, order)
+        return _back(out.flatten(2, 3), alone, order)
 
     n = variant.pools
     k_tail, v_tail = (x.unflatten(3, (n, b // n)).mean(4).flatten(2, 3) for x in (kb, vb))  # [B, H, nb * n, D]
@@ -165,13 +167,13 @@ def attend(
         else:
             h = torch.einsum("zhnpbd,zhnpbe->zhde", around_k, around_v) / (nb * b)
             out = out + variant.first * scale * share * (q @ h)
-    return _back(out / (total + share), alone, layout, order)
+    return _back(out / (total + share), alone, order)
 
 
-def _back(tiled: torch.Tensor, alone: torch.Tensor, layout: TokenLayout, order: torch.Tensor) -> torch.Tensor:
-    out = torch.empty_like(torch.cat([tiled, alone], 2)).transpose(1, 2)
-    out[:, order] = torch.cat([tiled, alone], 2).transpose(1, 2)
-    return out
+def _back(tiled: torch.Tensor, alone: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """[B, H, tokens, D] of both kinds -> [B, S, H, D] in the model's order."""
+    ordered = torch.cat([tiled, alone], 2).transpose(1, 2)
+    return torch.empty_like(ordered).index_copy_(1, order, ordered)
 
 
 @dataclass(kw_only=True)
@@ -186,6 +188,21 @@ class Layer(LayerState):
         if valid is None:
             valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
         return self.run(self.index, self.owner.step, q, k, v, layout, valid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One variant at one sparsity: means over layers, steps and prompts; clips' columns are None without clips."""
+
+    sparsity: float
+    variant: str
+    block_size: int
+    order: str
+    error: float
+    psnr: float | None = None
+    ssim: float | None = None
+    psnr_half_width: float | None = None
+    ssim_half_width: float | None = None
 
 
 def half_width(values: list[float]) -> float:
@@ -228,33 +245,26 @@ def main(
         return exact
 
     full = clips(watch)
-    rows = []
+    rows: list[Row] = []
+    made_on = machine(pipe.device, shlex.join(["python", *sys.argv]))
     print("| sparsity | variant | error | by layer | PSNR, dB | SSIM |\n|---|---|---|---|---|---|")
     for sparse, (name, variant) in itertools.product(sparsities, chosen.items()):
-        layers = [fmean(errors[name, sparse, layer]) for layer in range(6)]
-        row = {"sparsity": sparse, "variant": name, "block_size": block_size, "order": order, "error": fmean(layers)}
-        told = ""
+        layers = [fmean(values) for place, values in sorted(errors.items()) if place[:2] == (name, sparse)]
+        quality: dict[str, float] = {}
+        told = " | "
         if not calls_only:
             video = clips(
                 lambda _, __, q, k, v, layout, valid, s=sparse, w=variant: attend(w, q, k, v, layout, valid, s)
             )
-            quality = [psnr(a[None], b[None]).item() for a, b in zip(video, full, strict=True)]
-            alike = [ssim(a[None], b[None]).item() for a, b in zip(video, full, strict=True)]
-            row |= {"psnr": fmean(quality), "ssim": fmean(alike)}
-            row |= {"psnr_half_width": half_width(quality), "ssim_half_width": half_width(alike)}
-            told = (
-                f"{row['psnr']:.3f} ± {row['psnr_half_width']:.3f} | {row['ssim']:.3f} ± {row['ssim_half_width']:.3f}"
-            )
+            for score in (psnr, ssim):
+                values = [score(a[None], b[None]).item() for a, b in zip(video, full, strict=True)]
+                quality |= {score.__name__: fmean(values), f"{score.__name__}_half_width": half_width(values)}
+            told = " | ".join(f"{quality[each]:.3f} ± {quality[f'{each}_half_width']:.3f}" for each in ("psnr", "ssim"))
+        row = Row(sparsity=sparse, variant=name, block_size=block_size, order=order, error=fmean(layers), **quality)
         rows.append(row)
-        print(
-            f"| {sparse:g} | {name} | {row['error']:.3f} | {' '.join(f'{x:.3f}' for x in layers)} | {told} |",
-            flush=True,
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / f"tail-{order}-{block_size}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        by_layer = " ".join(f"{each:.3f}" for each in layers)
+        print(f"| {sparse:g} | {name} | {row.error:.3f} | {by_layer} | {told} |", flush=True)
+        write_csv(out / f"tail-{order}-{block_size}.csv", rows, made_on)  # a stopped run leaves what it measured
 
 
 if __name__ == "__main__":

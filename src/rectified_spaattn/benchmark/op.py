@@ -10,6 +10,7 @@ import torch
 from ..attention import rectified_attention
 from ..backends import BACKENDS, Call
 from ..config import Rectify
+from ..device import device_of
 from .baselines import BASELINES, compared_with
 from .check import BenchError, Checked, check_dense, check_sample, check_small, config_at
 from .record import Row, StageRow
@@ -288,7 +289,7 @@ def check_names(what: str, names: tuple[str, ...], allowed: tuple[str, ...]) -> 
 
 def device_for(asked: str, instead: str) -> torch.device:
     """The device of "auto", "cpu" or "cuda". Raises BenchError where a GPU is asked for and there is none."""
-    found = torch.cuda.is_available()
-    if asked == "cuda" and not found:
-        raise BenchError(f"device: got 'cuda', but torch finds no CUDA GPU here. {instead}")
-    return torch.device("cuda", torch.cuda.current_device()) if found and asked != "cpu" else torch.device("cpu")
+    try:
+        return device_of(asked)
+    except ValueError as error:
+        raise BenchError(f"{error} {instead}") from error

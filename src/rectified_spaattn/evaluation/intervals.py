@@ -1,5 +1,6 @@
 """95% confidence intervals of means over prompt-seed pairs: bootstrap over the pairs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,12 @@ class Interval:
     mean: float
     low: float
     high: float
+
+    def text(self, digits: int, sign: str = "") -> str:
+        """ "mean [low, high]", the mean alone where there is no interval. sign: "+" writes it out."""
+        form = f"{sign}.{digits}f"
+        ends = "" if math.isnan(self.low) else f" [{self.low:{form}}, {self.high:{form}}]"
+        return f"{self.mean:{form}}{ends}"
 
 
 def bootstrap(values: Sequence[float], resamples: int = RESAMPLES) -> Interval:

@@ -108,9 +108,7 @@ def interval(value: Interval, score: str) -> str:
     """A mean and its interval, with the digits that the score deserves; an infinite PSNR in words."""
     if math.isinf(value.mean):
         return "identical" if math.isinf(value.low) else "some identical"
-    digits = 2 if score == "psnr" else 4
-    ends = "" if math.isnan(value.low) else f" [{value.low:.{digits}f}, {value.high:.{digits}f}]"
-    return f"{value.mean:.{digits}f}{ends}"
+    return value.text(2 if score == "psnr" else 4)
 
 
 def _draw(axis: Axes, name: str, summaries: Sequence[ModeSummary]) -> None:
