@@ -8,7 +8,7 @@ import torch
 
 from . import ops
 from .backends import Call, choose
-from .config import SparseConfig
+from .config import SparseConfig, check_has_places
 from .layout import TokenLayout
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -26,6 +26,8 @@ class SparseStats:
                  pooled keys not; reading it waits for the device, reading `device_density`, the same as a scalar
                  tensor, does not
     backend      name
+    token_order  int64 [B, H, nb * b], places in the sequence of the tiled tokens, block after block, where every head has
+                 an order of its own (order "content"); None where `layout.tiled` holds for all
     """
 
     block_mask: torch.Tensor
@@ -34,6 +36,7 @@ class SparseStats:
     r: torch.Tensor
     device_density: torch.Tensor
     backend: str
+    token_order: torch.Tensor | None = None
 
     @property
     def density(self) -> float:
@@ -99,13 +102,14 @@ def rectified_attention(
     """
     config = SparseConfig() if config is None else config
     _check_types(layout, config)
+    check_has_places(layout.curve, config.neighbours, config.first_frame)
     _check_tensors(q, k, v, layout, backend)
     _check_mask("text_mask", text_mask, (q.shape[0], layout.text), q)
     square = (q.shape[0], q.shape[2], layout.num_blocks, layout.num_blocks)
     _check_mask("block_mask", block_mask, square, q)
     scale = q.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
     backend = choose(backend, Call(q.device, q.dtype, q.shape[-1], layout.block_size, layout.num_blocks))
-    out, critical, compensated, probability, r = ops.attention(
+    out, critical, compensated, probability, r, token_order = ops.attention(
         q,
         k,
         v,
@@ -133,6 +137,7 @@ def rectified_attention(
         r=r,
         device_density=density(critical, layout, text_mask),
         backend=backend,
+        token_order=token_order if layout.by_content else None,
     )
 
 

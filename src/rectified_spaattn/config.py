@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .curve import ORDERS
+from .curve import CONTENT, ORDERS
 
 Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row"]
 RECTIFY_MODES: tuple[str, ...] = get_args(Rectify)
@@ -24,7 +24,8 @@ class SparseConfig:
                    only where the gain beats the pooling error (the paper); "row": every dropped block joins the softmax
                    of every query as one pooled key, its mass corrected for how the block's keys spread
     block_size     tokens a block, a multiple of 16
-    order          "gilbert", "tile" or "raster": how video tokens are laid out before they are cut into blocks
+    order          "gilbert", "tile" or "raster": how video tokens are laid out before they are cut into blocks; "content":
+                   sorted in every call and head, so that a block holds tokens that attend alike
     neighbours     blocks that touch in 3-D always see each other
     first_frame    blocks that hold tokens of frame 0 always see each other
     dense_steps    full attention in the first denoising steps: a count, or a fraction of all steps below 1
@@ -52,6 +53,7 @@ class SparseConfig:
         check_choice("rectify", self.rectify, RECTIFY_MODES)
         check_choice("order", self.order, tuple(ORDERS))
         check_block_size(self.block_size)
+        check_has_places(self.order, self.neighbours, self.first_frame)
         for name in ("neighbours", "first_frame"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True or False.")
@@ -133,6 +135,16 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise TypeError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
     if value not in allowed:
         raise ValueError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
+
+
+def check_has_places(order: str, neighbours: bool, first_frame: bool) -> None:
+    """Raises ValueError where blocks have no place in the video, but something asks for it."""
+    for name, asked in (("neighbours", neighbours), ("first_frame", first_frame)):
+        if order == CONTENT and asked:
+            raise ValueError(
+                f"{name}: got {asked!r} with order={CONTENT!r}; allowed: False, as blocks that are sorted by content lie "
+                f"nowhere in the video. Pass {name}=False, or an order in space."
+            )
 
 
 def check_block_size(block_size: int) -> None:

@@ -46,7 +46,14 @@ def gilbert(grid: Vector, block_size: int) -> list[int]:
     return [x * h * w + y * w + z for x, y, z in _walk((0, 0, 0), axes[0], axes[1], axes[2])]
 
 
-ORDERS: dict[str, Callable[[Vector, int], list[int]]] = {"gilbert": gilbert, "tile": tile, "raster": raster}
+# "content" starts from the curve; every call then sorts what it tiles (method/arrange.py)
+CONTENT = "content"
+ORDERS: dict[str, Callable[[Vector, int], list[int]]] = {
+    "gilbert": gilbert,
+    "tile": tile,
+    "raster": raster,
+    CONTENT: gilbert,
+}
 
 
 def _box_shape(grid: Vector, block_size: int) -> Vector | None:

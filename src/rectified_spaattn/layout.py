@@ -7,7 +7,7 @@ from itertools import product
 import torch
 
 from .config import check_block_size
-from .curve import ORDERS
+from .curve import CONTENT, ORDERS
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +74,11 @@ class TokenLayout:
     @property
     def num_blocks(self) -> int:
         return self.inverse.numel() // self.block_size
+
+    @property
+    def by_content(self) -> bool:
+        """Whether a call sorts its tiled tokens, head by head; `tiled` then says which they are, not where."""
+        return self.curve == CONTENT
 
     @property
     def video(self) -> int:

@@ -7,7 +7,9 @@ import torch
 
 from .backends import BACKENDS
 from .config import SparseConfig
+from .curve import CONTENT
 from .layout import TokenLayout
+from .method.arrange import content_order
 
 _PLAN_DTYPE = torch.float32
 
@@ -31,8 +33,11 @@ def attention(
     first_frame: bool,
     scale: float,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """out, block_mask, compensated, probability, r, as rectified_attention describes them."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, block_mask, compensated, probability, r, token_order, as rectified_attention describes them.
+
+    token_order is empty where the layout is one for all heads.
+    """
     layout = TokenLayout.build((grid[0], grid[1], grid[2]), text, text_first, block_size, order)
     config = SparseConfig(
         sparsity=sparsity,
@@ -46,10 +51,15 @@ def attention(
         block_mask = block_mask.contiguous()
     # the stages choose their dtypes themselves; kernels are launched on the current GPU, which need not be q's
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
-        out, plan = BACKENDS[backend].run(q, k, v, layout, config, valid, scale, block_mask)
+        token_order = None
+        if layout.by_content:
+            token_order = content_order(q, k, layout.on(q.device).tiled, block_size=block_size, scale=scale)
+        out, plan = BACKENDS[backend].run(q, k, v, layout, config, valid, scale, block_mask, token_order)
     # an op may not return one of its inputs
     critical = plan.block_mask.clone() if plan.block_mask is block_mask else plan.block_mask
-    return out, critical, plan.compensated, plan.probability, plan.r
+    if token_order is None:
+        token_order = layout.tiled.new_empty(0, device=q.device)
+    return out, critical, plan.compensated, plan.probability, plan.r, token_order
 
 
 @attention.register_fake
@@ -71,7 +81,7 @@ def _attention_fake(
     first_frame: bool,
     scale: float,
     backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     exact = torch.float64 if backend == "reference" else None
     nb = grid[0] * grid[1] * grid[2] // block_size
     square = (q.shape[0], q.shape[2], nb, nb)
@@ -81,4 +91,5 @@ def _attention_fake(
         q.new_empty(square, dtype=torch.bool),
         q.new_empty((*square[:3], nb + 1), dtype=exact or _PLAN_DTYPE),
         q.new_empty(square[:3], dtype=exact or _PLAN_DTYPE),
+        q.new_empty((*square[:2], nb * block_size) if order == CONTENT else (0,), dtype=torch.int64),
     )

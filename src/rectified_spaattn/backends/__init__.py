@@ -7,6 +7,7 @@ import torch
 
 from ..config import SparseConfig
 from ..layout import TokenLayout
+from ..method.arrange import arrange, put_back
 from ..method.plan import Plan
 from ..method.reference import reference
 from . import fa4, torch_gather, triton
@@ -21,6 +22,7 @@ Run = Callable[
         SparseConfig,
         torch.Tensor,
         float,
+        torch.Tensor | None,
         torch.Tensor | None,
     ],
     tuple[torch.Tensor, Plan],
@@ -54,11 +56,35 @@ def _run_reference(
     return done.out, Plan(done.block_mask, done.compensated, done.probability, done.r, unused)
 
 
+def _arranging(run: Callable[..., tuple[torch.Tensor, Plan]]) -> Run:
+    """A backend that knows one order for all heads: given another, it runs on copies that are arranged accordingly."""
+
+    def arranged_run(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout,
+        config: SparseConfig,
+        text_valid: torch.Tensor,
+        scale: float,
+        block_mask: torch.Tensor | None,
+        token_order: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Plan]:
+        if token_order is None:
+            return run(q, k, v, layout, config, text_valid, scale, block_mask)
+        tiled = layout.on(q.device).tiled
+        moved = (arrange(x, tiled, token_order) for x in (q, k, v))
+        out, plan = run(*moved, layout, config, text_valid, scale, block_mask)
+        return put_back(out, tiled, token_order), plan
+
+    return arranged_run
+
+
 BACKENDS: dict[str, Backend] = {
     "fa4": Backend(fa4.run, fa4.why_not, fa4.stages),
     "triton": Backend(triton.run, triton.why_not, triton.stages),
-    "torch": Backend(torch_gather.run, torch_gather.why_not),
-    "reference": Backend(_run_reference, lambda call: None),
+    "torch": Backend(_arranging(torch_gather.run), torch_gather.why_not),
+    "reference": Backend(_arranging(_run_reference), lambda call: None),
 }
 # Fastest first. The oracle is never chosen unasked, nor are kernels where they could only be interpreted.
 AUTO_ORDER = {"cuda": ("fa4", "triton", "torch")}

@@ -19,8 +19,10 @@ def run(
     text_valid: torch.Tensor,
     scale: float,
     block_mask: torch.Tensor | None,
+    token_order: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Plan]:
-    """q, k, v: [B, S, H, D]; text_valid: bool [B, text]; block_mask: bool [B, H, nb, nb] or None.
+    """q, k, v: [B, S, H, D]; text_valid: bool [B, text]; block_mask: bool [B, H, nb, nb] or None;
+    token_order: int64 [B, H, nb * b] or None.
 
     Returns out [B, S, H, D] and the plan, without waiting for the device. A query block left without any key gives NaN
     ("row" leaves none without: a dropped block is a key).
@@ -30,7 +32,7 @@ def run(
     from ..kernels.tile import tile
 
     layout = layout.on(q.device)
-    tiled = tile(q, k, v, layout, text_valid, config.rectify)
+    tiled = tile(q, k, v, layout, text_valid, config.rectify, token_order)
     plan, lists = make_plan(tiled, layout, config, scale, block_mask)
     out, _ = attend(tiled, lists, plan, layout, scale)
     return out, plan

@@ -60,9 +60,9 @@ def attend(
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
         _rows_of(tiled.q, tiling.block_m), *(_rows_of(x, tiling.block_n) for x in keys),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, plan.tail and plan.tail.bias,
-        layout.places, plan.r, plan.c,
+        tiled.places, plan.r, plan.c,
         out, lse, *given, *given[0].stride()[:3], *out.stride()[:3],
-        heads, layout.num_blocks, rows, pool[0].shape[2], scale / math.log(2),
+        heads, layout.num_blocks, rows, rows if tiled.places.ndim == 3 else 0, pool[0].shape[2], scale / math.log(2),
         BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim,
         RESUME=partial is not None, ROW=plan.tail is not None, TAIL_STAGES=tiling.tail_stages,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
@@ -133,7 +133,7 @@ def _attend_kernel(
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     partial_sb, partial_sh, partial_ss,
     out_sb, out_ss, out_sh,
-    heads, num_blocks, rows, pool_rows, scale,
+    heads, num_blocks, rows, places_stride, pool_rows, scale,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, RESUME: tl.constexpr,
     ROW: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -185,7 +185,7 @@ def _attend_kernel(
         # [HEAD_DIM]
         c = tl.load(c_ptr + planned * HEAD_DIM + d)
         result = result * tl.load(r_ptr + planned) + c[None, :]
-    place = tl.load(places_ptr + i).to(tl.int64)
+    place = tl.load(places_ptr + head.to(tl.int64) * places_stride + i).to(tl.int64)
     to = out_ptr + batch * out_sb + h * out_sh
     tl.store(to + place[:, None] * out_ss + d[None, :], result.to(q.dtype), mask=place[:, None] >= 0)
     tl.store(lse_ptr + own, (top + tl.log2(total)) * 0.6931471805599453)

@@ -22,6 +22,8 @@ class Tiled(NamedTuple):
     k_pool, v_pool  [B, H, nb up to a multiple of 128, D], for "row": means once more, in the inputs' dtype, then zeros
     tail_bias       float32 [B, rows - nb*b], what to add to an isolated key's logit: 0, or -inf where it is not valid
     tail_end        int32 [B], isolated keys from here on are not valid
+    places          int32 [rows] or, where heads differ, [B, H, rows]: where in the sequence a row of q comes from, -1 for
+                    the zeros
     """
 
     q: torch.Tensor
@@ -32,6 +34,7 @@ class Tiled(NamedTuple):
     pooled: Pooled
     tail_bias: torch.Tensor
     tail_end: torch.Tensor
+    places: torch.Tensor
     k_pool: torch.Tensor | None = None
     v_pool: torch.Tensor | None = None
 
@@ -43,13 +46,16 @@ def tile(
     layout: TokenLayout,
     text_valid: torch.Tensor,
     rectify: Rectify = "ipar+gapr",
+    token_order: torch.Tensor | None = None,
 ) -> Tiled:
     """q, k, v: [B, S, H, D], any strides; layout on their device; text_valid: bool [B, text]. `rectify` says which
-    statistics are wanted.
+    statistics are wanted; token_order: int64 [B, H, nb*b] in place of the layout's order of tiled tokens.
     """
     batch, _, heads, head_dim = q.shape
     b, nb, places = layout.block_size, layout.num_blocks, layout.places
     rows, tiled = places.numel(), layout.tiled.numel()
+    if token_order is not None:
+        places = torch.cat([token_order.int(), places[tiled:].expand(batch, heads, -1)], dim=2)
     tail_bias = torch.empty(batch, rows - tiled, dtype=torch.float32, device=q.device)
     tail_end = torch.empty(batch, dtype=torch.int32, device=q.device)
     _tail_kernel[(batch,)](
@@ -68,11 +74,11 @@ def tile(
     _tile_kernel[(rows // b * heads, batch, 3)](
         q, k, v, q_out, k_out, v_out, k_tail, v_tail,
         pooled.q, pooled.k, pooled.v, pooled.dq, pooled.dk, pooled.k_var, k_pool, v_pool, places, tail_bias,
-        *q.stride(), *k.stride(), *v.stride(),
+        rows if places.ndim == 3 else 0, *q.stride(), *k.stride(), *v.stride(),
         heads, nb, rows, batch * heads * nb * head_dim, in_pool[2],
         BLOCK=b, HEAD_DIM=head_dim, GAPR=gapr, ROW=row, num_warps=4,
     )  # fmt: skip
-    return Tiled(q_out, k_out, v_out, k_tail, v_tail, pooled, tail_bias, tail_end, k_pool, v_pool)
+    return Tiled(q_out, k_out, v_out, k_tail, v_tail, pooled, tail_bias, tail_end, places, k_pool, v_pool)
 
 
 @triton.jit
@@ -97,7 +103,7 @@ def _tile_kernel(
     q_out, k_out, v_out, k_tail, v_tail,
     q_mean, k_mean, v_mean, q_deviation, k_deviation, k_variance, k_pool, v_pool,
     places_ptr, bias_ptr,
-    q_sb, q_ss, q_sh, q_sd,
+    places_stride, q_sb, q_ss, q_sh, q_sd,
     k_sb, k_ss, k_sh, k_sd,
     v_sb, v_ss, v_sh, v_sd,
     heads, num_blocks, rows, half, pool_rows,
@@ -107,6 +113,7 @@ def _tile_kernel(
     n, h, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
     which = tl.program_id(2)
     at, h = batch * heads + h, h.to(tl.int64)
+    places_ptr += at * places_stride
     if which == 0:
         from_q = q_ptr + batch * q_sb + h * q_sh
         rows_out = q_out + (at * rows + n * BLOCK) * HEAD_DIM

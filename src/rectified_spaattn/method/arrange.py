@@ -1,0 +1,141 @@
+"""Stage 0 of order="content": sort the tiled tokens of every head so that a block holds tokens that attend alike.
+
+Not in the paper. Where block means stand for tokens, what counts is how far the logits of a block's keys (for the queries
+there are) and of a block's queries (for the keys there are) lie apart, not how far apart the tokens are on the screen.
+"""
+
+import math
+
+import torch
+
+from .pool import stage_dtype
+
+DIRECTIONS = 8  # in which tokens are told apart
+SAMPLE = 4096  # tokens a head that the directions are found from
+NODE_SAMPLE = 64  # tokens a node that its axis is chosen from
+ROUNDS = 10  # of the subspace iteration, two products each
+
+
+def content_order(
+    q: torch.Tensor, k: torch.Tensor, tiled: torch.Tensor, *, block_size: int, scale: float
+) -> torch.Tensor:
+    """int64 [B, H, nb * b]: the tokens of `tiled` for every head, block after block; one order for queries and keys.
+
+    q, k: [B, S, H, D], any floating dtype; tiled: int64 [nb * b], places in the sequence, on their device. A function of
+    its input alone: the same tensors give the same order. Does not wait for the device.
+    """
+    batch, _, heads, dim = q.shape
+    count = tiled.numel()
+    if count <= block_size:
+        return tiled.expand(batch, heads, count)
+    some = tiled[:: -(-count // SAMPLE)]
+    q_some, k_some = (x[:, some].transpose(1, 2).flatten(0, 1).to(stage_dtype(x.dtype)) for x in (q, k))
+    to_q, to_k = directions(q_some, k_some, scale).split(dim, dim=1)
+    features = _project(q, q_some, to_q) + _project(k, k_some, to_k)  # [B * H, S, DIRECTIONS]
+    features = features[:, tiled].nan_to_num_(0.0)
+    return tiled[k_d_order(features, block_size)].view(batch, heads, count)
+
+
+def arrange(x: torch.Tensor, tiled: torch.Tensor, token_order: torch.Tensor) -> torch.Tensor:
+    """x [B, S, H, D] with the tokens of token_order [B, H, nb * b] at the places `tiled`, and all others where they were."""
+    out = x.clone()
+    out[:, tiled] = x.gather(1, _per_channel(token_order, x))
+    return out
+
+
+def put_back(x: torch.Tensor, tiled: torch.Tensor, token_order: torch.Tensor) -> torch.Tensor:
+    """The inverse of `arrange`."""
+    return x.scatter(1, _per_channel(token_order, x), x[:, tiled])
+
+
+def _per_channel(token_order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    # [B, H, n] -> [B, n, H, D]
+    return token_order.transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[3])
+
+
+def directions(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+    """W [Z, 2D, r], the first D rows for q: tokens whose [q, k] W are near get and give similar logits.
+
+    q, k: [Z, m, D]. Two keys differ, for the queries there are, by |M_q½ (k - k')|, M_q = scale² mean q qᵀ; two queries
+    by |M_k½ (q - q')|, with centred keys, as no softmax sees what all keys share. W are the r principal directions of
+    both together, as long as the deviation along them, by subspace iteration on S C, where S = diag(M_k, M_q) and C is
+    the covariance of [q, k].
+    """
+    count, dim = q.shape[1:]
+    k_apart = k - k.mean(1, keepdim=True)
+    both = torch.cat([q - q.mean(1, keepdim=True), k_apart], dim=2)
+    covariance = both.transpose(1, 2) @ both / count
+    weigh = torch.zeros_like(covariance)
+    weigh[:, :dim, :dim] = k_apart.transpose(1, 2) @ k_apart * (scale**2 / count)
+    weigh[:, dim:, dim:] = q.transpose(1, 2) @ q * (scale**2 / count)
+    step = weigh @ covariance
+    step = step @ step
+    rank = min(DIRECTIONS, 2 * dim)
+    start = torch.randn(2 * dim, rank, generator=torch.Generator().manual_seed(0), dtype=q.dtype)
+    w = start.to(q.device).expand(len(q), -1, -1)
+    little = 1e-5 * torch.eye(rank, dtype=q.dtype, device=q.device)
+    for _ in range(ROUNDS):
+        w = step @ w
+        w = w / w.norm(dim=1, keepdim=True)
+        gram = w.transpose(1, 2) @ covariance @ w
+        gram = gram + little * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        triangle = torch.linalg.cholesky_ex(gram)[0]
+        w = torch.linalg.solve_triangular(triangle, w.transpose(1, 2), upper=False).transpose(1, 2)
+    seen = covariance @ w
+    spread = (seen * (weigh @ seen)).sum(1, keepdim=True)  # the eigenvalue, where wᵀ C w = 1
+    return w * spread.sqrt()
+
+
+def k_d_order(features: torch.Tensor, block_size: int) -> torch.Tensor:
+    """int64 [Z, n]: the order in which a k-d tree with whole blocks as leaves visits its points.
+
+    features: [Z, n, r], n a multiple of block_size. Every node is cut along the axis in which a sample of it varies most,
+    at a whole number of blocks: the left child has half of what the smallest perfect tree has there. Equal values keep
+    their order.
+    """
+    trees, count, rank = features.shape
+    blocks = count // block_size
+    flat = features.reshape(trees, count * rank)
+    order = torch.arange(count, device=features.device).expand(trees, count)
+    size = 2 ** math.ceil(math.log2(blocks))  # blocks a node
+    while size > 1:
+        nodes, tokens = -(-blocks // size), size * block_size
+        order = torch.nn.functional.pad(order[:, :count], (0, nodes * tokens - count), value=count)
+        order = order.view(trees, nodes, tokens)
+        absent = order == count
+        axis = _widest_axis(features, order, absent)  # [Z, nodes]
+        at = order.clamp(max=count - 1).mul_(rank).add_(axis[:, :, None])
+        value = flat.gather(1, at.flatten(1)).view_as(order).float().masked_fill_(absent, math.inf)
+        order = _halve(order, value).flatten(1)
+        size //= 2
+    return order[:, :count]
+
+
+def _widest_axis(features: torch.Tensor, order: torch.Tensor, absent: torch.Tensor) -> torch.Tensor:
+    """int64 [Z, nodes]: the axis of largest variance among some tokens of every node. order, absent: [Z, nodes, n]."""
+    trees, nodes, tokens = order.shape
+    taken = min(tokens, NODE_SAMPLE)
+    some = torch.arange(taken, device=order.device) * tokens // taken
+    index = order[:, :, some].clamp(max=features.shape[1] - 1)
+    points = features.gather(1, index.flatten(1)[..., None].expand(-1, -1, features.shape[2]))
+    points = points.view(trees, nodes, taken, -1).float()
+    there = (~absent[:, :, some])[..., None].float()
+    mean = (points * there).sum(2, keepdim=True) / there.sum(2, keepdim=True).clamp(min=1)
+    return ((points - mean).square() * there).sum(2).argmax(-1)
+
+
+def _halve(order: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """order [Z, nodes, n] with the n/2 smallest values of every node first, otherwise as it was."""
+    half = order.shape[2] // 2
+    edge = value.kthvalue(half, dim=2, keepdim=True).values
+    below, equal = value < edge, value == edge
+    left = below | (equal & (equal.cumsum(2) <= half - below.sum(2, keepdim=True)))
+    rank = left.cumsum(2)
+    place = torch.where(left, rank - 1, half - rank + torch.arange(2 * half, device=order.device))
+    return torch.empty_like(order).scatter_(2, place, order)
+
+
+def _project(x: torch.Tensor, some: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """(x - mean) W in x's dtype: [Z, S, r]. x: [B, S, H, D]; some: [Z, m, D], which the mean is taken of; w: [Z, D, r]."""
+    shift = -(some.mean(1, keepdim=True) @ w)
+    return torch.baddbmm(shift.to(x.dtype), x.transpose(1, 2).flatten(0, 1), w.to(x.dtype))
