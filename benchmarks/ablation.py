@@ -1,11 +1,11 @@
-"""Every `rectify` mode at several sparsities on the demo model: single attention calls and whole clips against full
-attention, on fixed prompt-seed pairs.
+"""Every `rectify` mode at several sparsities and orders on the demo model: single attention calls and whole clips
+against full attention, on fixed prompt-seed pairs.
 
     python benchmarks/ablation.py run --split dev [--batch 24] [--out runs/ablation]
     torchrun --nproc-per-node 4 benchmarks/ablation.py run ...      # the pairs shared out; one GPU is enough
     python benchmarks/ablation.py table runs/ablation/dev.csv [--plot ablation.png]
 
-`run` writes SPLIT.csv (one row a pair, sparsity and mode) and SPLIT-layers.csv, and prints what `table` prints: means
+`run` writes SPLIT.csv (one row a pair, sparsity, mode and order) and SPLIT-layers.csv, and prints what `table` prints: means
 with 95% bootstrap intervals over the pairs, as Markdown. The pairs of "held-out" are for one look, after everything has
 been chosen on "dev".
 """
@@ -44,6 +44,7 @@ from rectified_spaattn.report.figures import MODE_COLOURS, PALETTE
 
 FRAMES = 16
 FLOOR = "full attention, math kernel"
+FLOOR_SETTING = (0.0, FLOOR, "")
 HIGHER_IS_BETTER = ("psnr", "ssim")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -58,6 +59,7 @@ class Row:
     seed: int
     sparsity: float
     rectify: str
+    order: str
     backend: str
     density: float
     attention_error: float
@@ -75,6 +77,7 @@ class LayerRow:
     split: str
     sparsity: float
     rectify: str
+    order: str
     step: int
     layer: int
     attention_error: float
@@ -84,7 +87,8 @@ class LayerRow:
 
 
 ATTENTION = ("attention_error", "mass_error", "block_mass_error", "kept_mass")
-Place = tuple[Pair, float, str]  # pair, sparsity, rectify
+Setting = tuple[float, str, str]  # sparsity, rectify, order
+Place = tuple[Pair, float, str, str]  # pair and setting
 Calls = dict[Place, dict[tuple[int, int], tuple[float, ...]]]  # (step, layer) -> ATTENTION
 
 
@@ -95,14 +99,18 @@ def study_calls(pipe, pairs, settings, configs, backend, advance) -> Calls:
         with capture_attention(pipe, step=step, device=pipe.device) as calls:
             generate_batch(pipe, full_mode(), pairs, settings, after_step=end_after(step))
         for call in calls:
-            full = exact(call, configs[0].block_size, configs[0].order)
+            full = {order: exact(call, configs[0].block_size, order) for order in {each.order for each in configs}}
             for config in configs:
-                got = allocation(full, config, backend=backend)
+                got = allocation(full[config.order], config, backend=backend)
                 values = (got.relative_error, got.mass_error, got.block_mass_error, got.kept_mass)
                 for pair, of_pair in zip(pairs, zip(*(each.tolist() for each in values), strict=True), strict=True):
-                    found[pair, config.sparsity, config.rectify][step, call.layer] = of_pair
+                    found[pair, *setting_of(config)][step, call.layer] = of_pair
         advance()
     return found
+
+
+def setting_of(config: SparseConfig) -> Setting:
+    return config.sparsity, config.rectify, config.order
 
 
 def clip_scores(pipe, pairs, settings, modes, backend, advance):
@@ -117,8 +125,8 @@ def clip_scores(pipe, pairs, settings, modes, backend, advance):
 def rows_of(split: str, calls: Calls, scores) -> list[Row]:
     rows = []
     for mode, each in scores:
-        sparsity, rectify = (mode.config.sparsity, mode.config.rectify) if mode.config else (0.0, FLOOR)
-        of_pair = calls.get((Pair(prompt=each.prompt, seed=each.seed), sparsity, rectify), {}).values()
+        sparsity, rectify, order = setting_of(mode.config) if mode.config else FLOOR_SETTING
+        of_pair = calls.get((Pair(prompt=each.prompt, seed=each.seed), sparsity, rectify, order), {}).values()
         means = [fmean(column) for column in zip(*of_pair, strict=True)] or [math.nan] * len(ATTENTION)
         rows.append(
             Row(
@@ -127,6 +135,7 @@ def rows_of(split: str, calls: Calls, scores) -> list[Row]:
                 seed=each.seed,
                 sparsity=sparsity,
                 rectify=rectify,
+                order=order,
                 backend=each.backend,
                 density=each.density,
                 psnr=each.psnr,
@@ -139,36 +148,39 @@ def rows_of(split: str, calls: Calls, scores) -> list[Row]:
 
 def layer_rows(split: str, calls: Calls) -> list[LayerRow]:
     by_place = defaultdict(list)
-    for (_, sparsity, rectify), of_pair in calls.items():
+    for (_, *setting), of_pair in calls.items():
         for (step, layer), values in of_pair.items():
-            by_place[sparsity, rectify, step, layer].append(values)
+            by_place[*setting, step, layer].append(values)
     return [
         LayerRow(
             split=split,
             sparsity=sparsity,
             rectify=rectify,
+            order=order,
             step=step,
             layer=layer,
             **{name: fmean(column) for name, column in zip(ATTENTION, zip(*values, strict=True), strict=True)},
         )
-        for (sparsity, rectify, step, layer), values in by_place.items()
+        for (sparsity, rectify, order, step, layer), values in by_place.items()
     ]
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: one line a sparsity and mode; mean [95% interval], and the gain over "none" pair by pair."""
+    """Markdown: one line a setting; mean [95% interval], and the gain, pair by pair, over "none" in the first order."""
     lines = [
-        "| sparsity | rectify | computed pairs | attention error | mass error | of block means | PSNR, dB | SSIM "
+        "| sparsity | rectify | order | computed pairs | attention error | mass error | of block means | PSNR, dB | SSIM "
         "| PSNR over none, dB | SSIM over none | PSNR won |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for sparsity, rectify in dict.fromkeys((row.sparsity, row.rectify) for row in rows):
-        mine = by_pair(rows, sparsity, rectify)
-        plain = by_pair(rows, sparsity, "none")
+    first_order = next((row.order for row in rows if row.order), "")
+    for setting in settings_of(rows):
+        sparsity, rectify, order = setting
+        mine = by_pair(rows, setting)
+        plain = by_pair(rows, (sparsity, "none", first_order))
         cells = [f"{fmean(row.density for row in mine.values()):.1%}"]
         cells += [cell([getattr(row, name) for row in mine.values()], 3) for name in ATTENTION[:3]]
         cells += [cell([row.psnr for row in mine.values()], 2), cell([row.ssim for row in mine.values()], 3)]
-        if rectify in ("none", FLOOR) or not plain:
+        if setting in ((sparsity, "none", first_order), FLOOR_SETTING) or not plain:
             cells += ["", "", ""]
         else:
             gains = {
@@ -176,7 +188,7 @@ def table(rows: list[Row]) -> str:
             }
             won = sum(gain > 0 for gain in gains["psnr"])
             cells += [cell(gains["psnr"], 2, "+"), cell(gains["ssim"], 3, "+"), f"{won} of {len(mine)}"]
-        lines.append(f"| {sparsity:.0%} | {rectify} | " + " | ".join(cells) + " |")
+        lines.append(f"| {sparsity:.0%} | {rectify} | {order} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -186,8 +198,9 @@ def orders(rows: list[Row]) -> str:
     sparsities = sorted({row.sparsity for row in rows} - {0.0})
     for sparsity, name in itertools.product(sparsities, (*ATTENTION[:2], *HIGHER_IS_BETTER)):
         modes = {}
-        for rectify in dict.fromkeys(row.rectify for row in rows if row.sparsity == sparsity):
-            modes[rectify] = [getattr(row, name) for row in by_pair(rows, sparsity, rectify).values()]
+        for setting in settings_of(rows):
+            if setting[0] == sparsity:
+                modes[label_of(setting, rows)] = [getattr(row, name) for row in by_pair(rows, setting).values()]
         sign = 1 if name in HIGHER_IS_BETTER else -1
         ranked = sorted(modes, key=lambda mode: sign * fmean(modes[mode]))
         words = [ranked[0]]
@@ -198,8 +211,18 @@ def orders(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def by_pair(rows: list[Row], sparsity: float, rectify: str) -> dict[tuple[str, int], Row]:
-    return {(row.prompt, row.seed): row for row in rows if (row.sparsity, row.rectify) == (sparsity, rectify)}
+def by_pair(rows: list[Row], setting: Setting) -> dict[tuple[str, int], Row]:
+    return {(row.prompt, row.seed): row for row in rows if (row.sparsity, row.rectify, row.order) == setting}
+
+
+def settings_of(rows: list[Row]) -> list[Setting]:
+    return list(dict.fromkeys((row.sparsity, row.rectify, row.order) for row in rows))
+
+
+def label_of(setting: Setting, rows: list[Row]) -> str:
+    """The mode, and the order where there are several."""
+    several = len({row.order for row in rows} - {""}) > 1
+    return f"{setting[1]}, {setting[2]}" if several else setting[1]
 
 
 def cell(values: list[float], digits: int, sign: str = "") -> str:
@@ -233,21 +256,25 @@ def plot(rows: list[Row], made_on: Machine, path: Path) -> None:
         "ssim": "SSIM to full attention (higher is closer)",
     }
     sparsities = sorted({row.sparsity for row in rows} - {0.0})
-    modes = list(dict.fromkeys(row.rectify for row in rows if row.rectify != FLOOR))
+    modes = list(dict.fromkeys(setting[1:] for setting in settings_of(rows) if setting != FLOOR_SETTING))
     spare = itertools.cycle(colour for colour in PALETTE if colour not in MODE_COLOURS.values())
-    colours = {mode: MODE_COLOURS.get(mode) or next(spare) for mode in modes}
+    colours = {rectify: MODE_COLOURS.get(rectify) or next(spare) for rectify, _ in modes}
+    styles = dict(zip(dict.fromkeys(order for _, order in modes), ("-", "--", ":", "-."), strict=False))
     figure = Figure(figsize=(11, 7.6), layout="constrained")
     for axis, (name, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
         for place, mode in enumerate(modes):
-            found = [bootstrap([getattr(row, name) for row in by_pair(rows, s, mode).values()]) for s in sparsities]
+            found = [bootstrap([getattr(row, name) for row in by_pair(rows, (s, *mode)).values()]) for s in sparsities]
             x = [100 * s + 0.35 * (place - (len(modes) - 1) / 2) for s in sparsities]  # bars do not hide one another
             bars = [[each.mean - each.low for each in found], [each.high - each.mean for each in found]]
             y = [each.mean for each in found]
-            axis.errorbar(x, y, yerr=bars, color=colours[mode], marker="o", markersize=4, capsize=3, label=mode)
+            axis.errorbar(
+                x, y, yerr=bars, color=colours[mode[0]], linestyle=styles[mode[1]], marker="o", markersize=4, capsize=3,
+                label=label_of((0.0, *mode), rows),
+            )  # fmt: skip
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xticks([100 * s for s in sparsities], [f"{s:.0%}" for s in sparsities])
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=len(modes), frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(modes), 5), frameon=False)
     pairs = len({(row.prompt, row.seed) for row in rows})
     figure.suptitle(f"{rows[0].split}: {pairs} prompt-seed pairs, 95% intervals; {made_on.device}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +299,7 @@ def run(
     sparsity: Annotated[list[float] | None, typer.Option(show_default="0.7 0.8 0.9 0.95")] = None,
     rectify: Annotated[list[str] | None, typer.Option(show_default=" ".join(RECTIFY_MODES))] = None,
     block_size: int = 64,
-    order: str = "gilbert",
+    order: Annotated[list[str] | None, typer.Option(show_default="gilbert")] = None,
     top_p: float = 0.0,
     neighbours: bool = False,
     size: int = 64,
@@ -288,22 +315,24 @@ def run(
     start = time.perf_counter()
     state = processes()
     pipe = load_demo_pipeline(device_of(device, state.local_process_index), getattr(torch, dtype))
-    base = {"block_size": block_size, "order": order, "top_p": top_p, "neighbours": neighbours}
+    base = {"block_size": block_size, "top_p": top_p, "neighbours": neighbours}
     configs = [
-        SparseConfig(sparsity=each, rectify=mode, **base)
-        for each, mode in itertools.product(sparsity or (0.7, 0.8, 0.9, 0.95), rectify or RECTIFY_MODES)
+        SparseConfig(sparsity=each, rectify=mode, order=curve, **base)
+        for each, curve, mode in itertools.product(
+            sparsity or (0.7, 0.8, 0.9, 0.95), order or ("gilbert",), rectify or RECTIFY_MODES
+        )
     ]
     floor = Mode(name="floor", label=FLOOR, config=None, kernel="math")
     modes = [full_mode(), floor]
-    modes += [Mode(name=f"{c.rectify}-{c.sparsity:g}", label=c.rectify, config=c) for c in configs]
+    modes += [Mode(name=f"{c.rectify}-{c.order}-{c.sparsity:g}", label=c.rectify, config=c) for c in configs]
     everything = [Pair(prompt=prompt, seed=seed) for prompt, seed in split_pairs(split)][:pairs]
     settings = Settings(height=size, width=size, num_frames=FRAMES, steps=steps)
     made_on = machine(pipe.device, shlex.join(["python", *sys.argv]))
-    ranks = [(0.0, FLOOR), *((config.sparsity, config.rectify) for config in configs)]
+    ranks = [FLOOR_SETTING, *(setting_of(config) for config in configs)]
 
     def save(calls: Calls, scores) -> list[Row]:
         found = rows_of(split, calls, scores)
-        found.sort(key=lambda row: ranks.index((row.sparsity, row.rectify)))
+        found.sort(key=lambda row: ranks.index((row.sparsity, row.rectify, row.order)))
         write_csv(out / f"{split}.csv", found, made_on)
         write_csv(out / f"{split}-layers.csv", layer_rows(split, calls), made_on)
         return found

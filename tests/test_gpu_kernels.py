@@ -78,6 +78,26 @@ def test_error_is_at_most_twice_that_of_sdpa(name, case, dtype, mode):
     assert worst <= budget * want.abs().max()
 
 
+@pytest.mark.parametrize("mode", ["none", "ipar", "row"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_order_content_is_the_reference(name, case, mode):
+    (*shape, head_dim, _), dtype = case, torch.bfloat16
+    qkv, valid = inputs(case, dtype)[1:]
+    layout = TokenLayout.build(*shape, "content")
+    require(name, layout, head_dim, dtype)
+    heads_first, mask = [x.transpose(1, 2) for x in qkv], seen(layout, valid)
+    exact = scaled_dot_product_attention(*(x.double() for x in heads_first), attn_mask=mask)
+    own = scaled_dot_product_attention(*heads_first, attn_mask=mask).double() - exact
+    budget = 2 * (own.abs().max() / exact.abs().max()) + torch.finfo(dtype).eps + 2.0**-16
+    config = SparseConfig(sparsity=0.7, rectify=mode, neighbours=False)
+    out, stats = rectified_attention(*qkv, layout, config, text_mask=valid, return_stats=True, backend=name)
+    given = {"text_mask": valid, "block_mask": stats.block_mask, "backend": "reference", "return_stats": True}
+    want, oracle = rectified_attention(*qkv, layout, config, **given)
+    assert torch.equal(stats.token_order, oracle.token_order)
+    assert (out.double() - want).abs().max() <= budget * want.abs().max()
+
+
 @pytest.mark.parametrize("stride", ["[B, H, S, D] in memory", "qkv packed", "every other element of a wider tensor"])
 @pytest.mark.parametrize("name", NAMES)
 def test_strides_do_not_matter(name, stride):
@@ -106,13 +126,17 @@ def test_tensors_need_not_be_on_the_current_gpu(name):
     assert torch.equal(got.to("cuda:0"), want)
 
 
+@pytest.mark.parametrize("order", ["gilbert", "content"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_call_is_one_cuda_graph_and_copies_nothing_to_the_host(name):
-    layout, qkv, valid = inputs(CASES[4 if name == "triton" else 3], torch.bfloat16)
-    require(name, layout, qkv[0].shape[-1], torch.bfloat16)
+def test_a_call_is_one_cuda_graph_and_copies_nothing_to_the_host(name, order):
+    (*shape, head_dim, _) = case = CASES[4 if name == "triton" else 3]
+    qkv, valid = inputs(case, torch.bfloat16)[1:]
+    layout = TokenLayout.build(*shape, order)
+    require(name, layout, head_dim, torch.bfloat16)
+    config = SparseConfig(sparsity=0.7, neighbours=order != "content")
 
     def call():
-        return rectified_attention(*qkv, layout, SparseConfig(sparsity=0.7), text_mask=valid, backend=name)
+        return rectified_attention(*qkv, layout, config, text_mask=valid, backend=name)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -139,10 +163,11 @@ def test_a_call_is_one_cuda_graph_and_copies_nothing_to_the_host(name):
     assert not [each for each in names if "DtoH" in each or each in ("aten::item", "aten::_local_scalar_dense")]
 
 
+@pytest.mark.parametrize("order", ["gilbert", "content"])
 @pytest.mark.parametrize("name", NAMES)
-def test_memory_at_hunyuan_videos_shape(name):
+def test_memory_at_hunyuan_videos_shape(name, order):
     shape = SHAPES["hunyuan-video"]
-    layout = shape.layout(128)
+    layout = shape.layout(128, order)
     require(name, layout, 128, torch.bfloat16)
     size = (1, shape.tokens, shape.heads, shape.head_dim)
     q, k, v = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(3))
@@ -154,7 +179,7 @@ def test_memory_at_hunyuan_videos_shape(name):
     second = rectified_attention(q, k, v, layout, config, backend=name)
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
-    print(f"\n{name}: {extra / 2**30:.2f} GiB")
+    print(f"\n{name}, {order}: {extra / 2**30:.2f} GiB")
     assert extra <= 3.0 * 2**30
     assert torch.equal(first, second)
 

@@ -55,7 +55,7 @@ def check_small(case: Case, name: str) -> list[Checked]:
     """
     small = case._replace(shape=case.shape.small())
     q, k, v = _small_inputs(case)
-    layout = small.shape.layout(case.block_size)
+    layout = small.layout()
     full = rectified_attention(q, k, v, layout, config_at(0.0, case.rectify), backend=name)
     dense = require(_against_sdpa(name, "sparsity 0 is dense attention", full, (q, k, v)))
 
@@ -67,7 +67,7 @@ def check_small(case: Case, name: str) -> list[Checked]:
     )
     _require_choices(name, stats, oracle, layout)
     same = (stats.compensated == oracle.compensated).all(-1)  # [1, H, nb]
-    compared = _tokens_of(same, layout)  # bool [1, S, H]
+    compared = _tokens_of(same, layout, _order_of(stats, layout))  # bool [1, S, H]
     budget = _against_sdpa(name, "", sdpa(q, k, v), (q, k, v)).allowed
     error = _largest((got.double() - want)[compared]) / _largest(want)
     return [dense, require(Checked(name, "80% sparse is the reference", error, budget))]
@@ -86,10 +86,8 @@ def check_sample(
     """
     q, k, v = qkv
     config = config_at(sparsity, case.rectify)
-    out, stats = rectified_attention(
-        q, k, v, case.shape.layout(case.block_size), config, backend=name, return_stats=True
-    )
-    layout = case.shape.layout(case.block_size).on(case.device)
+    out, stats = rectified_attention(q, k, v, case.layout(), config, backend=name, return_stats=True)
+    layout = case.layout().on(case.device)
     heads, nb = stats.r.shape[1:]
     given_back = (stats.probability[..., :-1] * stats.compensated).sum(-1)
     off = _largest(stats.r - (1 - given_back))
@@ -123,7 +121,7 @@ def _block_errors(
     rectify: Rectify,
 ) -> _Errors:
     """Query block n of head h in float64, from the stats' choices."""
-    blocks = layout.tiled.view(layout.num_blocks, layout.block_size)
+    blocks = _order_of(stats, layout)[h].view(layout.num_blocks, layout.block_size)
     keys = torch.cat([blocks[stats.block_mask[0, h, n]].flatten(), layout.isolated])
     exact, own = _attend(blocks[n], keys, h, qkv)
     if rectify == "row":
@@ -229,12 +227,18 @@ def _blockwise(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     return out
 
 
-def _tokens_of(same: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+def _order_of(stats: SparseStats, layout: TokenLayout) -> torch.Tensor:
+    """int64 [H, nb * b]: places of the tiled tokens of the one sample, block after block."""
+    if stats.token_order is not None:
+        return stats.token_order[0]
+    return layout.on(stats.r.device).tiled.expand(stats.r.shape[1], -1)
+
+
+def _tokens_of(same: torch.Tensor, layout: TokenLayout, order: torch.Tensor) -> torch.Tensor:
     """bool [1, H, nb] -> bool [1, S, H]: the tokens of these query blocks, and every isolated one."""
-    layout = layout.on(same.device)
-    tokens = same.new_ones(1, layout.sequence, same.shape[1])
-    tokens[:, layout.tiled] = same.repeat_interleave(layout.block_size, dim=-1).transpose(1, 2)
-    return tokens
+    tokens = same.new_ones(1, same.shape[1], layout.sequence)
+    tokens.scatter_(2, order[None], same.repeat_interleave(layout.block_size, dim=-1))
+    return tokens.transpose(1, 2)
 
 
 def _largest(x: torch.Tensor) -> float:

@@ -9,7 +9,8 @@ import torch
 
 from ..attention import rectified_attention
 from ..backends import BACKENDS, Call
-from ..config import Rectify
+from ..config import Rectify, check_choice
+from ..curve import ORDERS
 from ..device import device_of
 from .baselines import BASELINES, compared_with
 from .check import BenchError, Checked, check_dense, check_sample, check_small, config_at
@@ -39,6 +40,7 @@ class OpSettings:
     backends: tuple[str, ...] = ()
     block_size: int = 128
     rectify: Rectify = "ipar+gapr"
+    order: str = "gilbert"
     dtype: str = "bfloat16"
     repeats: int = 10
     device: str = "auto"
@@ -47,6 +49,7 @@ class OpSettings:
         check_names("shape", self.shapes, tuple(SHAPES))
         check_names("baseline", self.baselines, tuple(BASELINES))
         check_names("backend", self.backends, backend_names())
+        check_choice("order", self.order, tuple(ORDERS))
         check_names("dtype", (self.dtype,), tuple(DTYPES))
         check_names("device", (self.device,), ("auto", "cpu", "cuda"))
         if not self.shapes or not self.sparsities:
@@ -64,7 +67,8 @@ class OpSettings:
     def cases(self) -> list[Case]:
         """Raises BenchError where a GPU is asked for and there is none."""
         device = device_for(self.device, "Use cpu and a small shape.")
-        return [Case(SHAPES[name], self.block_size, DTYPES[self.dtype], device, self.rectify) for name in self.shapes]
+        dtype = DTYPES[self.dtype]
+        return [Case(SHAPES[name], self.block_size, dtype, device, self.rectify, self.order) for name in self.shapes]
 
 
 class Measured(NamedTuple):
@@ -93,7 +97,7 @@ def backend_names() -> tuple[str, ...]:
 
 def runnable(case: Case) -> dict[str, str | None]:
     """Backend -> the reason why it cannot run this case, None where it can."""
-    layout = case.shape.layout(case.block_size)
+    layout = case.layout()
     call = Call(case.device, case.dtype, case.shape.head_dim, case.block_size, layout.num_blocks)
     return {name: BACKENDS[name].why_not(call) for name in backend_names()}
 
@@ -179,7 +183,7 @@ def _dense_call(name: str, sets: list[Tensors]) -> Callable[[int], object]:
 
 
 def _sparse_call(each: _Sparse, case: Case, sets: list[Tensors]) -> Callable[[int], object]:
-    layout, config = case.shape.layout(case.block_size), config_at(each.sparsity, case.rectify)
+    layout, config = case.layout(), config_at(each.sparsity, case.rectify)
     return lambda i: rectified_attention(*sets[i], layout, config, backend=each.backend)
 
 
@@ -198,7 +202,7 @@ def _time_stages(
     watch: Watch,
 ) -> list[StageRow]:
     """For the backends that offer their stages: dict of callables, each of which runs one stage again."""
-    layout = case.shape.layout(case.block_size)
+    layout = case.layout()
     text_valid = torch.ones(1, case.shape.text, dtype=torch.bool, device=case.device)
     rows = []
     for each in sparse:
@@ -216,6 +220,7 @@ def _time_stages(
                 shape=case.shape.name,
                 backend=each.backend,
                 rectify=case.rectify,
+                order=case.order,
                 sparsity=each.sparsity,
                 stage=stage,
                 **_milliseconds(timing),
@@ -240,6 +245,7 @@ def _common(case: Case) -> dict[str, Any]:
         "head_dim": case.shape.head_dim,
         "block_size": case.block_size,
         "rectify": case.rectify,
+        "order": case.order,
         "dtype": str(case.dtype).removeprefix("torch."),
     }
 

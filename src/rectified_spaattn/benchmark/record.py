@@ -34,6 +34,7 @@ class Row:
     head_dim: int
     block_size: int
     rectify: str
+    order: str
     dtype: str
     kind: str
     name: str
@@ -65,6 +66,7 @@ class StageRow:
     shape: str
     backend: str
     rectify: str
+    order: str
     sparsity: float
     stage: str
     ms: float

@@ -32,8 +32,8 @@ class Shape:
         """S: video and text."""
         return self.video + self.text
 
-    def layout(self, block_size: int) -> TokenLayout:
-        return TokenLayout.build(self.grid, self.text, self.text_first, block_size)
+    def layout(self, block_size: int, order: str = "gilbert") -> TokenLayout:
+        return TokenLayout.build(self.grid, self.text, self.text_first, block_size, order)
 
     def small(self) -> "Shape":
         """The same kind of call with at most 4,096 video tokens and two heads, small enough for float64.
@@ -69,6 +69,10 @@ class Case(NamedTuple):
     dtype: torch.dtype
     device: torch.device
     rectify: Rectify = "ipar+gapr"
+    order: str = "gilbert"
+
+    def layout(self) -> TokenLayout:
+        return self.shape.layout(self.block_size, self.order)
 
     def inputs(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v [1, S, H, D] of independent normal numbers. generator: on the case's device."""

@@ -11,6 +11,7 @@ from ..benchmark.baselines import BASELINES
 from ..benchmark.op import DTYPES, OpSettings, backend_names
 from ..benchmark.shapes import MODEL_SHAPES, SHAPES
 from ..config import RECTIFY_MODES
+from ..curve import ORDERS
 from .bench_model import model
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def op(
     ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens a block.")] = DEFAULT.block_size,
     rectify: Annotated[str, typer.Option(help=f"{', '.join(RECTIFY_MODES)}.")] = DEFAULT.rectify,
+    order: Annotated[str, typer.Option(help=f"{', '.join(ORDERS)}.")] = DEFAULT.order,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = DEFAULT.dtype,
     repeats: Annotated[
         int, typer.Option(help="Rounds that count; every round runs every call once.")
@@ -81,6 +83,7 @@ def op(
             backends=tuple(backend or ()),
             block_size=block_size,
             rectify=rectify,  # type: ignore[arg-type]  # SparseConfig checks it
+            order=order,
             dtype=dtype,
             repeats=repeats,
             device=device,

@@ -33,7 +33,7 @@ def speed_table(rows: Sequence[Row], made_on: Machine) -> Table:
     first = ran[0]
     table = Table(
         title=f"{first.shape}: {first.tokens:,} tokens, {first.heads} heads of {first.head_dim}, {first.dtype}, block "
-        f"{first.block_size}, {first.rectify}, {made_on.device}, median of {first.repeats}",
+        f"{first.block_size}, {first.rectify}, {first.order}, {made_on.device}, median of {first.repeats}",
         box=box.MARKDOWN,
     )
     for name in (*_SPEED, f"speed-up over {first.dense}"):
@@ -61,7 +61,7 @@ def stage_tables(stages: Sequence[StageRow]) -> list[Table]:
 def _stage_table(rows: Sequence[StageRow]) -> Table:
     first = rows[0]
     table = Table(
-        title=f"{first.shape}: stages of {first.backend}, {first.rectify}, at {first.sparsity:.4g}", box=box.MARKDOWN
+        title=f"{first.shape}: stages of {first.backend}, {first.rectify}, {first.order}, at {first.sparsity:.4g}", box=box.MARKDOWN
     )
     for name in ("stage", "ms", "quartiles", "min to max", "share"):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)

@@ -11,6 +11,7 @@ import torch
 from ..attention import rectified_attention
 from ..config import SparseConfig
 from ..layout import TokenLayout
+from ..method.arrange import arrange, content_order
 from .attention_error import block_of_tokens, full_attention
 from .capture import AttentionCall
 
@@ -19,7 +20,9 @@ from .capture import AttentionCall
 class Exact:
     """Full attention on one call.
 
-    call    with the values that probe the masses behind the real ones, as further heads
+    call    with the values that probe the masses behind the real ones, as further heads; where blocks are sorted by
+            content, with the tokens in that order, so that one layout in space holds for all heads
+    order   that was asked for
     layout  of its tokens
     out     [B, S, H, D]
     masses  [B, nb, b, H, nb], weight of every tiled query on every key block; the rest is on isolated tokens
@@ -27,6 +30,7 @@ class Exact:
 
     call: AttentionCall
     layout: TokenLayout
+    order: str
     out: torch.Tensor
     masses: torch.Tensor
 
@@ -53,19 +57,24 @@ class Allocation:
 def exact(call: AttentionCall, block_size: int, order: str = "gilbert") -> Exact:
     """Full attention and its masses on `call`, to compute once for many configs. Raises as TokenLayout.build does."""
     layout = call.layout(block_size, order).on(call.q.device)
+    if layout.by_content:
+        scale = call.q.shape[-1] ** -0.5
+        token_order = content_order(call.q, call.k, layout.tiled, block_size=block_size, scale=scale)
+        moved = {name: arrange(getattr(call, name), layout.tiled, token_order) for name in ("q", "k", "v")}
+        call, layout = replace(call, **moved), call.layout(block_size).on(call.q.device)
     probed = _probed(call, layout)
     out = full_attention(probed)
     heads = call.q.shape[2]
-    return Exact(call=probed, layout=layout, out=out[:, :, :heads], masses=_masses(out, layout, heads))
+    return Exact(call=probed, layout=layout, order=order, out=out[:, :, :heads], masses=_masses(out, layout, heads))
 
 
 def allocation(full: Exact, config: SparseConfig, *, backend: str = "auto") -> Allocation:
     """Compare rectified_attention under `config` with full attention. Raises as rectified_attention does."""
     call, layout, heads = full.call, full.layout, full.out.shape[2]
-    if (config.block_size, config.order) != (layout.block_size, layout.curve):
+    if (config.block_size, config.order) != (layout.block_size, full.order):
         raise ValueError(
             f"config: got blocks of {config.block_size} in {config.order!r} order; allowed: those of full, "
-            f"{layout.block_size} in {layout.curve!r}."
+            f"{layout.block_size} in {full.order!r}."
         )
     both, stats = rectified_attention(
         call.q, call.k, call.v, layout, config, text_mask=call.text_mask, backend=backend, return_stats=True
