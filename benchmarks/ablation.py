@@ -274,7 +274,9 @@ def plot(rows: list[Row], made_on: Machine, path: Path) -> None:
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xticks([100 * s for s in sparsities], [f"{s:.0%}" for s in sparsities])
         axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(modes), 5), frameon=False)
+    figure.legend(
+        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(modes), 5), frameon=False
+    )
     pairs = len({(row.prompt, row.seed) for row in rows})
     figure.suptitle(f"{rows[0].split}: {pairs} prompt-seed pairs, 95% intervals; {made_on.device}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)

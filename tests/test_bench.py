@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rectified_spaattn.backends import BACKENDS, torch_gather
+from rectified_spaattn.backends import BACKENDS
 from rectified_spaattn.benchmark import op, shapes
 from rectified_spaattn.benchmark.baselines import BASELINES
 from rectified_spaattn.benchmark.check import BenchError
@@ -24,6 +24,7 @@ from rectified_spaattn.report.figures import speed_figure
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
+TORCH = BACKENDS["torch"]
 TINY = {"shapes": ("tiny",), "dtype": "float32", "block_size": 32, "repeats": 3, "device": "cpu"}
 OPTIONS = ["--shape", "tiny", "--dtype", "float32", "--block-size", "32", "--repeats", "3", "--device", "cpu"]
 ON_GPU = Machine(device="a GPU", torch="1", triton="2", flash_attn_4="", commit="c", command="x", created="now")
@@ -50,7 +51,7 @@ def changed(change: Callable[..., Any]) -> Callable[..., Any]:
     """The torch backend with change(out, plan, layout, config) made to what it returns."""
 
     def altered(q: Any, k: Any, v: Any, layout: Any, config: Any, *rest: Any) -> Any:
-        return change(*torch_gather.run(q, k, v, layout, config, *rest), layout, config)
+        return change(*TORCH.run(q, k, v, layout, config, *rest), layout, config)
 
     return altered
 
@@ -111,10 +112,12 @@ def test_rows_are_complete_and_consistent() -> None:
     assert done.stages == []
 
 
+@pytest.mark.parametrize("order", ["gilbert", "content"])
 @pytest.mark.parametrize("rectify", ["ipar+gapr", "row"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_passes_the_checks(dtype: str, rectify: str) -> None:
-    done = run(dtype=dtype, rectify=rectify, sparsities=(0.8,), block_size=64, backends=("torch",))
+def test_half_precision_passes_the_checks(dtype: str, rectify: str, order: str) -> None:
+    done = run(dtype=dtype, rectify=rectify, order=order, sparsities=(0.8,), block_size=64, backends=("torch",))
+    assert {row.order for row in done.rows} == {order}
     assert all(each.error <= each.allowed for each in done.checks)
 
 
@@ -168,14 +171,14 @@ def test_what_cannot_run_is_an_error_where_asked_for_and_a_row_with_the_reason_w
 ) -> None:
     with pytest.raises(BenchError, match=r"baseline cudnn: needs a CUDA GPU.*allowed.*sdpa"):
         run(baselines=("cudnn",))
-    monkeypatch.setitem(BACKENDS, "fake", Fake(torch_gather.run, lambda *_: "not on Tuesdays"))
+    monkeypatch.setitem(BACKENDS, "fake", Fake(TORCH.run, lambda *_: "not on Tuesdays"))
     with pytest.raises(BenchError, match="backend fake: not on Tuesdays"):
         run(backends=("fake",))
     assert runnable(settings().cases()[0])["fake"] == "not on Tuesdays"
     assert "reference" not in runnable(settings().cases()[0])
     assert no_timing == []
     monkeypatch.undo()
-    monkeypatch.setitem(BACKENDS, "fake", Fake(torch_gather.run, lambda *_: "not on Tuesdays"))
+    monkeypatch.setitem(BACKENDS, "fake", Fake(TORCH.run, lambda *_: "not on Tuesdays"))
     done = run(sparsities=(0.8,))
     assert [row.not_run for row in done.rows if row.name == "fake"] == ["not on Tuesdays"]
 
@@ -205,7 +208,7 @@ def test_stages_are_timed_where_a_backend_offers_them(monkeypatch: pytest.Monkey
         asked.append((q.shape, layout.sequence, config.sparsity, text_valid.tolist(), scale))
         return {"scores": lambda: q.sum(), "attend": lambda: [q @ k.transpose(-1, -2) for _ in range(20)]}
 
-    monkeypatch.setitem(BACKENDS, "fake", Fake(torch_gather.run, stages=stages))
+    monkeypatch.setitem(BACKENDS, "fake", Fake(TORCH.run, stages=stages))
     done = run(sparsities=(0.5, 0.75), backends=("fake",))
     assert asked == [((1, 266, 2, 64), 266, sparsity, [[True] * 10], 0.125) for sparsity in (0.5, 0.75)]
     assert [(row.backend, row.sparsity, row.stage) for row in done.stages] == [
@@ -225,7 +228,7 @@ def gpu_rows() -> list[Row]:
     for name, factor in (("hunyuan-video", 1.0), ("wan-14b", 0.5)):
         shape = SHAPES[name]
         common: dict[str, Any] = {"shape": name, "tokens": shape.tokens, "heads": 24, "head_dim": 128}
-        common |= {"block_size": 128, "rectify": "ipar+gapr", "dtype": "bfloat16"}
+        common |= {"block_size": 128, "rectify": "ipar+gapr", "order": "gilbert", "dtype": "bfloat16"}
 
         def row(kind: str, label: str, sparsity: float | None, ms: float, common: Any = common) -> Row:
             share = 1.0 if sparsity is None else 1.01 - sparsity
@@ -263,7 +266,7 @@ def test_csv_round_trip_gives_the_same_rows_and_a_figure(tmp_path: Path) -> None
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
     stage = StageRow(
-        shape="tiny", backend="triton", rectify="row", sparsity=0.8, stage="attend", ms=1.0, ms_q1=0.9, ms_q3=1.1,
+        shape="tiny", backend="triton", rectify="row", order="content", sparsity=0.8, stage="attend", ms=1.0, ms_q1=0.9, ms_q3=1.1,
         ms_min=0.8, ms_max=1.2, repeats=10, share=1.0, whole_ms=1.1,
     )  # fmt: skip
     write_csv(path, [stage], ON_GPU)
@@ -289,7 +292,7 @@ def test_command_prints_unsqueezed_tables_and_writes_files_that_can_be_redrawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = {"attend": lambda: torch.ones(9).sum()}
-    monkeypatch.setitem(BACKENDS, "fake", Fake(torch_gather.run, stages=lambda *_: stages))
+    monkeypatch.setitem(BACKENDS, "fake", Fake(TORCH.run, stages=lambda *_: stages))
     arguments = [*OPTIONS, "--sparsity", "0.5", "--sparsity", "0.75", "--csv-dir", str(tmp_path)]
     result = CliRunner().invoke(app, ["bench", "op", *arguments], env={"COLUMNS": "40"})
     assert result.exit_code == 0, result.output
@@ -306,7 +309,7 @@ def test_command_prints_unsqueezed_tables_and_writes_files_that_can_be_redrawn(
             shown = [line for line in lines if line.startswith(f"| {'dense ' * (row.kind == 'dense')}{row.name} ")]
             assert any(f" {row.ms:.3f} " in line and line.endswith(f" {row.ratio:.2f}x |") for line in shown)
     assert any("results checked before timing" in line for line in lines)
-    assert sum("stages of fake, ipar+gapr, at" in line for line in lines) == 2
+    assert sum("stages of fake, ipar+gapr, gilbert, at" in line for line in lines) == 2
     assert "speed-up over sdpa" in result.output
 
     again = invoke("--plot-from", str(tmp_path / "op-speed.csv"), "--plot", str(tmp_path / "again.png"))

@@ -51,6 +51,8 @@ CASES: dict[str, dict[str, Any]] = {
     "text first, tile": {"text_first": True, "order": "tile"},
     "no block": {"grid": [1, 3, 3]},
     "one block": {"grid": [1, 2, 8], "text": 0},
+    "content": {"order": "content", "rectify": "row"},
+    "content, no block": {"order": "content", "grid": [1, 3, 3]},
     "block_mask": {"block_mask": BLOCKS},
     "block_mask, transposed": {"block_mask": BLOCKS.transpose(2, 3)},
     "block_mask, transposed, none": {"block_mask": BLOCKS.transpose(2, 3), "rectify": "none"},

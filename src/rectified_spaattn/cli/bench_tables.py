@@ -61,7 +61,8 @@ def stage_tables(stages: Sequence[StageRow]) -> list[Table]:
 def _stage_table(rows: Sequence[StageRow]) -> Table:
     first = rows[0]
     table = Table(
-        title=f"{first.shape}: stages of {first.backend}, {first.rectify}, {first.order}, at {first.sparsity:.4g}", box=box.MARKDOWN
+        title=f"{first.shape}: stages of {first.backend}, {first.rectify}, {first.order}, at {first.sparsity:.4g}",
+        box=box.MARKDOWN,
     )
     for name in ("stage", "ms", "quartiles", "min to max", "share"):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)

@@ -1,0 +1,198 @@
+"""Order "content": what sorting promises, and that the operator is the method on the tokens so sorted."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rectified_spaattn as rsa
+import tiny
+from cases import MODES, Call, calls, video_like
+from oracle import dense, oracle
+from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
+from rectified_spaattn.method.arrange import arrange, content_order, directions, k_d_order, put_back
+
+GRID, TEXT = (3, 8, 11), 7  # 264 video tokens: 16 blocks of 16 and 8 left over
+
+
+def sorted_call(call: Call) -> Call:
+    """The same call with blocks by content, which lie nowhere in the video."""
+    shape = call.layout
+    layout = TokenLayout.build(shape.grid, shape.text, shape.text_first, shape.block_size, "content")
+    return replace(call, layout=layout, config=call.config.replace(neighbours=False, first_frame=False))
+
+
+def by_hand(call: Call, order: torch.Tensor, block_mask: torch.Tensor, compensated: torch.Tensor) -> torch.Tensor:
+    """The oracle on tokens that are moved head by head, one at a time, and its output moved back."""
+    q, k, v = (x.double() for x in call.qkv)
+    tiled = call.layout.tiled
+    out = torch.empty_like(q)
+    for i in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            place = torch.arange(q.shape[1])
+            place[tiled] = order[i, h]
+            moved = [x[i : i + 1, place, h : h + 1] for x in (q, k, v)]
+            options = {name: x[i : i + 1] if name == "text_mask" else x for name, x in call.options.items()}
+            given = {"block_mask": block_mask[i : i + 1, h : h + 1], "compensated": compensated[i : i + 1, h : h + 1]}
+            out[i, place, h] = oracle(*moved, call.layout, call.config, **options, **given).out[0, :, 0]
+    return out
+
+
+@settings(max_examples=60)
+@given(call=calls(min_blocks=1).map(sorted_call), backend=st.sampled_from(("reference", "torch")))
+def test_the_operator_is_the_method_on_sorted_tokens(call: Call, backend: str) -> None:
+    out, stats = rectified_attention(*call.arguments, **call.options, return_stats=True, backend=backend)
+    assert stats.token_order is not None
+    assert torch.equal(stats.token_order.sort(-1).values, call.layout.tiled.sort().values.expand_as(stats.token_order))
+    want = by_hand(call, stats.token_order, stats.block_mask, stats.compensated)
+    error = (out.double() - want).abs().max().item()
+    assert error <= (1e-10 if backend == "reference" else 1e-4 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_blocks_kept_is_dense_attention(mode: str) -> None:
+    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
+    qkv = video_like(1, 2, layout.sequence, 3, 8)
+    config = SparseConfig(sparsity=0.0, rectify=mode, order="content", neighbours=False)
+    out = rectified_attention(*qkv, layout, config)
+    assert (out - dense(*qkv)).abs().max().item() <= 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masses_sum_to_one(mode: str) -> None:
+    """With values of 1 every output is the sum of a query's weights."""
+    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
+    q, k, v = video_like(2, 2, layout.sequence, 3, 8)
+    config = SparseConfig(sparsity=0.8, rectify=mode, order="content", neighbours=False)
+    out = rectified_attention(q, k, torch.ones_like(v), layout, config)
+    assert (out - 1).abs().max().item() <= 1e-5
+
+
+@settings(max_examples=60)
+@given(
+    blocks=st.integers(1, 40),
+    block_size=st.sampled_from((1, 2, 16)),
+    rank=st.integers(1, 5),
+    seed=st.integers(0, 2**20),
+    kind=st.sampled_from(("normal", "few values", "equal")),
+)
+def test_a_k_d_order_is_a_permutation_and_keeps_ties(
+    blocks: int, block_size: int, rank: int, seed: int, kind: str
+) -> None:
+    points = torch.randn(2, blocks * block_size, rank, generator=torch.Generator().manual_seed(seed))
+    points = {"normal": points, "few values": points.round(), "equal": torch.zeros_like(points)}[kind]
+    order = k_d_order(points, block_size)
+    every = torch.arange(blocks * block_size).expand(2, -1)
+    assert torch.equal(order.sort(-1).values, every)
+    if kind == "equal":
+        assert torch.equal(order, every)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 8, 13, 32, 33])
+def test_a_k_d_order_on_a_line_is_sorting(blocks: int) -> None:
+    """One axis: every cut is at a whole number of blocks, so that blocks hold what they hold when all is sorted."""
+    line = torch.randn(3, blocks * 16, 1, generator=torch.Generator().manual_seed(blocks))
+    found = line.gather(1, k_d_order(line, 16)[..., None]).view(3, blocks, 16).sort(-1).values
+    assert torch.equal(found, line[..., 0].sort(-1).values.view(3, blocks, 16))
+
+
+def test_directions_are_the_principal_ones() -> None:
+    """Against an eigendecomposition of what they are said to be, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 500, 12, generator=generator, dtype=torch.float64) for _ in "qk")
+    stretch = torch.linspace(4, 0.5, 12).double()
+    q, k, scale = q * stretch + 1, k * stretch.flip(0) - 2, 12**-0.5
+    w = directions(q, k, scale)
+    apart = torch.cat([q - q.mean(1, keepdim=True), k - k.mean(1, keepdim=True)], -1)
+    k_apart = k - k.mean(1, keepdim=True)
+    for z in range(2):
+        halves = []
+        for x in (k_apart[z], q[z]):  # queries are told apart by the keys there are, and the other way round
+            values, vectors = torch.linalg.eigh(scale**2 * x.T @ x / 500)
+            halves.append(vectors * values.sqrt() @ vectors.T)
+        seen = apart[z] @ torch.block_diag(*halves)
+        values = torch.linalg.eigvalsh(seen.T @ seen / 500).flip(0)
+        found = apart[z] @ w[z]
+        spread = (found.square().mean(0)).sort(descending=True).values
+        torch.testing.assert_close(spread[:3], values[:3], rtol=0.02, atol=0)
+        overlap = found.T @ found / 500
+        assert (overlap - overlap.diagonal().diag()).abs().max() <= 0.05 * values[0]
+
+
+def test_blocks_hold_tokens_that_attend_alike() -> None:
+    """Tokens of 16 kinds, strewn over the video: blocks in space hold all kinds, blocks by content one."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.arange(16).repeat(16)[torch.randperm(256, generator=generator)]
+    centre = 4 * torch.randn(2, 16, 32, generator=generator)
+    q, k = (
+        centre[which][kinds][None, :, None] + 0.3 * torch.randn(1, 256, 1, 32, generator=generator) for which in (0, 1)
+    )
+    v = torch.randn(16, 32, generator=generator)[kinds][None, :, None] + 0.1 * torch.randn(
+        1, 256, 1, 32, generator=generator
+    )
+    errors = {}
+    for order in ("gilbert", "content"):
+        layout = TokenLayout.build((4, 8, 8), block_size=16, order=order)
+        config = SparseConfig(sparsity=0.75, top_p=0.0, neighbours=False, order=order, rectify="row")
+        out, stats = rectified_attention(q, k, v, layout, config, return_stats=True)
+        errors[order] = ((out - dense(q, k, v)).norm() / dense(q, k, v).norm()).item()
+    assert stats.token_order is not None
+    assert (kinds[stats.token_order[0, 0]].view(16, 16).mode(-1).values.sort().values == torch.arange(16)).all()
+    assert errors["content"] < 0.2 * errors["gilbert"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+def test_numbers_that_are_none_still_give_an_order(bad: float) -> None:
+    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
+    q, k, _ = video_like(3, 2, layout.sequence, 2, 8)
+    q[0, 5, 0, 0] = bad
+    order = content_order(q, k, layout.tiled, block_size=16, scale=0.3)
+    assert torch.equal(order.sort(-1).values, layout.tiled.sort().values.expand_as(order))
+    clean = content_order(q[1:], k[1:], layout.tiled, block_size=16, scale=0.3)
+    assert torch.equal(order[1:], clean)  # the other sample does not mind
+
+
+def test_padding_does_not_matter() -> None:
+    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
+    q, k, v = video_like(4, 2, layout.sequence, 2, 8)
+    valid = torch.ones(2, TEXT, dtype=torch.bool)
+    valid[:, 3:] = False
+    config = SparseConfig(sparsity=0.6, order="content", neighbours=False)
+    clean = rectified_attention(q, k, v, layout, config, text_mask=valid)
+    for x in (k, v):
+        x[:, layout.isolated[layout.leftover + 3 :]] = torch.nan
+    assert torch.equal(rectified_attention(q, k, v, layout, config, text_mask=valid), clean)
+
+
+def test_put_back_undoes_arrange() -> None:
+    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
+    x = torch.randn(2, layout.sequence, 3, 4)
+    order = torch.stack([layout.tiled[torch.randperm(256)] for _ in range(6)]).view(2, 3, 256)
+    moved = arrange(x, layout.tiled, order)
+    assert torch.equal(moved[1, layout.tiled, 2], x[1, order[1, 2], 2])
+    assert torch.equal(moved[:, layout.isolated], x[:, layout.isolated])
+    assert torch.equal(put_back(moved, layout.tiled, order), x)
+
+
+def test_blocks_without_a_place_have_no_neighbours() -> None:
+    for name in ("neighbours", "first_frame"):
+        with pytest.raises(ValueError, match=f"{name}: got True with order='content'.*Pass {name}=False"):
+            SparseConfig(order="content", **{"neighbours": False, name: True})
+    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
+    qkv = video_like(0, 1, layout.sequence, 1, 8)
+    with pytest.raises(ValueError, match="neighbours: got True with order='content'"):
+        rectified_attention(*qkv, layout, SparseConfig())
+
+
+def test_one_line_enables_it_and_one_call_takes_it_back() -> None:
+    model, inputs = tiny.hunyuan_transformer(), tiny.hunyuan_inputs()
+    with torch.no_grad():
+        untouched = model(**inputs).sample
+        options = {"block_size": 16, "order": "content", "neighbours": False}
+        handle = rsa.enable(model, sparsity=0.0, **options)
+        torch.testing.assert_close(model(**inputs).sample, untouched, rtol=1e-4, atol=1e-5)
+        assert "order content" in handle.summary()
+        handle.disable()
+        assert torch.equal(model(**inputs).sample, untouched)
