@@ -5,7 +5,8 @@ Arguments are plain values, as the schema of an op wants them; the layout is loo
 
 import torch
 
-from .backends import BACKENDS
+from .backends import BACKENDS, Call
+from .backends.call import why_no_kernels
 from .config import SparseConfig
 from .curve import CONTENT
 from .layout import TokenLayout
@@ -53,13 +54,23 @@ def attention(
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         token_order = None
         if layout.by_content:
-            token_order = content_order(q, k, layout.on(q.device).tiled, block_size=block_size, scale=scale)
+            token_order = order_by_content(q, k, layout.on(q.device), scale)
         out, plan = BACKENDS[backend].run(q, k, v, layout, config, valid, scale, block_mask, token_order)
     # an op may not return one of its inputs
     critical = plan.block_mask.clone() if plan.block_mask is block_mask else plan.block_mask
     if token_order is None:
         token_order = layout.tiled.new_empty(0, device=q.device)
     return out, critical, plan.compensated, plan.probability, plan.r, token_order
+
+
+def order_by_content(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
+    """int64 [B, H, nb * b], whichever backend attends: by our kernels where they can run, else by PyTorch."""
+    call = Call(q.device, q.dtype, q.shape[-1], layout.block_size, layout.num_blocks)
+    if why_no_kernels(call) is not None:
+        return content_order(q, k, layout.tiled, block_size=layout.block_size, scale=scale)
+    from .kernels import arrange
+
+    return arrange.content_order(q, k, layout, scale)
 
 
 @attention.register_fake

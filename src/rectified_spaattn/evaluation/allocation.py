@@ -60,8 +60,8 @@ def exact(call: AttentionCall, block_size: int, order: str = "gilbert") -> Exact
     if layout.by_content:
         scale = call.q.shape[-1] ** -0.5
         token_order = content_order(call.q, call.k, layout.tiled, block_size=block_size, scale=scale)
-        moved = {name: arrange(getattr(call, name), layout.tiled, token_order) for name in ("q", "k", "v")}
-        call, layout = replace(call, **moved), call.layout(block_size).on(call.q.device)
+        q, k, v = (arrange(x, layout.tiled, token_order) for x in (call.q, call.k, call.v))
+        call, layout = replace(call, q=q, k=k, v=v), call.layout(block_size).on(call.q.device)
     probed = _probed(call, layout)
     out = full_attention(probed)
     heads = call.q.shape[2]

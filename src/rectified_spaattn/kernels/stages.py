@@ -7,8 +7,8 @@ import torch
 
 from ..config import SparseConfig
 from ..layout import TokenLayout
-from ..method.arrange import content_order
 from ..method.plan import Plan
+from .arrange import content_order
 from .plan import BlockLists, compensate, make_plan, scores, select
 from .tile import Tiled, tile
 
@@ -26,7 +26,7 @@ def before_attend(
     named: dict[str, Callable[[], object]] = {}
     token_order = None
     if layout.by_content:
-        sort = partial(content_order, q, k, layout.tiled, block_size=layout.block_size, scale=scale)
+        sort = partial(content_order, q, k, layout, scale)
         token_order = sort()
         named["order by content"] = sort
     tiled = tile(q, k, v, layout, text_valid, config.rectify, token_order)

@@ -28,11 +28,10 @@ def content_order(
     count = tiled.numel()
     if count <= block_size:
         return tiled.expand(batch, heads, count)
-    some = tiled[:: -(-count // SAMPLE)]
-    q_some, k_some = (x[:, some].transpose(1, 2).flatten(0, 1).to(stage_dtype(x.dtype)) for x in (q, k))
+    q_some, k_some = sample_of(q, tiled), sample_of(k, tiled)
     to_q, to_k = directions(q_some, k_some, scale).split(dim, dim=1)
-    features = _project(q, q_some, to_q) + _project(k, k_some, to_k)  # [B * H, S, DIRECTIONS]
-    features = features[:, tiled].nan_to_num_(0.0)
+    features = _project(q, tiled, q_some, to_q) + _project(k, tiled, k_some, to_k)
+    features = features.nan_to_num(0.0).to(torch.bfloat16)  # as the kernel has them: 8 bits tell the sides of a cut
     return tiled[k_d_order(features, block_size)].view(batch, heads, count)
 
 
@@ -51,6 +50,12 @@ def put_back(x: torch.Tensor, tiled: torch.Tensor, token_order: torch.Tensor) ->
 def _per_channel(token_order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     # [B, H, n] -> [B, n, H, D]
     return token_order.transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[3])
+
+
+def sample_of(x: torch.Tensor, tiled: torch.Tensor) -> torch.Tensor:
+    """Some of the tiled tokens of x [B, S, H, D], evenly spread: [B * H, m, D], m at most SAMPLE."""
+    some = tiled[:: -(-tiled.numel() // SAMPLE)]
+    return x[:, some].transpose(1, 2).flatten(0, 1).to(stage_dtype(x.dtype))
 
 
 def directions(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
@@ -135,7 +140,7 @@ def _halve(order: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(2, place, order)
 
 
-def _project(x: torch.Tensor, some: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """(x - mean) W in x's dtype: [Z, S, r]. x: [B, S, H, D]; some: [Z, m, D], which the mean is taken of; w: [Z, D, r]."""
-    shift = -(some.mean(1, keepdim=True) @ w)
-    return torch.baddbmm(shift.to(x.dtype), x.transpose(1, 2).flatten(0, 1), w.to(x.dtype))
+def _project(x: torch.Tensor, tiled: torch.Tensor, some: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """(x - mean) W: [Z, nb * b, r]. x: [B, S, H, D]; some: [Z, m, D], which the mean is taken of; w: [Z, D, r]."""
+    shift = some.mean(1, keepdim=True) @ w
+    return x[:, tiled].transpose(1, 2).flatten(0, 1).to(w.dtype) @ w - shift

@@ -1,0 +1,163 @@
+"""Stage 0 of order="content" on a GPU: project every token once, then halve all nodes of a level in one launch."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..layout import TokenLayout
+from ..method.arrange import NODE_SAMPLE, directions, sample_of
+
+_CHUNK = 2048  # tokens of a node that a program looks at together
+
+
+def content_order(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
+    """int64 [B, H, nb * b], as method.arrange.content_order, but for rounding. layout: on the tensors' device."""
+    batch, _, heads, dim = q.shape
+    tiled, b = layout.tiled, layout.block_size
+    if layout.num_blocks <= 1:
+        return tiled.expand(batch, heads, -1)
+    q_some, k_some = sample_of(q, tiled), sample_of(k, tiled)
+    w = directions(q_some, k_some, scale)  # [B * H, 2D, r]
+    shift = torch.cat([q_some.mean(1), k_some.mean(1)], 1)[:, None] @ w
+    features = project(q, k, tiled, w.to(q.dtype), shift)
+    return tiled[k_d_order(features, b).long()].view(batch, heads, -1)
+
+
+def project(
+    q: torch.Tensor, k: torch.Tensor, tiled: torch.Tensor, w: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """[q, k] W - shift for the tokens of `tiled`: bfloat16 [B * H, nb * b, r]. w: [B * H, 2D, r]; shift: [B * H, 1, r]."""
+    batch, _, heads, dim = q.shape
+    rank = w.shape[2]
+    features = torch.empty(batch * heads, tiled.numel(), rank, dtype=torch.bfloat16, device=q.device)
+    block = 64
+    _project_kernel[(triton.cdiv(tiled.numel(), block) * heads, batch)](
+        q, k, tiled, w.contiguous(), shift.float().contiguous(), features,
+        *q.stride(), *k.stride(), heads, tiled.numel(), rank,
+        HEAD_DIM=dim, BLOCK=block, WIDTH=max(16, triton.next_power_of_2(rank)), num_warps=4,
+    )  # fmt: skip
+    return features
+
+
+def k_d_order(features: torch.Tensor, block_size: int) -> torch.Tensor:
+    """int32 [Z, n], as method.arrange.k_d_order. features: bfloat16 [Z, n, r], contiguous, r a power of two."""
+    trees, count, rank = features.shape
+    blocks = count // block_size
+    size = triton.next_power_of_2(blocks)  # blocks a node
+    order, room = (torch.empty(trees, size * block_size, dtype=torch.int32, device=features.device) for _ in "ab")
+    first = True
+    while size > 1:
+        tokens = size * block_size
+        _halve_kernel[(triton.cdiv(blocks, size), trees)](
+            features, order, room, count, tokens, order.shape[1],
+            FIRST=first, RANK=rank, SAMPLE=NODE_SAMPLE, CHUNK=min(tokens, _CHUNK),
+            num_warps=8 if tokens >= _CHUNK else 4,
+        )  # fmt: skip
+        order, room, first, size = room, order, False, size // 2
+    return order[:, :count]
+
+
+@triton.jit
+def _project_kernel(
+    q_ptr, k_ptr, places_ptr, w_ptr, shift_ptr, out_ptr,
+    q_sb, q_ss, q_sh, q_sd,
+    k_sb, k_ss, k_sh, k_sd,
+    heads, count, rank,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    chunk, h, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
+    z, h = batch * heads + h, h.to(tl.int64)
+    i = chunk * BLOCK + tl.arange(0, BLOCK)
+    d = tl.arange(0, HEAD_DIM)
+    r = tl.arange(0, WIDTH)
+    # [BLOCK]
+    place = tl.load(places_ptr + i, mask=i < count, other=0)
+    # [BLOCK, HEAD_DIM]
+    from_q = q_ptr + batch * q_sb + h * q_sh + place[:, None] * q_ss + d[None, :].to(tl.int64) * q_sd
+    from_k = k_ptr + batch * k_sb + h * k_sh + place[:, None] * k_ss + d[None, :].to(tl.int64) * k_sd
+    # [HEAD_DIM, WIDTH]
+    at_w = w_ptr + (z * 2 * HEAD_DIM + d[:, None]) * rank + r[None, :]
+    w_q = tl.load(at_w, mask=r[None, :] < rank, other=0.0)
+    w_k = tl.load(at_w + HEAD_DIM * rank, mask=r[None, :] < rank, other=0.0)
+    # [BLOCK, WIDTH]
+    feature = tl.dot(tl.load(from_q), w_q, input_precision="ieee")
+    feature = tl.dot(tl.load(from_k), w_k, feature, input_precision="ieee")
+    feature -= tl.load(shift_ptr + z * rank + r, mask=r < rank, other=0.0)[None, :]
+    feature = tl.where(feature == feature, feature, 0.0)
+    to = out_ptr + (z * count + i[:, None]) * rank + r[None, :]
+    tl.store(to, feature.to(tl.bfloat16), mask=(i[:, None] < count) & (r[None, :] < rank))
+
+
+@triton.jit
+def _token(order_ptr, at, first, count, FIRST: tl.constexpr):
+    """Which token stands at a place of the node; `count` where none does."""
+    return tl.minimum(at, count) if FIRST else tl.load(order_ptr + first + at)
+
+
+@triton.jit
+def _key(feature_ptr, token, axis, count, RANK: tl.constexpr):
+    """A bfloat16 feature as an integer of 16 bits in the same order; absent tokens come last."""
+    bits = tl.load(feature_ptr + token.to(tl.int64) * RANK + axis, mask=token < count, other=0.0)
+    bits = bits.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    bits = tl.where(bits == 0x8000, 0, bits)  # -0 is 0
+    return tl.where(token < count, tl.where(bits >= 0x8000, 0xFFFF - bits, bits + 0x8000), 0xFFFF)
+
+
+@triton.jit
+def _halve_kernel(
+    features_ptr, from_ptr, to_ptr, count, tokens, width,
+    FIRST: tl.constexpr, RANK: tl.constexpr, SAMPLE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Cuts one node of one tree: the smaller half of its tokens first, each half in the order it had."""
+    z = tl.program_id(1).to(tl.int64)
+    feature_ptr = features_ptr + z * count * RANK
+    first = z * width + tl.program_id(0) * tokens
+    half = tokens // 2
+
+    # [SAMPLE, RANK]
+    some = _token(from_ptr, tl.arange(0, SAMPLE) * (tokens // SAMPLE), first, count, FIRST)
+    there = (some < count)[:, None]
+    axes = tl.arange(0, RANK)
+    point = tl.load(feature_ptr + some.to(tl.int64)[:, None] * RANK + axes[None, :], mask=there, other=0.0).to(
+        tl.float32
+    )
+    mean = tl.sum(point, 0) / tl.maximum(tl.sum(there.to(tl.float32), 0), 1.0)
+    apart = tl.where(there, point - mean[None, :], 0.0)
+    axis = tl.argmax(tl.sum(apart * apart, 0), 0)
+
+    # the half-th smallest key: first its high byte, then its low one
+    # [256]
+    byte = tl.arange(0, 256)
+    counts = tl.zeros((256,), tl.int32)
+    for start in tl.range(0, tokens, CHUNK):
+        # [CHUNK]
+        token = _token(from_ptr, start + tl.arange(0, CHUNK), first, count, FIRST)
+        counts += tl.histogram(_key(feature_ptr, token, axis, count, RANK) >> 8, 256)
+    high = tl.sum((tl.cumsum(counts, 0) < half).to(tl.int32), 0)
+    below = tl.sum(tl.where(byte < high, counts, 0), 0)
+    # [512]: the upper half counts all other keys
+    both = tl.arange(0, 512)
+    counts = tl.zeros((512,), tl.int32)
+    for start in tl.range(0, tokens, CHUNK):
+        token = _token(from_ptr, start + tl.arange(0, CHUNK), first, count, FIRST)
+        key = _key(feature_ptr, token, axis, count, RANK)
+        counts += tl.histogram(tl.where(key >> 8 == high, key & 255, 256), 512)
+    counts = tl.where(both < 256, counts, 0)
+    low = tl.sum(((tl.cumsum(counts, 0) < half - below) & (both < 256)).to(tl.int32), 0)
+    below += tl.sum(tl.where(both < low, counts, 0), 0)
+    edge = high * 256 + low
+
+    # of equal keys the first ones go left
+    wanted = half - below
+    equal_before = 0
+    left_before = 0
+    for start in tl.range(0, tokens, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        token = _token(from_ptr, at, first, count, FIRST)
+        key = _key(feature_ptr, token, axis, count, RANK)
+        equal = (key == edge).to(tl.int32)
+        left = (key < edge) | ((equal != 0) & (equal_before + tl.cumsum(equal, 0) <= wanted))
+        rank = left_before + tl.cumsum(left.to(tl.int32), 0)
+        tl.store(to_ptr + first + tl.where(left, rank - 1, half + at - rank), token)
+        equal_before += tl.sum(equal, 0)
+        left_before += tl.sum(left.to(tl.int32), 0)
