@@ -5,9 +5,9 @@ against full attention, on fixed prompt-seed pairs.
     torchrun --nproc-per-node 4 benchmarks/ablation.py run ...      # the pairs shared out; one GPU is enough
     python benchmarks/ablation.py table runs/ablation/dev.csv [--plot ablation.png]
 
-`run` writes SPLIT.csv (one row a pair, sparsity, mode and order) and SPLIT-layers.csv, and prints what `table` prints: means
-with 95% bootstrap intervals over the pairs, as Markdown. The pairs of "held-out" are for one look, after everything has
-been chosen on "dev".
+`run` writes SPLIT.csv (one row a pair, sparsity, mode and order) and SPLIT-layers.csv, and prints what `table` prints:
+means with 95% bootstrap intervals over the pairs, as Markdown. The pairs of "held-out" are for one look, after everything
+has been chosen on "dev".
 """
 
 import csv
@@ -168,8 +168,8 @@ def layer_rows(split: str, calls: Calls) -> list[LayerRow]:
 def table(rows: list[Row]) -> str:
     """Markdown: one line a setting; mean [95% interval], and the gain, pair by pair, over "none" in the first order."""
     lines = [
-        "| sparsity | rectify | order | computed pairs | attention error | mass error | of block means | PSNR, dB | SSIM "
-        "| PSNR over none, dB | SSIM over none | PSNR won |",
+        "| sparsity | rectify | order | computed pairs | attention error | mass error | of block means | PSNR, dB "
+        "| SSIM | PSNR over none, dB | SSIM over none | PSNR won |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     first_order = next((row.order for row in rows if row.order), "")

@@ -26,8 +26,8 @@ class SparseStats:
                  pooled keys not; reading it waits for the device, reading `device_density`, the same as a scalar
                  tensor, does not
     backend      name
-    token_order  int64 [B, H, nb * b], places in the sequence of the tiled tokens, block after block, where every head has
-                 an order of its own (order "content"); None where `layout.tiled` holds for all
+    token_order  int64 [B, H, nb * b], places in the sequence of the tiled tokens, block after block, where every head
+                 has an order of its own (order "content"); None where `layout.tiled` holds for all
     """
 
     block_mask: torch.Tensor

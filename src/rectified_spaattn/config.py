@@ -24,8 +24,8 @@ class SparseConfig:
                    only where the gain beats the pooling error (the paper); "row": every dropped block joins the softmax
                    of every query as one pooled key, its mass corrected for how the block's keys spread
     block_size     tokens a block, a multiple of 16
-    order          "gilbert", "tile" or "raster": how video tokens are laid out before they are cut into blocks; "content":
-                   sorted in every call and head, so that a block holds tokens that attend alike
+    order          how video tokens are laid out before they are cut into blocks: "gilbert", "tile" or "raster" in space;
+                   "content" sorts them in every call and head, so that a block holds tokens that attend alike
     neighbours     blocks that touch in 3-D always see each other
     first_frame    blocks that hold tokens of frame 0 always see each other
     dense_steps    full attention in the first denoising steps: a count, or a fraction of all steps below 1
@@ -142,8 +142,8 @@ def check_has_places(order: str, neighbours: bool, first_frame: bool) -> None:
     for name, asked in (("neighbours", neighbours), ("first_frame", first_frame)):
         if order == CONTENT and asked:
             raise ValueError(
-                f"{name}: got {asked!r} with order={CONTENT!r}; allowed: False, as blocks that are sorted by content lie "
-                f"nowhere in the video. Pass {name}=False, or an order in space."
+                f"{name}: got {asked!r} with order={CONTENT!r}; allowed: False, as blocks that are sorted by content "
+                f"lie nowhere in the video. Pass {name}=False, or an order in space."
             )
 
 
