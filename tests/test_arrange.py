@@ -12,7 +12,7 @@ import tiny
 from cases import MODES, Call, calls, video_like
 from oracle import dense, oracle
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
-from rectified_spaattn.method.arrange import arrange, content_order, directions, k_d_order, put_back
+from rectified_spaattn.method.arrange import arrange, content_order, directions, k_d_order, moments, put_back
 
 GRID, TEXT = (3, 8, 11), 7  # 264 video tokens: 16 blocks of 16 and 8 left over
 
@@ -104,7 +104,7 @@ def test_directions_are_the_principal_ones() -> None:
     q, k = (torch.randn(2, 500, 12, generator=generator, dtype=torch.float64) for _ in "qk")
     stretch = torch.linspace(4, 0.5, 12).double()
     q, k, scale = q * stretch + 1, k * stretch.flip(0) - 2, 12**-0.5
-    w = directions(q, k, scale)
+    w = directions(moments(q, k, scale))
     apart = torch.cat([q - q.mean(1, keepdim=True), k - k.mean(1, keepdim=True)], -1)
     k_apart = k - k.mean(1, keepdim=True)
     for z in range(2):

@@ -266,8 +266,8 @@ def test_csv_round_trip_gives_the_same_rows_and_a_figure(tmp_path: Path) -> None
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
     stage = StageRow(
-        shape="tiny", backend="triton", rectify="row", order="content", sparsity=0.8, stage="attend", ms=1.0, ms_q1=0.9, ms_q3=1.1,
-        ms_min=0.8, ms_max=1.2, repeats=10, share=1.0, whole_ms=1.1,
+        shape="tiny", backend="triton", rectify="row", order="content", sparsity=0.8, stage="attend", ms=1.0, ms_q1=0.9,
+        ms_q3=1.1, ms_min=0.8, ms_max=1.2, repeats=10, share=1.0, whole_ms=1.1,
     )  # fmt: skip
     write_csv(path, [stage], ON_GPU)
     assert read_csv(path, StageRow)[0] == [stage]

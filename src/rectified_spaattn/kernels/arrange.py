@@ -1,32 +1,48 @@
-"""Stage 0 of order="content" on a GPU: project every token once, then halve all nodes of a level in one launch."""
+"""Stage 0 of order="content" on a GPU: directions, one projection of every token, one launch a level of the tree."""
 
 import torch
 import triton
 import triton.language as tl
 
 from ..layout import TokenLayout
-from ..method.arrange import NODE_SAMPLE, directions, sample_of
+from ..method.arrange import NODE_SAMPLE, ROUNDS, Moments, moments, sample_of, start_directions
 
-_CHUNK = 2048  # tokens of a node that a program looks at together
+_CHUNK = 8192  # tokens of a node that a program looks at together
 
 
 def content_order(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
     """int64 [B, H, nb * b], as method.arrange.content_order, but for rounding. layout: on the tensors' device."""
-    batch, _, heads, dim = q.shape
+    batch, _, heads, _ = q.shape
     tiled, b = layout.tiled, layout.block_size
     if layout.num_blocks <= 1:
         return tiled.expand(batch, heads, -1)
     q_some, k_some = sample_of(q, tiled), sample_of(k, tiled)
-    w = directions(q_some, k_some, scale)  # [B * H, 2D, r]
+    w = directions(moments(q_some, k_some, scale))  # [B * H, 2D, r]
     shift = torch.cat([q_some.mean(1), k_some.mean(1)], 1)[:, None] @ w
     features = project(q, k, tiled, w.to(q.dtype), shift)
     return tiled[k_d_order(features, b).long()].view(batch, heads, -1)
 
 
+def directions(given: Moments) -> torch.Tensor:
+    """W [Z, 2D, r], as method.arrange.directions."""
+    trees, dim, _ = given.weigh.shape
+    start = start_directions(dim, torch.float32, given.weigh.device)
+    rank = start.shape[1]
+    w, seen = torch.empty(2, trees, dim, rank, dtype=torch.float32, device=start.device)
+    _directions_kernel[(trees,)](
+        given.covariance.contiguous(), given.weigh.contiguous(), start, w, seen,
+        DIM=dim, RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)), CHUNK=32, ROUNDS=ROUNDS, num_warps=8,
+    )  # fmt: skip
+    return w
+
+
 def project(
     q: torch.Tensor, k: torch.Tensor, tiled: torch.Tensor, w: torch.Tensor, shift: torch.Tensor
 ) -> torch.Tensor:
-    """[q, k] W - shift for the tokens of `tiled`: bfloat16 [B * H, nb * b, r]. w: [B * H, 2D, r]; shift: [B * H, 1, r]."""
+    """[q, k] W - shift for the tokens of `tiled`: bfloat16 [B * H, nb * b, r].
+
+    w: [B * H, 2D, r], in the inputs' dtype; shift: [B * H, 1, r].
+    """
     batch, _, heads, dim = q.shape
     rank = w.shape[2]
     features = torch.empty(batch * heads, tiled.numel(), rank, dtype=torch.bfloat16, device=q.device)
@@ -51,10 +67,84 @@ def k_d_order(features: torch.Tensor, block_size: int) -> torch.Tensor:
         _halve_kernel[(triton.cdiv(blocks, size), trees)](
             features, order, room, count, tokens, order.shape[1],
             FIRST=first, RANK=rank, SAMPLE=NODE_SAMPLE, CHUNK=min(tokens, _CHUNK),
-            num_warps=8 if tokens >= _CHUNK else 4,
+            num_warps=16 if tokens >= _CHUNK else 4,
         )  # fmt: skip
         order, room, first, size = room, order, False, size // 2
     return order[:, :count]
+
+
+@triton.jit
+def _times(matrix_ptr, x_ptr, DIM: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """A matrix [DIM, DIM] times x [DIM, RANK], both in memory."""
+    i = tl.arange(0, DIM)
+    r = tl.arange(0, WIDTH)
+    # [DIM, WIDTH]
+    product = tl.zeros((DIM, WIDTH), tl.float32)
+    for first in tl.range(0, DIM, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        # [DIM, CHUNK]: both matrices are symmetric
+        columns = tl.trans(tl.load(matrix_ptr + j[:, None] * DIM + i[None, :]))
+        x = tl.load(x_ptr + j[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
+        product = tl.dot(columns, x, product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def _keep(x_ptr, x, DIM: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes x [DIM, WIDTH] where all threads of the program can read it."""
+    i = tl.arange(0, DIM)
+    r = tl.arange(0, WIDTH)
+    tl.debug_barrier()
+    tl.store(x_ptr + i[:, None] * RANK + r[None, :], x, mask=r[None, :] < RANK)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _directions_kernel(
+    covariance_ptr, weigh_ptr, start_ptr, w_ptr, seen_ptr,
+    DIM: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROUNDS: tl.constexpr,
+):  # fmt: skip
+    z = tl.program_id(0).to(tl.int64)
+    covariance_ptr += z * DIM * DIM
+    weigh_ptr += z * DIM * DIM
+    w_ptr += z * DIM * RANK
+    seen_ptr += z * DIM * RANK
+    i = tl.arange(0, DIM)
+    r = tl.arange(0, WIDTH)
+    start = tl.load(start_ptr + i[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
+    _keep(w_ptr, start, DIM, RANK, WIDTH)
+    _keep(seen_ptr, _times(covariance_ptr, w_ptr, DIM, RANK, WIDTH, CHUNK), DIM, RANK, WIDTH)
+    for _ in tl.range(0, ROUNDS):
+        # [DIM, WIDTH]
+        w = tl.zeros((DIM, WIDTH), tl.float32)
+        seen = tl.zeros((DIM, WIDTH), tl.float32)
+        for _ in tl.static_range(2):
+            w = _times(weigh_ptr, seen_ptr, DIM, RANK, WIDTH, CHUNK)
+            _keep(w_ptr, w, DIM, RANK, WIDTH)
+            seen = _times(covariance_ptr, w_ptr, DIM, RANK, WIDTH, CHUNK)
+            _keep(seen_ptr, seen, DIM, RANK, WIDTH)
+        # Gram-Schmidt, such that wᵀ C w = 1; seen is C w throughout
+        for column in tl.static_range(RANK):
+            # [DIM]
+            one = tl.sum(tl.where(r[None, :] == column, w, 0.0), 1)
+            one_seen = tl.sum(tl.where(r[None, :] == column, seen, 0.0), 1)
+            square = tl.sum(one * one_seen, 0)
+            shrink = tl.where(square > 0, tl.rsqrt(tl.maximum(square, 1e-37)), 0.0)
+            one *= shrink
+            one_seen *= shrink
+            # [WIDTH]
+            share = tl.sum(one[:, None] * seen, 0)
+            w = tl.where(r[None, :] == column, one[:, None], tl.where(r[None, :] > column, w - one[:, None] * share, w))
+            seen = tl.where(
+                r[None, :] == column, one_seen[:, None],
+                tl.where(r[None, :] > column, seen - one_seen[:, None] * share, seen),
+            )  # fmt: skip
+        _keep(w_ptr, w, DIM, RANK, WIDTH)
+        _keep(seen_ptr, seen, DIM, RANK, WIDTH)
+    w = tl.load(w_ptr + i[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
+    seen = tl.load(seen_ptr + i[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
+    spread = tl.sum(seen * _times(weigh_ptr, seen_ptr, DIM, RANK, WIDTH, CHUNK), 0)
+    _keep(w_ptr, w * tl.sqrt(tl.maximum(spread, 0.0))[None, :], DIM, RANK, WIDTH)
 
 
 @triton.jit

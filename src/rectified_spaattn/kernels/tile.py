@@ -22,8 +22,8 @@ class Tiled(NamedTuple):
     k_pool, v_pool  [B, H, nb up to a multiple of 128, D], for "row": means once more, in the inputs' dtype, then zeros
     tail_bias       float32 [B, rows - nb*b], what to add to an isolated key's logit: 0, or -inf where it is not valid
     tail_end        int32 [B], isolated keys from here on are not valid
-    places          int32 [rows] or, where heads differ, [B, H, rows]: where in the sequence a row of q comes from, -1 for
-                    the zeros
+    places          int32 [rows] or, where heads differ, [B, H, rows]: where in the sequence a row of q comes from, -1
+                    for the zeros
     """
 
     q: torch.Tensor

@@ -1,17 +1,18 @@
 """Stage 0 of order="content": sort the tiled tokens of every head so that a block holds tokens that attend alike.
 
-Not in the paper. Where block means stand for tokens, what counts is how far the logits of a block's keys (for the queries
-there are) and of a block's queries (for the keys there are) lie apart, not how far apart the tokens are on the screen.
+Not in the paper. Where block means stand for tokens, what counts is how far apart the logits of a block's keys lie (for
+the queries there are) and those of its queries (for the keys there are), not how far apart the tokens are on the screen.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from .pool import stage_dtype
 
 DIRECTIONS = 8  # in which tokens are told apart
-SAMPLE = 4096  # tokens a head that the directions are found from
+SAMPLE = 2048  # tokens a head that the directions are found from
 NODE_SAMPLE = 64  # tokens a node that its axis is chosen from
 ROUNDS = 10  # of the subspace iteration, two products each
 
@@ -21,22 +22,22 @@ def content_order(
 ) -> torch.Tensor:
     """int64 [B, H, nb * b]: the tokens of `tiled` for every head, block after block; one order for queries and keys.
 
-    q, k: [B, S, H, D], any floating dtype; tiled: int64 [nb * b], places in the sequence, on their device. A function of
-    its input alone: the same tensors give the same order. Does not wait for the device.
+    q, k: [B, S, H, D], any floating dtype; tiled: int64 [nb * b], places in the sequence, on their device. The same
+    tensors give the same order. Does not wait for the device.
     """
     batch, _, heads, dim = q.shape
     count = tiled.numel()
     if count <= block_size:
         return tiled.expand(batch, heads, count)
     q_some, k_some = sample_of(q, tiled), sample_of(k, tiled)
-    to_q, to_k = directions(q_some, k_some, scale).split(dim, dim=1)
+    to_q, to_k = directions(moments(q_some, k_some, scale)).split(dim, dim=1)
     features = _project(q, tiled, q_some, to_q) + _project(k, tiled, k_some, to_k)
     features = features.nan_to_num(0.0).to(torch.bfloat16)  # as the kernel has them: 8 bits tell the sides of a cut
     return tiled[k_d_order(features, block_size)].view(batch, heads, count)
 
 
 def arrange(x: torch.Tensor, tiled: torch.Tensor, token_order: torch.Tensor) -> torch.Tensor:
-    """x [B, S, H, D] with the tokens of token_order [B, H, nb * b] at the places `tiled`, and all others where they were."""
+    """x [B, S, H, D] with the tokens of token_order [B, H, nb * b] at the places `tiled`, the others as they were."""
     out = x.clone()
     out[:, tiled] = x.gather(1, _per_channel(token_order, x))
     return out
@@ -58,27 +59,47 @@ def sample_of(x: torch.Tensor, tiled: torch.Tensor) -> torch.Tensor:
     return x[:, some].transpose(1, 2).flatten(0, 1).to(stage_dtype(x.dtype))
 
 
-def directions(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """W [Z, 2D, r], the first D rows for q: tokens whose [q, k] W are near get and give similar logits.
+class Moments(NamedTuple):
+    """The covariance of [q, k], and weigh = diag(M_k, M_q): second moments of k (centred) and of q, times scale².
 
-    q, k: [Z, m, D]. Two keys differ, for the queries there are, by |M_q½ (k - k')|, M_q = scale² mean q qᵀ; two queries
-    by |M_k½ (q - q')|, with centred keys, as no softmax sees what all keys share. W are the r principal directions of
-    both together, as long as the deviation along them, by subspace iteration on S C, where S = diag(M_k, M_q) and C is
-    the covariance of [q, k].
+    Each [Z, 2D, 2D].
     """
+
+    covariance: torch.Tensor
+    weigh: torch.Tensor
+
+
+def moments(q: torch.Tensor, k: torch.Tensor, scale: float) -> Moments:
+    """q, k: [Z, m, D]"""
     count, dim = q.shape[1:]
     k_apart = k - k.mean(1, keepdim=True)
     both = torch.cat([q - q.mean(1, keepdim=True), k_apart], dim=2)
     covariance = both.transpose(1, 2) @ both / count
     weigh = torch.zeros_like(covariance)
-    weigh[:, :dim, :dim] = k_apart.transpose(1, 2) @ k_apart * (scale**2 / count)
-    weigh[:, dim:, dim:] = q.transpose(1, 2) @ q * (scale**2 / count)
+    weigh[:, :dim, :dim] = covariance[:, dim:, dim:]
+    weigh[:, dim:, dim:] = q.transpose(1, 2) @ q / count
+    return Moments(covariance, weigh.mul_(scale**2))
+
+
+def start_directions(dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[dim, r] to start the iteration from, always the same."""
+    random = torch.randn(dim, min(DIRECTIONS, dim), generator=torch.Generator().manual_seed(0), dtype=dtype)
+    return random.to(device, non_blocking=True)
+
+
+def directions(given: Moments) -> torch.Tensor:
+    """W [Z, 2D, r], the first D rows for q: tokens whose [q, k] W are near get and give similar logits.
+
+    Two keys differ, for the queries there are, by |M_q½ (k - k')|, M_q = scale² mean q qᵀ; two queries by
+    |M_k½ (q - q')|, with centred keys, as no softmax sees what all keys share. W are the r principal directions of both
+    together, as long as the deviation along them, by subspace iteration on S C, where S = diag(M_k, M_q) and C is the
+    covariance of [q, k].
+    """
+    covariance, weigh = given
     step = weigh @ covariance
     step = step @ step
-    rank = min(DIRECTIONS, 2 * dim)
-    start = torch.randn(2 * dim, rank, generator=torch.Generator().manual_seed(0), dtype=q.dtype)
-    w = start.to(q.device).expand(len(q), -1, -1)
-    little = 1e-5 * torch.eye(rank, dtype=q.dtype, device=q.device)
+    w = start_directions(step.shape[1], step.dtype, step.device)
+    little = 1e-5 * torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
     for _ in range(ROUNDS):
         w = step @ w
         w = w / w.norm(dim=1, keepdim=True)
@@ -94,9 +115,9 @@ def directions(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
 def k_d_order(features: torch.Tensor, block_size: int) -> torch.Tensor:
     """int64 [Z, n]: the order in which a k-d tree with whole blocks as leaves visits its points.
 
-    features: [Z, n, r], n a multiple of block_size. Every node is cut along the axis in which a sample of it varies most,
-    at a whole number of blocks: the left child has half of what the smallest perfect tree has there. Equal values keep
-    their order.
+    features: [Z, n, r], n a multiple of block_size. Every node is cut along the axis in which a sample of it varies
+    most, at a whole number of blocks: the left child has half of what the smallest perfect tree has there. Equal values
+    keep their order.
     """
     trees, count, rank = features.shape
     blocks = count // block_size
