@@ -6,8 +6,8 @@ against full attention, on fixed prompt-seed pairs.
     python benchmarks/ablation.py table runs/ablation/dev.csv [--plot ablation.png]
 
 `run` writes SPLIT.csv (one row a pair, sparsity, mode and order) and SPLIT-layers.csv, and prints what `table` prints:
-means with 95% bootstrap intervals over the pairs, as Markdown. The pairs of "held-out" are for one look, after everything
-has been chosen on "dev".
+means with 95% bootstrap intervals over the pairs, as Markdown. The pairs of "held-out" are for one look, after
+everything has been chosen on "dev".
 """
 
 import csv

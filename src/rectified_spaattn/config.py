@@ -24,8 +24,8 @@ class SparseConfig:
                    only where the gain beats the pooling error (the paper); "row": every dropped block joins the softmax
                    of every query as one pooled key, its mass corrected for how the block's keys spread
     block_size     tokens a block, a multiple of 16
-    order          how video tokens are laid out before they are cut into blocks: "gilbert", "tile" or "raster" in space;
-                   "content" sorts them in every call and head, so that a block holds tokens that attend alike
+    order          how video tokens are laid out before they are cut into blocks: in space "gilbert", "tile", "raster";
+                   or "content": sorted in every call and head, so that a block holds tokens that attend alike
     neighbours     blocks that touch in 3-D always see each other
     first_frame    blocks that hold tokens of frame 0 always see each other
     dense_steps    full attention in the first denoising steps: a count, or a fraction of all steps below 1

@@ -1,7 +1,7 @@
 """Stage 0 of order="content": sort the tiled tokens of every head so that a block holds tokens that attend alike.
 
-Not in the paper. Where block means stand for tokens, what counts is how far apart the logits of a block's keys lie (for
-the queries there are) and those of its queries (for the keys there are), not how far apart the tokens are on the screen.
+Not in the paper. Where block means stand for tokens, what counts is how far apart the logits of a block's keys lie, for
+the queries there are, and those of its queries, for the keys there are; not how far apart they are on the screen.
 """
 
 import math
