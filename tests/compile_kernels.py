@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rectified_spaattn.kernels.arrange import _directions_kernel, _halve_kernel, _project_kernel
 from rectified_spaattn.kernels.attend import _attend_kernel, tiling_of
 from rectified_spaattn.kernels.plan import _compensate_kernel, _scores_kernel, _select_kernel
 from rectified_spaattn.kernels.tile import _tail_kernel, _tile_kernel
@@ -60,6 +61,14 @@ def kernels(arch: str) -> Iterator[Kernel]:
             yield kernel(f"scores {head_dim} gain={gain} row={row}", _scores_kernel, constants, x)
         constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "BLOCK_K": 16}
         yield kernel(f"compensate {head_dim}", _compensate_kernel, constants, x)
+        tree = {"RANK": 8, "WIDTH": 16}
+        constants = {**tree, "DIM": 2 * head_dim, "CHUNK": 32, "ROUNDS": 10}
+        yield kernel(f"directions {head_dim}", _directions_kernel, constants, x, num_warps=8)
+        constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "WIDTH": 16, "q_sd": 1, "k_sd": 1}
+        yield kernel(f"project {head_dim}", _project_kernel, constants, x)
+    for chunk, warps in ((8192, 16), (2048, 8), (128, 2)):
+        constants = {"FIRST": chunk == 8192, "RANK": 8, "SAMPLE": 64, "CHUNK": chunk}
+        yield kernel(f"halve {chunk}", _halve_kernel, constants, x, num_warps=warps)
     yield kernel("tail", _tail_kernel, {"BLOCK": 128}, x)
     for width, warps in ((64, 1), (1024, 2), (8192, 16)):
         for given in (False, True):
@@ -84,16 +93,19 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any], x: str) -> st
         return f"tensordesc<{x}[{rows},{constants['HEAD_DIM']}]>"
     if argument in ("scale", "log_b", "top_p", "cap"):
         return "fp32"
-    model_strides = kernel == "_tile_kernel" and argument[1:3] == "_s"
+    model_strides = kernel in ("_tile_kernel", "_project_kernel") and argument[1:3] == "_s"
     if argument.endswith(("_sb", "_ss", "_sh", "_sd", "_st")):
         return "i64" if model_strides or argument.endswith("_sb") else "i32"
-    if argument in ("count_ptr", "index_ptr", "end_ptr", "places_ptr"):
+    if kernel == "_project_kernel" and argument == "places_ptr":
+        return "*i64"
+    if argument in ("from_ptr", "to_ptr", "count_ptr", "index_ptr", "end_ptr", "places_ptr"):
         return "*i32"
     if argument in ("critical_ptr", "compensated_ptr", "neighbours_ptr", "first_frame_ptr", "worth_ptr", "valid_ptr"):
         return "*i1"
     in_model_dtype = {
         "_tile_kernel": ("q_ptr", "k_ptr", "v_ptr", "q_out", "k_out", "v_out", "k_tail", "v_tail", "k_pool", "v_pool"),
         "_scores_kernel": ("tail_ptr",),
+        "_project_kernel": ("q_ptr", "k_ptr", "w_ptr"),
         "_attend_kernel": ("out_ptr", "partial_ptr"),
     }.get(kernel, ())
     if argument in in_model_dtype:
@@ -102,6 +114,8 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any], x: str) -> st
         "_tile_kernel": ("_mean", "_deviation", "_variance"),
         "_scores_kernel": ("q_ptr", "k_ptr", "k_var_ptr"),
         "_compensate_kernel": ("v_ptr",),
+        "_project_kernel": ("out_ptr",),
+        "_halve_kernel": ("features_ptr",),
     }
     if argument.endswith(halves.get(kernel, ("nothing",))):
         return "*bf16"

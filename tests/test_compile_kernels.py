@@ -22,7 +22,7 @@ def test_kernels_compile_and_fit(arch: str, tmp_path: Path):
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {each["kernel"].split()[0] for each in kernels} == {
-        "tile", "tail", "scores", "select", "compensate", "attend"
+        "directions", "project", "halve", "tile", "tail", "scores", "select", "compensate", "attend"
     }  # fmt: skip
     too_large = [each for each in kernels if each["shared"] > SHARED_KIB[arch] * 1024]
     assert not too_large

@@ -10,9 +10,11 @@ from cases import MODES, STRIDED, seen, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends.call import Call
 from rectified_spaattn.backends.triton import why_not
+from rectified_spaattn.kernels import arrange as sorting
 from rectified_spaattn.kernels.attend import Partial, attend
 from rectified_spaattn.kernels.plan import BlockLists, make_plan, select
 from rectified_spaattn.kernels.tile import tile
+from rectified_spaattn.method import arrange
 from rectified_spaattn.method import plan as method
 from rectified_spaattn.method.pool import pool
 from rectified_spaattn.method.select import select as select_stage
@@ -314,3 +316,62 @@ def test_why_not():
     layout, x = TokenLayout.build((4, 4, 8), 0, block_size=64), torch.zeros(1, 128, 1, 20, device=DEVICE, dtype=EXACT)
     with pytest.raises(RuntimeError, match="head_dim 20"):
         rectified_attention(x, x, x, layout, backend="triton")
+
+
+@pytest.mark.parametrize("kind", ["normal", "few values", "equal"])
+@pytest.mark.parametrize(("blocks", "block_size"), [(1, 64), (2, 64), (3, 64), (13, 64), (9, 128), (33, 64)])
+def test_the_tree_is_that_of_the_stage(blocks, block_size, kind):
+    """To the last token: both have the same bfloat16 features, and of equal ones the first go left."""
+    points = torch.randn(3, blocks * block_size, 8, generator=torch.Generator().manual_seed(blocks))
+    points = {"normal": points, "few values": points.round(), "equal": torch.zeros_like(points)}[kind]
+    points = points.to(DEVICE, torch.bfloat16)
+    got = sorting.k_d_order(points, block_size)
+    assert torch.equal(got.long(), arrange.k_d_order(points, block_size))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_directions_are_those_of_the_stage(head_dim):
+    generator = torch.Generator().manual_seed(0)
+    long = torch.linspace(3, 0.3, head_dim)  # a spectrum whose directions are far apart
+    q, k = ((torch.randn(3, 900, head_dim, generator=generator) * long.square() + 1).to(DEVICE) for _ in "qk")
+    given = arrange.moments(q, k, head_dim**-0.5)
+    want, got = arrange.directions(given), sorting.directions(given)
+    seen, exact = (torch.cat([q, k], -1) @ w for w in (got, want))
+    seen, exact = (x - x.mean(1, keepdim=True) for x in (seen, exact))
+    sign = (seen * exact).sum(1, keepdim=True).sign()
+    assert ((sign * seen - exact).norm(dim=1) <= 0.02 * exact.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_projections_are_those_of_the_stage(head_dim):
+    layout, (q, k, _), _ = inputs((3, 7, 11), 17, True, 64, head_dim)
+    w = torch.randn(4, 2 * head_dim, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE, q.dtype)
+    shift = torch.randn(4, 1, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    got = sorting.project(q, k, layout.tiled, w, shift)
+    both = torch.cat([x[:, layout.tiled].transpose(1, 2).flatten(0, 1) for x in (q, k)], -1).double()
+    want = both @ w.double() - shift.double()
+    torch.testing.assert_close(got.double(), want, rtol=2.0**-7, atol=1e-3)  # the interpreter cuts bfloat16 off
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", [RAGGED, CASES[3]])
+def test_order_content_is_the_oracle(case, mode):
+    shape = case[:-1]
+    qkv, valid = inputs(*case)[1:]
+    layout = TokenLayout.build(*shape, "content")
+    config = SparseConfig(sparsity=0.6, rectify=mode, order="content", neighbours=False)
+    options = {"text_mask": valid, "return_stats": True}
+    out, stats = rectified_attention(*qkv, layout, config, backend="triton", **options)
+    options |= {"block_mask": stats.block_mask}
+    want, oracle = rectified_attention(*qkv, layout, config, backend="reference", **options)
+    assert torch.equal(stats.token_order, oracle.token_order)
+    mask = seen(layout, valid)
+    heads_first = [x.transpose(1, 2) for x in qkv]
+    exact = scaled_dot_product_attention(*(x.double() for x in heads_first), attn_mask=mask)
+    own = (scaled_dot_product_attention(*heads_first, attn_mask=mask).double() - exact).abs().max()
+    same = (stats.compensated == oracle.compensated).all(-1)
+    assert same.all() or mode == "ipar+gapr"
+    error = (out.double() - want).abs().amax(-1).transpose(1, 2)  # [B, H, S]
+    tiled = error.gather(2, stats.token_order)[same.repeat_interleave(layout.block_size, -1)]
+    worst = torch.cat([tiled, error[..., layout.isolated.to(DEVICE)].flatten()]).max()
+    assert worst <= 2 * own + (torch.finfo(out.dtype).eps + 2.0**-16) * want.abs().max()

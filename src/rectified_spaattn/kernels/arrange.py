@@ -7,8 +7,6 @@ import triton.language as tl
 from ..layout import TokenLayout
 from ..method.arrange import NODE_SAMPLE, ROUNDS, Moments, moments, sample_of, start_directions
 
-_CHUNK = 8192  # tokens of a node that a program looks at together
-
 
 def content_order(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
     """int64 [B, H, nb * b], as method.arrange.content_order, but for rounding. layout: on the tensors' device."""
@@ -59,15 +57,17 @@ def k_d_order(features: torch.Tensor, block_size: int) -> torch.Tensor:
     """int32 [Z, n], as method.arrange.k_d_order. features: bfloat16 [Z, n, r], contiguous, r a power of two."""
     trees, count, rank = features.shape
     blocks = count // block_size
+    if blocks <= 1:
+        return torch.arange(count, dtype=torch.int32, device=features.device).expand(trees, count)
     size = triton.next_power_of_2(blocks)  # blocks a node
     order, room = (torch.empty(trees, size * block_size, dtype=torch.int32, device=features.device) for _ in "ab")
     first = True
     while size > 1:
         tokens = size * block_size
+        chunk = 8192 if tokens > 16384 else min(tokens, 2048)  # the few large nodes keep few programs busy
         _halve_kernel[(triton.cdiv(blocks, size), trees)](
             features, order, room, count, tokens, order.shape[1],
-            FIRST=first, RANK=rank, SAMPLE=NODE_SAMPLE, CHUNK=min(tokens, _CHUNK),
-            num_warps=16 if tokens >= _CHUNK else 4,
+            FIRST=first, RANK=rank, SAMPLE=NODE_SAMPLE, CHUNK=chunk, num_warps=max(2, min(chunk // 256, 16)),
         )  # fmt: skip
         order, room, first, size = room, order, False, size // 2
     return order[:, :count]
