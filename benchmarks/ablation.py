@@ -3,7 +3,7 @@ against full attention, on fixed prompt-seed pairs.
 
     python benchmarks/ablation.py run --split dev [--batch 24] [--out runs/ablation]
     torchrun --nproc-per-node 4 benchmarks/ablation.py run ...      # the pairs shared out; one GPU is enough
-    python benchmarks/ablation.py table runs/ablation/dev.csv [--plot ablation.png]
+    python benchmarks/ablation.py table runs/ablation/dev.csv [more.csv ...] [--plot ablation.png]
 
 `run` writes SPLIT.csv (one row a pair, sparsity, mode and order) and SPLIT-layers.csv, and prints what `table` prints:
 means with 95% bootstrap intervals over the pairs, as Markdown. The pairs of "held-out" are for one look, after
@@ -247,6 +247,15 @@ def read(path: Path) -> tuple[list[Row], Machine]:
     return rows, Machine(**{field.name: lines[0][field.name] for field in fields(Machine)})
 
 
+def read_all(paths: list[Path]) -> tuple[list[Row], Machine]:
+    """The rows of all files by rising sparsity, of a pair and setting the first one found; the first file's machine."""
+    read_in = [read(path) for path in paths]
+    found: dict[tuple[str, int, Setting], Row] = {}
+    for row in (row for rows, _ in read_in for row in rows):
+        found.setdefault((row.prompt, row.seed, (row.sparsity, row.rectify, row.order)), row)
+    return sorted(found.values(), key=lambda row: row.sparsity), read_in[0][1]
+
+
 def plot(rows: list[Row], made_on: Machine, path: Path) -> None:
     """Attention error, mass error, PSNR and SSIM against sparsity, one line a mode, with the intervals of `table`."""
     titles = {
@@ -285,11 +294,11 @@ def plot(rows: list[Row], made_on: Machine, path: Path) -> None:
 
 @app.command("table")
 def print_table(
-    path: Annotated[Path, typer.Argument(help="CSV file that `run` wrote.")],
+    paths: Annotated[list[Path], typer.Argument(help="CSV files that `run` wrote; settings in several count once.")],
     plot_to: Annotated[Path | None, typer.Option("--plot", help="PNG file for the figure.")] = None,
 ) -> None:
-    """Print the Markdown tables of an earlier run."""
-    rows, made_on = read(path)
+    """Print the Markdown tables of earlier runs."""
+    rows, made_on = read_all(paths)
     show(rows, made_on)
     if plot_to is not None:
         plot(rows, made_on, plot_to)

@@ -4,6 +4,7 @@ import csv
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,72 @@ def test_the_script_writes_a_row_for_every_pair_and_mode_and_prints_them_again(t
     assert len(table) == 2 + 3
     assert table == [line for line in ran.stdout.splitlines() if line.startswith("|")]
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_masses_of_blocks_by_content() -> None:
+    """What the operator makes of the call itself is what is measured on the call with its tokens moved."""
+    one = call(batch=2)
+    for mode in RECTIFY_MODES:
+        config = SparseConfig(
+            sparsity=0.6, rectify=mode, block_size=BLOCK, order="content", neighbours=False, top_p=0.0
+        )
+        got = allocation(exact(one, BLOCK, "content"), config)
+        whole = attention_error(one, config)
+        assert got.density == pytest.approx(whole.density)
+        first = attention_error(sample(one, 0), config).relative_error
+        assert got.relative_error[0].item() == pytest.approx(first, rel=1e-4)
+        if mode == "none":  # all weight is on what is kept
+            assert got.mass_error.tolist() == pytest.approx((1 - got.kept_mass).tolist(), rel=1e-4)
+    with pytest.raises(ValueError, match="those of full, 16 in 'content'"):
+        allocation(exact(one, BLOCK, "content"), config.replace(order="gilbert"))
+
+
+def sample(one: AttentionCall, i: int) -> AttentionCall:
+    return replace(one, **{name: getattr(one, name)[i : i + 1] for name in ("q", "k", "v", "text_mask")})
+
+
+def test_orders_are_compared_in_one_run(tmp_path: Path) -> None:
+    script = [sys.executable, str(Path(__file__).parents[1] / "benchmarks" / "ablation.py")]
+    options = [
+        "--split",
+        "dev",
+        "--pairs",
+        "2",
+        "--size",
+        "32",
+        "--steps",
+        "4",
+        "--block-size",
+        "32",
+        "--sparsity",
+        "0.8",
+        "--device",
+        "cpu",
+    ]
+    options += ["--rectify", "row", "--order", "gilbert", "--order", "content", "--out", str(tmp_path)]
+    ran = subprocess.run([*script, "run", *options], capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr
+    with (tmp_path / "dev.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["order"] for row in rows] == ["", "", "gilbert", "gilbert", "content", "content"]
+    assert float(rows[2]["attention_error"]) != float(rows[4]["attention_error"])
+    paths = [str(tmp_path / "dev.csv")] * 2
+    again = subprocess.run([*script, "table", *paths], capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    tables = [[line for line in x.stdout.splitlines() if line.startswith("|")] for x in (ran, again)]
+    assert tables[0] == tables[1]  # a row that is in two files counts once
+    assert "80% attention error: row, " in ran.stdout
+
+
+def test_quality_is_read_off_at_equal_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    from pareto import Point, at_time
+
+    pair = ("a prompt", 0)
+    points = [
+        Point(1 - ms / 100, ms, {pair: psnr}, {pair: 0.1}) for ms, psnr in ((10.0, 20.0), (20.0, 24.0), (40.0, 26.0))
+    ]
+    times = {10.0: 20.0, 15.0: 22.0, 20.0: 24.0, 30.0: 25.0, 40.0: 26.0}
+    assert {ms: at_time(points, ms, pair) for ms in times} == times
+    assert at_time(points, 9.9, pair) is None  # nothing is read off beyond what was measured
+    assert at_time(points, 40.1, pair) is None
