@@ -273,7 +273,9 @@ def plot(rows: list[Row], made_on: Machine, path: Path) -> None:
     for axis, (name, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
         for place, mode in enumerate(modes):
             found = [bootstrap([getattr(row, name) for row in by_pair(rows, (s, *mode)).values()]) for s in sparsities]
-            x = [100 * s + 0.35 * (place - (len(modes) - 1) / 2) for s in sparsities]  # bars do not hide one another
+            x = [
+                100 * s + 1.75 / len(modes) * (place - (len(modes) - 1) / 2) for s in sparsities
+            ]  # bars do not hide one another
             bars = [[each.mean - each.low for each in found], [each.high - each.mean for each in found]]
             y = [each.mean for each in found]
             axis.errorbar(

@@ -64,7 +64,7 @@ def at_time(points: list[Point], ms: float, pair: tuple[str, int]) -> float | No
     return (1 - share) * before.psnr[pair] + share * after.psnr[pair]
 
 
-def show(found: dict[Mode, list[Point]]) -> None:
+def show(found: dict[Mode, list[Point]], against: list[str]) -> None:
     print("| rectify | order | sparsity | ms | attention error | PSNR, dB |\n|---|---|---|---|---|---|")
     for (rectify, order), points in found.items():
         for point in points:
@@ -72,6 +72,8 @@ def show(found: dict[Mode, list[Point]]) -> None:
             print(f"| {rectify} | {order} | {point.sparsity:.0%} | {point.ms:.1f} | {error} | {psnr} |")
     print("\n| mode | against | in the time of its | gain in PSNR at that time, dB |\n|---|---|---|---|")
     for mine, other in itertools.permutations(found, 2):
+        if other[0] not in against:
+            continue
         for point in found[other]:
             gains = [(at_time(found[mine], point.ms, pair), psnr) for pair, psnr in point.psnr.items()]
             known = [mine_at - theirs for mine_at, theirs in gains if mine_at is not None]
@@ -109,6 +111,7 @@ def main(
     speed: Annotated[list[Path], typer.Option(help="CSV file of `rectified-spaattn bench op`.")],
     backend: Annotated[str, typer.Option(help="Whose time.")] = "fa4",
     shape: Annotated[str, typer.Option(help="At which shape.")] = "hunyuan-video",
+    against: Annotated[list[str] | None, typer.Option(show_default="none ipar+gapr")] = None,
     plot_to: Annotated[Path | None, typer.Option("--plot", help="PNG file for the figure.")] = None,
 ) -> None:
     rows, made_on = read_all(quality)
@@ -122,7 +125,7 @@ def main(
     quality_of = f"quality: {pairs} prompt-seed pairs of {splits}, {made_on.device}"
     title = f"{quality_of}; time: {backend} at {shape}, {files[0][1].device}"
     print(f"{title}\n")
-    show(found)
+    show(found, against or ["none", "ipar+gapr"])
     if plot_to is not None:
         plot(found, title, plot_to)
 
