@@ -27,7 +27,7 @@ from tiny import wan_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = SparseConfig(block_size=16, neighbours=False, top_p=0.0, sparsity=0.8)
+CONFIG = SparseConfig(block_size=16, order="gilbert", rectify="ipar+gapr", neighbours=False, top_p=0.0, sparsity=0.8)
 SPARSITIES = (0.5, 0.8)
 PLANNED = ("none", "pooled", "ipar", "ipar+gapr")  # the modes whose masses follow from R and P
 
@@ -183,7 +183,7 @@ def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
 
     out = tmp_path / "out"
     small = ("--steps", 2, "--height", 32, "--width", 32, "--device", "cpu", "--sparsity", 0.8)
-    code, printed = invoke("--out", out, "--rectify", "ipar", *small)
+    code, printed = invoke("--out", out, "--rectify", "ipar", "--order", "gilbert", *small)
     assert code == 0, printed
     told = json.loads((out / "inspect.json").read_text())
     assert (told["call"]["layer"], told["call"]["head"], told["call"]["step"]) == (3, 1, 1)  # the middle ones
@@ -191,7 +191,7 @@ def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
     settings = Settings(height=32, width=32, num_frames=16, steps=2)
     whole = capture_calls(load_demo_pipeline("cpu"), Pair(prompt=PROMPTS[0], seed=0), settings, step=1, layers=[3])[0]
     head = one_head(whole, 1)
-    config = SparseConfig(block_size=64, neighbours=False, top_p=0.0, sparsity=0.8, rectify="ipar")
+    config = SparseConfig(block_size=64, order="gilbert", top_p=0.0, sparsity=0.8, rectify="ipar")
     row = next(row for row in told["results"] if row["rectify"] == "ipar")
     assert row["relative_error"] == pytest.approx(attention_error(head, config).relative_error, abs=1e-4)
     full = block_masses(head, head.layout(64), 0)
@@ -209,7 +209,8 @@ def test_inspect_reads_the_folder_of_any_pipeline(tmp_path: Path) -> None:
     told = json.loads((out / "inspect.json").read_text())
     assert (told["call"]["grid"], told["call"]["num_blocks"], told["call"]["isolated"]) == ([3, 8, 8], 6, 0)
     assert told["settings"]["guidance_scale"] == 5.0  # the pipeline's default
-    assert (told["config"]["first_frame"], told["config"]["neighbours"]) == (True, True)  # the model's preset
+    assert (told["config"]["rectify"], told["config"]["order"]) == ("row", "content")
+    assert told["config"]["dense_layers"] == [0, 1]  # the model's preset
     assert all(math.isfinite(row["relative_error"]) for row in told["results"])
     code, printed = invoke(*common, "--steps", 2, "--out", tmp_path / "none", "--device", "cpu", "--block-size", 256)
     assert code == 1

@@ -23,7 +23,7 @@ from rectified_spaattn.method.select import top_k_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = SparseConfig(block_size=16, neighbours=False, top_p=0.0)
+CONFIG = SparseConfig(block_size=16, order="gilbert", rectify="ipar+gapr", neighbours=False, top_p=0.0)
 SPARSITIES = (0.5, 0.8, 0.9)
 
 

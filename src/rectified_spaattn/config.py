@@ -21,12 +21,12 @@ class SparseConfig:
     top_p          the kept blocks and the isolated tokens hold at least this attention mass, in [0, 1]
     rectify        "none": plain block-sparse; "pooled": text pooled like video, no log b, every dropped block
                    compensated; "ipar": exact text and log b, every dropped block compensated; "ipar+gapr": compensated
-                   only where the gain beats the pooling error (the paper); "row", the default: every dropped block
-                   joins the softmax of every query as one pooled key, its mass corrected for how the block's keys spread
+                   only where the gain beats the pooling error (the paper); "row": every dropped block joins the softmax
+                   of every query as one pooled key, its mass corrected for how the block's keys spread (the default)
     block_size     tokens a block, a multiple of 16
-    order          how video tokens are laid out before they are cut into blocks: in space "gilbert" (the paper), "tile",
-                   "raster"; or "content", the default: sorted in every call and head, so that a block holds tokens that
-                   attend alike
+    order          how video tokens are laid out before they are cut into blocks: in space "gilbert" (the paper),
+                   "tile", "raster"; or "content": sorted in every call and head, so that a block holds tokens that
+                   attend alike (the default)
     neighbours     blocks that touch in 3-D always see each other (the paper); only with an order in space
     first_frame    blocks that hold tokens of frame 0 always see each other; only with an order in space
     dense_steps    full attention in the first denoising steps: a count, or a fraction of all steps below 1
@@ -54,10 +54,10 @@ class SparseConfig:
         check_choice("rectify", self.rectify, RECTIFY_MODES)
         check_choice("order", self.order, tuple(ORDERS))
         check_block_size(self.block_size)
-        check_has_places(self.order, self.neighbours, self.first_frame)
         for name in ("neighbours", "first_frame"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True or False.")
+        check_has_places(self.order, self.neighbours, self.first_frame)
         self._check_dense_steps()
         if isinstance(self.dense_layers, str | bytes) or not hasattr(self.dense_layers, "__iter__"):
             raise TypeError(f"dense_layers: got {self.dense_layers!r}; allowed: layer indices, such as (0, 1).")

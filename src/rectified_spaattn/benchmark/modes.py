@@ -29,9 +29,9 @@ REMOVED = Mode("removed", "none")
 def enable(transformer: Any, mode: Mode, case: Case) -> Any:
     """Enables rectified attention on a transformer; a mode that is not sparse puts its own attention in its place.
 
-    case: says block size, rectification and order. Sparse modes keep exactly the nominal share of blocks: random weights make attention flat, where top-p would keep
-    most of it. The others leave the text mask out: every text token is valid here, and without a mask dense attention
-    is fastest. Returns the Handle.
+    case: says block size, rectification and order. Sparse modes keep exactly the nominal share of blocks: random
+    weights make attention flat, where top-p would keep most of it. The others leave the text mask out: every text token
+    is valid here, and without a mask dense attention is fastest. Returns the Handle.
     """
     from ..integrations.diffusers import enable as enable_attention
 
