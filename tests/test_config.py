@@ -166,7 +166,7 @@ def test_other_presets_have_the_published_sparsity_and_schedule_and_our_defaults
 
 
 def test_an_unknown_preset_lists_each_model_once() -> None:
-    with pytest.raises(ValueError, match="got 'wan'; allowed: one of .*'wan2.1-t2v'.*'-paper' behind it") as told:
+    with pytest.raises(ValueError, match=r"got 'wan'; allowed: one of .*'wan2\.1-t2v'.*'-paper' behind it") as told:
         preset("wan")
     assert str(told.value).count("wan2.1-t2v") == 1
 
