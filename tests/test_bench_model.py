@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rectified_spaattn.backends import BACKENDS, torch_gather
+from rectified_spaattn.backends import BACKENDS
 from rectified_spaattn.benchmark import model as bench
 from rectified_spaattn.benchmark import modes, timing
 from rectified_spaattn.benchmark.check import BenchError
@@ -188,7 +188,8 @@ WRONG: dict[str, Callable[..., Any]] = {
 def test_wrong_attention_is_refused_before_anything_is_timed(
     change: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, no_timing: None
 ) -> None:
-    wrong = BACKENDS["torch"]._replace(run=lambda *arguments: change(*torch_gather.run(*arguments)))
+    right = BACKENDS["torch"]
+    wrong = right._replace(run=lambda *arguments: change(*right.run(*arguments)))
     monkeypatch.setitem(BACKENDS, "torch", wrong)
     with pytest.raises(BenchError, match=r"sparse attention: got a relative error of .*allowed.*Nothing was timed"):
         run("wan2.1-14b", sparsities=(0.5,))

@@ -33,8 +33,8 @@ PROMPTS = (
     "a small blue ringed cross standing still over a green dotted background",
 )
 PAIRS = [(prompt, seed) for prompt in PROMPTS for seed in (0, 1)]
-MODES = ["full", "full-other-kernel", "none-50", "ipar+gapr-50"]
-LABELS = ["full attention", "full attention, math kernel (noise floor)", "none, 50%", "ipar+gapr, 50%"]
+MODES = ["full", "full-other-kernel", "none-50", "row-50"]
+LABELS = ["full attention", "full attention, math kernel (noise floor)", "none, 50%", "row, 50%"]
 NO_LPIPS = "torchvision is not installed"
 
 
