@@ -1,4 +1,4 @@
-"""SparseConfig, the one place where every choice of the method is named, and the published presets."""
+"""SparseConfig, the one place where every choice of the method is named, and the presets of models."""
 
 import dataclasses
 import math

@@ -20,7 +20,7 @@ _NOTE = (
     "mean over the queries of a block; rows sum to 1.\nBelow: red where a block gets more than in the map after the "
     "minus, blue where less; pale is within a tenth of an even share."
 )
-_SORTED = " Blocks are sorted by content: tokens that attend alike, wherever they lie in the video."
+_SORTED = "\nBlocks are sorted by content: tokens that attend alike, wherever they lie in the video."
 
 
 def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str, call: CallName) -> None:
