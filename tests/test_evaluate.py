@@ -338,6 +338,16 @@ def test_grid_names_say_what_differs() -> None:
         check_names([*modes, *modes])
 
 
+def test_neighbours_need_an_order_in_space_in_every_column() -> None:
+    base, asked = (SparseConfig(block_size=64, top_p=0.0),), {"neighbours": True}
+    for order in ((), ("content",), ("gilbert", "content")):
+        with pytest.raises(ValueError, match="neighbours: got True with order='content'"):
+            grid_modes(base, Grid(order=order, overrides=asked), "math")
+    modes = grid_modes(base, Grid(order=("gilbert", "tile"), overrides=asked), "math")
+    configs = [mode.config for mode in modes if mode.config is not None]
+    assert [(config.order, config.neighbours) for config in configs] == [("gilbert", True), ("tile", True)]
+
+
 def test_config_files(tmp_path: Path) -> None:
     path = tmp_path / "two experts.yaml"
     path.write_text("- {sparsity: 0.9}\n- {sparsity: 0.8, rectify: none}\n")
