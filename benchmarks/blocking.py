@@ -198,7 +198,7 @@ def main(
     order: Annotated[list[str] | None, typer.Option(show_default=" ".join(ORDERS))] = None,
     layer: Annotated[list[int] | None, typer.Option(show_default="1 4")] = None,
     step: Annotated[list[int] | None, typer.Option(help="Denoising steps of 12.", show_default="3 9")] = None,
-    rectify: str = SparseConfig().rectify,
+    rectify: str = "ipar+gapr",
     out: Path = Path("runs/blocking"),
     table_of: Annotated[Path | None, typer.Option(help="Print the table of an earlier run; measure nothing.")] = None,
 ) -> None:

@@ -57,6 +57,7 @@ def main(prompts: int = 8, device: str = "auto", out: Path = Path("runs/causes")
             sparsity=sparsity,
             rectify=mode,
             block_size=block_size,
+            order="gilbert",
             dense_steps=dense_steps,
             neighbours=False,
             top_p=0.0,

@@ -155,7 +155,9 @@ def _tiles(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
 
 def _config(sparsity: float, mode: str, block_size: int) -> SparseConfig:
     # exact sparsity: on grids this small the 26 neighbours alone would be a quarter of all blocks
-    return SparseConfig(sparsity=sparsity, rectify=mode, block_size=block_size, neighbours=False, top_p=0.0)
+    return SparseConfig(
+        sparsity=sparsity, rectify=mode, block_size=block_size, order="gilbert", neighbours=False, top_p=0.0
+    )
 
 
 def table(rows: Rows, columns: tuple[str, ...]) -> str:

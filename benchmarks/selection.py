@@ -101,7 +101,7 @@ def main(
     step: Annotated[list[int] | None, typer.Option(help="Denoising steps of 12.", show_default="3 9")] = None,
     block_size: int = 64,
     order: str = "gilbert",
-    rectify: str = SparseConfig().rectify,
+    rectify: str = "ipar+gapr",
     out: Path = Path("runs/selection"),
     table_of: Annotated[Path | None, typer.Option(help="Print the table of an earlier run; measure nothing.")] = None,
 ) -> None:

@@ -65,13 +65,13 @@ def calls(draw: Callable[..., Any], modes: tuple[str, ...] = MODES, min_blocks: 
     block_size = draw(st.sampled_from((16, 32) if min_blocks else (16, 32, 64)))
     grid = draw(st.sampled_from(GRIDS).filter(lambda g: g[0] * g[1] * g[2] >= min_blocks * block_size))
     text = draw(st.sampled_from((0, 1, 5, 17, 40)))
-    layout = TokenLayout.build(
-        grid, text, draw(st.booleans()), block_size, draw(st.sampled_from(("gilbert", "tile", "raster")))
-    )
+    order = draw(st.sampled_from(("gilbert", "tile", "raster")))
+    layout = TokenLayout.build(grid, text, draw(st.booleans()), block_size, order)
     config = SparseConfig(
         sparsity=draw(st.sampled_from((0.0, 0.4, 0.8, 0.95))),
         top_p=draw(st.sampled_from((0.0, 0.3, 0.7, 0.9))),
         rectify=draw(st.sampled_from(modes)),
+        order=order,
         neighbours=draw(st.sampled_from((False, False, True))),
         first_frame=draw(st.sampled_from((False, False, True))),
     )

@@ -44,7 +44,7 @@ def test_probed_masses_are_those_of_full_attention(head_dim: int) -> None:
 
 @pytest.mark.parametrize("rectify", RECTIFY_MODES)
 def test_nothing_is_misallocated_where_nothing_is_dropped(rectify: str) -> None:
-    config = SparseConfig(sparsity=0.0, rectify=rectify, block_size=BLOCK)
+    config = SparseConfig(sparsity=0.0, rectify=rectify, block_size=BLOCK, order="gilbert", neighbours=True)
     got = allocation(exact(call(batch=2), BLOCK), config)
     assert got.relative_error.max() < 1e-5
     assert got.mass_error.max() < 1e-5
@@ -53,7 +53,8 @@ def test_nothing_is_misallocated_where_nothing_is_dropped(rectify: str) -> None:
 
 @pytest.mark.parametrize("rectify", RECTIFY_MODES)
 def test_errors_are_those_of_the_single_call(rectify: str) -> None:
-    both, config = call(batch=2), SparseConfig(sparsity=0.6, top_p=0.0, rectify=rectify, block_size=BLOCK)
+    both = call(batch=2)
+    config = SparseConfig(sparsity=0.6, top_p=0.0, rectify=rectify, block_size=BLOCK, order="gilbert", neighbours=True)
     got = allocation(exact(both, BLOCK), config)
     names = ("q", "k", "v", "text_mask")
     for i in range(2):
@@ -63,7 +64,8 @@ def test_errors_are_those_of_the_single_call(rectify: str) -> None:
 
 
 def test_mass_errors_follow_from_r_and_the_exact_masses() -> None:
-    one, config = call(), SparseConfig(sparsity=0.6, top_p=0.0, neighbours=False, rectify="ipar", block_size=BLOCK)
+    one = call()
+    config = SparseConfig(sparsity=0.6, top_p=0.0, order="gilbert", rectify="ipar", block_size=BLOCK)
     got = allocation(exact(one, BLOCK), config)
     stats = attention_error(one, config).stats
     layout = one.layout(BLOCK)
@@ -82,7 +84,7 @@ def test_mass_errors_follow_from_r_and_the_exact_masses() -> None:
 
 def test_another_layout_than_the_exact_one_is_refused() -> None:
     with pytest.raises(ValueError, match="blocks of 32"):
-        allocation(exact(call(), BLOCK), SparseConfig(block_size=32))
+        allocation(exact(call(), BLOCK), SparseConfig(block_size=32, order="gilbert"))
 
 
 def test_a_batch_gives_the_clips_of_single_calls() -> None:

@@ -185,7 +185,7 @@ def test_blocks_without_a_place_have_no_neighbours() -> None:
     layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
     qkv = video_like(0, 1, layout.sequence, 1, 8)
     with pytest.raises(ValueError, match="neighbours: got True with order='content'"):
-        rectified_attention(*qkv, layout, SparseConfig())
+        rectified_attention(*qkv, layout, SparseConfig(order="gilbert", neighbours=True))
 
 
 def test_one_line_enables_it_and_one_call_takes_it_back() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rectified_spaattn.backends import BACKENDS, torch_gather
+from rectified_spaattn.backends import BACKENDS
 from rectified_spaattn.benchmark import model as bench
 from rectified_spaattn.benchmark import modes, timing
 from rectified_spaattn.benchmark.check import BenchError
@@ -188,7 +188,8 @@ WRONG: dict[str, Callable[..., Any]] = {
 def test_wrong_attention_is_refused_before_anything_is_timed(
     change: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, no_timing: None
 ) -> None:
-    wrong = BACKENDS["torch"]._replace(run=lambda *arguments: change(*torch_gather.run(*arguments)))
+    right = BACKENDS["torch"]
+    wrong = right._replace(run=lambda *arguments: change(*right.run(*arguments)))
     monkeypatch.setitem(BACKENDS, "torch", wrong)
     with pytest.raises(BenchError, match=r"sparse attention: got a relative error of .*allowed.*Nothing was timed"):
         run("wan2.1-14b", sparsities=(0.5,))
@@ -340,6 +341,8 @@ def test_schedule_arithmetic_refuses_what_it_cannot_know() -> None:
         ({"size": "huge"}, "size: got 'huge'"),
         ({"baselines": ("fa5",)}, "baseline: got 'fa5'"),
         ({"dtype": "float64"}, "dtype: got 'float64'"),
+        ({"rectify": "mean"}, "rectify: got 'mean'"),
+        ({"order": "peano"}, "order: got 'peano'"),
         ({"repeats": 1}, "repeats: got 1; allowed: 2 or more"),
         ({"sparsities": (1.0,)}, "sparsity: got 1.0"),
         ({"sparsities": (0.5, 0.5)}, "sparsity: got"),
@@ -373,6 +376,7 @@ def test_command_prints_markdown_tables_and_writes_files_that_can_be_read_back(t
     done = invoke(
         "wan2.1-14b", *OPTIONS, "--compiler", "aot_eager", "--sparsity", "0.75", "--full", "--steps", "20",
         "--computed-steps", "8", "--computed-steps-source", "a test", "--csv-dir", str(tmp_path / "new"),
+        "--rectify", "row", "--order", "content",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     forwards, made_on = read_csv(tmp_path / "new" / "model-forward.csv", ForwardRow)
@@ -380,6 +384,8 @@ def test_command_prints_markdown_tables_and_writes_files_that_can_be_read_back(t
     assert [(row.kind, row.how) for row in forwards] == [
         (kind, how) for kind in ("dense", "sparse", "removed") for how in ("eager", "compiled")
     ]
+    assert {(row.rectify, row.order) for row in (*forwards, *runs)} == {("row", "content")}
+    assert "float32, row, content, random weights" in done.output
     assert made_on.command.startswith("rectified-spaattn")
     lines = done.output.splitlines()
     for row, label in zip(forwards[::2], ("dense sdpa", "torch", "attention removed"), strict=True):
@@ -403,6 +409,24 @@ def test_command_prints_markdown_tables_and_writes_files_that_can_be_read_back(t
     assert measured == [("dense", "eager"), ("sparse", "compiled")]
 
 
+@pytest.mark.parametrize(("rectify", "order"), [("ipar+gapr", "gilbert"), ("row", "content")])
+def test_layers_run_what_the_rows_say(rectify: Any, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    handles = []
+    monkeypatch.setattr(bench, "enable", lambda *given: handles.append(modes.enable(*given)) or handles[-1])
+    asked = {} if order == "gilbert" else {"rectify": rectify, "order": order}  # what bench model starts from
+    done = run("wan2.1-14b", sparsities=(0.75,), **asked)
+    assert {(row.rectify, row.order) for row in (*done.forwards, *done.schedules)} == {(rectify, order)}
+    configs = [each.state.config for handle in handles for each in handle._enabled]
+    assert {(each.rectify, each.order) for each in configs} == {(rectify, order)}
+    assert not any(each.neighbours or each.first_frame for each in configs)
+
+
+def test_published_rows_can_be_read() -> None:
+    for name, kind in (("model-forward.csv", ForwardRow), ("model-schedule.csv", ScheduleRow)):
+        rows, _ = read_csv(Path(__file__).parents[1] / "docs" / "data" / name, kind)
+        assert {(row.rectify, row.order) for row in rows} == {("ipar+gapr", "gilbert")}
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
@@ -421,5 +445,15 @@ def test_command_says_what_is_wrong(arguments: list[str], code: int, told: str) 
 
 def test_help_names_the_models_and_options() -> None:
     printed = CliRunner().invoke(app, ["bench", "model", "--help"], env={"COLUMNS": "250"}).output
-    for part in (*MODELS, "--units", "--full", "--no-compile", "--computed-steps-source", "--csv-dir", "--sparsity"):
+    for part in (
+        *MODELS,
+        "--units",
+        "--full",
+        "--no-compile",
+        "--computed-steps-source",
+        "--csv-dir",
+        "--sparsity",
+        "--rectify",
+        "--order",
+    ):
         assert part in printed

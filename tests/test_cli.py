@@ -184,3 +184,10 @@ def test_a_second_run_replaces_the_videos_of_the_first(run: tuple[Path, str], we
     assert result.exit_code == 0, result.output
     assert len(list((out / "videos").iterdir())) == 3
     assert json.loads((out / "metrics.json").read_text())["clips"][0]["prompt"] == caption
+
+
+def test_the_demo_shows_what_its_report_explains() -> None:
+    for options in (DEFAULT, QUICK, DemoOptions(neighbours=True)):
+        configs = [mode.config for mode in options.modes() if mode.config is not None]
+        assert {config.rectify for config in configs} == {"none", "ipar+gapr"}
+        assert {(config.order, config.neighbours) for config in configs} == {("gilbert", options.neighbours)}

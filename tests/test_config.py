@@ -6,30 +6,33 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rectified_spaattn import PRESETS, SparseConfig, preset
+from rectified_spaattn import PRESETS, SparseConfig, TokenLayout, preset
+from rectified_spaattn.config import RECTIFY_MODES
 
+places = st.one_of(
+    st.tuples(st.sampled_from(("gilbert", "tile", "raster")), st.booleans(), st.booleans()),
+    st.just(("content", False, False)),
+)
 configs = st.builds(
-    SparseConfig,
+    lambda place, **rest: SparseConfig(order=place[0], neighbours=place[1], first_frame=place[2], **rest),
+    place=places,
     sparsity=st.one_of(st.just(0), st.floats(0, 1, exclude_max=True)),
     top_p=st.floats(0, 1),
-    rectify=st.sampled_from(("none", "pooled", "ipar", "ipar+gapr")),
+    rectify=st.sampled_from(RECTIFY_MODES),
     block_size=st.integers(1, 16).map(lambda n: 16 * n),
-    order=st.sampled_from(("gilbert", "tile", "raster")),
-    neighbours=st.booleans(),
-    first_frame=st.booleans(),
     dense_steps=st.one_of(st.integers(0, 100), st.floats(0, 1, exclude_max=True)),
     dense_layers=st.lists(st.integers(0, 60), max_size=4),
 )
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults() -> None:
     assert dataclasses.asdict(SparseConfig()) == {
         "sparsity": 0.8,
         "top_p": 0.3,
-        "rectify": "ipar+gapr",
+        "rectify": "row",
         "block_size": 128,
-        "order": "gilbert",
-        "neighbours": True,
+        "order": "content",
+        "neighbours": False,
         "first_frame": False,
         "dense_steps": 0,
         "dense_layers": (),
@@ -76,15 +79,20 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
 
 def test_yaml(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("sparsity: 0.85\nrectify: none\nfirst_frame: true\ndense_steps: 5\ndense_layers: [0, 1]\n")
-    want = SparseConfig(sparsity=0.85, rectify="none", first_frame=True, dense_steps=5, dense_layers=(0, 1))
+    path.write_text(
+        "sparsity: 0.85\nrectify: none\norder: tile\nfirst_frame: true\ndense_steps: 5\ndense_layers: [0, 1]\n"
+    )
+    want = SparseConfig(
+        sparsity=0.85, rectify="none", order="tile", first_frame=True, dense_steps=5, dense_layers=(0, 1)
+    )
     assert SparseConfig.from_yaml(path) == SparseConfig.from_yaml(str(path)) == want
 
 
 def test_replace_keeps_the_rest_and_checks() -> None:
-    config = SparseConfig(first_frame=True, dense_layers=(0,))
-    assert config.replace(sparsity=0.5) == SparseConfig(sparsity=0.5, first_frame=True, dense_layers=(0,))
-    assert config == SparseConfig(first_frame=True, dense_layers=(0,))
+    config = SparseConfig(order="tile", first_frame=True, dense_layers=(0,))
+    want = SparseConfig(sparsity=0.5, order="tile", first_frame=True, dense_layers=(0,))
+    assert config.replace(sparsity=0.5) == want
+    assert config == SparseConfig(order="tile", first_frame=True, dense_layers=(0,))
     with pytest.raises(ValueError, match="sparsity"):
         config.replace(sparsity=1.5)
     with pytest.raises(TypeError, match="sparsty"):
@@ -133,18 +141,45 @@ TABLE = {
 
 
 def test_there_are_no_other_presets() -> None:
-    assert list(PRESETS) == list(TABLE)
+    assert list(PRESETS) == [*TABLE, *(f"{name}-paper" for name in TABLE)]
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_presets_are_the_published_settings(name: str) -> None:
+def test_presets_with_paper_in_their_name_are_the_published_settings(name: str) -> None:
     steps = 40 if name.endswith("a14b") else 50
-    got = [(c.sparsity, c.dense_step_count(steps), c.dense_layers, c.first_frame) for c in preset(name)]
+    published = preset(f"{name}-paper")
+    got = [(c.sparsity, c.dense_step_count(steps), c.dense_layers, c.first_frame) for c in published]
     assert got == TABLE[name]
-    assert PRESETS[name] == preset(name)
-    for config in preset(name):
+    assert PRESETS[f"{name}-paper"] == published
+    for config in published:
         rest = (config.top_p, config.block_size, config.rectify, config.order, config.neighbours)
         assert rest == (0.3, 128, "ipar+gapr", "gilbert", True)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_other_presets_have_the_published_sparsity_and_schedule_and_our_defaults(name: str) -> None:
+    assert len(preset(name)) == len(preset(f"{name}-paper"))
+    for config, published in zip(preset(name), preset(f"{name}-paper"), strict=True):
+        schedule = (published.sparsity, published.dense_steps, published.dense_layers)
+        assert config == SparseConfig(sparsity=schedule[0], dense_steps=schedule[1], dense_layers=schedule[2])
+        assert (config.rectify, config.order, config.neighbours, config.first_frame) == ("row", "content", False, False)
+
+
+def test_an_unknown_preset_lists_each_model_once() -> None:
+    with pytest.raises(ValueError, match=r"got 'wan'; allowed: one of .*'wan2\.1-t2v'.*'-paper' behind it") as told:
+        preset("wan")
+    assert str(told.value).count("wan2.1-t2v") == 1
+
+
+def test_a_layout_by_itself_is_one_in_space() -> None:
+    assert TokenLayout.build((4, 8, 8)).curve == "gilbert"
+
+
+def test_places_need_an_order_in_space() -> None:
+    for name in ("neighbours", "first_frame"):
+        with pytest.raises(ValueError, match=f"{name}: got True with order='content'"):
+            SparseConfig(**{name: True})
+        assert getattr(SparseConfig(order="gilbert", **{name: True}), name)
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,27 @@ def test_presets_are_found_from_the_model():
     assert "sparsity 0.75" in one.summary()
 
 
+def config_of(handle):
+    (item,) = handle._enabled
+    return item.state.config
+
+
+@pytest.mark.parametrize(("kind", "name"), [("hunyuan", "hunyuan-video-t2v"), ("wan", "wan2.1-t2v")])
+def test_a_model_gets_our_defaults_and_the_papers_by_name(kind, name):
+    pipeline = tiny.hunyuan_pipeline() if kind == "hunyuan" else tiny.wan_pipeline()
+    (ours,), (paper,) = rsa.preset(name), rsa.preset(f"{name}-paper")
+    with rsa.enable(pipeline) as handle:
+        assert config_of(handle) == ours
+        assert (ours.rectify, ours.order, ours.neighbours, ours.first_frame) == ("row", "content", False, False)
+    with rsa.enable(pipeline, preset=f"{name}-paper") as handle:
+        assert config_of(handle) == paper
+        assert (paper.rectify, paper.order, paper.neighbours) == ("ipar+gapr", "gilbert", True)
+    with rsa.enable(pipeline, order="gilbert", neighbours=True) as handle:
+        assert config_of(handle) == ours.replace(order="gilbert", neighbours=True)
+    with pytest.raises(ValueError, match=r"neighbours: got True with order='content'.*an order in space"):
+        rsa.enable(pipeline, neighbours=True)
+
+
 def test_schedule_of_a_pipeline_and_its_reset():
     pipeline = tiny.wan_pipeline()
     settings = {**SPARSE, "dense_steps": 0.5, "dense_layers": (1,)}

@@ -12,6 +12,7 @@ from rectified_spaattn import SparseConfig, TokenLayout, preset, rectified_atten
 
 LAYOUT = TokenLayout.build((2, 4, 4), text=3, block_size=16)  # 2 blocks, 35 tokens
 SHAPE = (2, 35, 3, 8)
+PAPER = SparseConfig(rectify="ipar+gapr", order="gilbert", neighbours=True)
 
 
 def call(**changed: Any) -> Any:
@@ -138,13 +139,13 @@ def test_bad_options(arguments: dict[str, Any], kind: type[Exception], got: str,
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("text", [0, 3])
 def test_a_query_block_without_any_key(backend: str, text: int) -> None:
-    """No critical block, no leftover, and no text or none that is valid."""
+    """No critical block, no leftover, no text or none that is valid, and no pooled key as "row" has them."""
     layout = TokenLayout.build((2, 4, 4), text=text, block_size=16)
     q = torch.zeros(2, 32 + text, 1, 8)
     mask = torch.ones(2, 1, 2, 2, dtype=torch.bool)
     mask[1, 0, 1] = False
     nothing = torch.zeros(2, text, dtype=torch.bool)
-    arguments = {"layout": layout, "block_mask": mask, "text_mask": nothing, "backend": backend}
+    arguments = {"layout": layout, "block_mask": mask, "text_mask": nothing, "backend": backend, "config": PAPER}
     refused(ValueError, "no critical block for query block 1", "at least one", call, q=q, k=q, v=q, **arguments)
     mask[1, 0, 1, 0] = True
     assert call(q=q, k=q, v=q, **arguments).shape == q.shape
@@ -152,7 +153,8 @@ def test_a_query_block_without_any_key(backend: str, text: int) -> None:
 
 def test_one_valid_text_token_is_enough_for_an_empty_row() -> None:
     one = torch.tensor([[False, True, False]] * 2)
-    assert not call(block_mask=torch.zeros(2, 3, 2, 2, dtype=torch.bool), text_mask=one).isnan().any()
+    empty = torch.zeros(2, 3, 2, 2, dtype=torch.bool)
+    assert not call(block_mask=empty, text_mask=one, config=PAPER).isnan().any()
 
 
 NUMBERS: list[tuple[Any, type[Exception]]] = [

@@ -33,8 +33,8 @@ PROMPTS = (
     "a small blue ringed cross standing still over a green dotted background",
 )
 PAIRS = [(prompt, seed) for prompt in PROMPTS for seed in (0, 1)]
-MODES = ["full", "full-other-kernel", "none-50", "ipar+gapr-50"]
-LABELS = ["full attention", "full attention, math kernel (noise floor)", "none, 50%", "ipar+gapr, 50%"]
+MODES = ["full", "full-other-kernel", "none-50", "row-50"]
+LABELS = ["full attention", "full attention, math kernel (noise floor)", "none, 50%", "row, 50%"]
 NO_LPIPS = "torchvision is not installed"
 
 
@@ -336,6 +336,16 @@ def test_grid_names_say_what_differs() -> None:
     check_names([*reference_modes("default", "math"), *modes])
     with pytest.raises(ValueError, match="twice"):
         check_names([*modes, *modes])
+
+
+def test_neighbours_need_an_order_in_space_in_every_column() -> None:
+    base, asked = (SparseConfig(block_size=64, top_p=0.0),), {"neighbours": True}
+    for order in ((), ("content",), ("gilbert", "content")):
+        with pytest.raises(ValueError, match="neighbours: got True with order='content'"):
+            grid_modes(base, Grid(order=order, overrides=asked), "math")
+    modes = grid_modes(base, Grid(order=("gilbert", "tile"), overrides=asked), "math")
+    configs = [mode.config for mode in modes if mode.config is not None]
+    assert [(config.order, config.neighbours) for config in configs] == [("gilbert", True), ("tile", True)]
 
 
 def test_config_files(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
+PAPER = SparseConfig(rectify="ipar+gapr", order="gilbert", neighbours=True)
 CASES = [
     ((4, 16, 16), 40, False, 64, 64),
     ((5, 9, 11), 17, True, 64, 128),
@@ -55,13 +56,13 @@ def test_error_is_of_the_size_of_sdpas_own(case, mode, dtype):
 @pytest.mark.parametrize("case", CASES)
 def test_all_blocks_kept_is_sdpa(case):
     layout, qkv, mask = on_gpu(*case, torch.float32)
-    out = rectified_attention(*qkv, layout, SparseConfig(sparsity=0.0), text_mask=mask)
+    out = rectified_attention(*qkv, layout, PAPER.replace(sparsity=0.0), text_mask=mask)
     torch.testing.assert_close(out, dense(*qkv, layout, mask), rtol=1e-4, atol=1e-5)
 
 
 def test_same_bits_twice():
     layout, qkv, mask = on_gpu(*CASES[0], torch.bfloat16)
-    first, second = (rectified_attention(*qkv, layout, SparseConfig(), text_mask=mask) for _ in range(2))
+    first, second = (rectified_attention(*qkv, layout, PAPER, text_mask=mask) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -70,7 +71,7 @@ def test_memory_of_a_long_sequence_is_bounded():
     q, k, v = (torch.randn(1, layout.sequence, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    rectified_attention(q, k, v, layout, SparseConfig())
+    rectified_attention(q, k, v, layout, PAPER)
     extra = torch.cuda.max_memory_allocated() - before
     assert extra < 2 << 30  # copies of q, k, v and the output, 0.25 GiB, and two chunks of 0.5 GiB with their output
 

@@ -105,7 +105,9 @@ def test_strides_do_not_matter(name, stride):
     require(name, layout, 128, torch.bfloat16)
     strided = [STRIDED[stride](x.cpu()).cuda() if stride != "qkv packed" else STRIDED[stride](x) for x in qkv]
     plain, other = (
-        rectified_attention(*each, layout, SparseConfig(sparsity=0.6), text_mask=valid, backend=name)
+        rectified_attention(
+            *each, layout, SparseConfig(sparsity=0.6, order="gilbert", neighbours=True), text_mask=valid, backend=name
+        )
         for each in (qkv, strided)
     )
     assert torch.equal(plain, other)
@@ -117,7 +119,7 @@ def test_tensors_need_not_be_on_the_current_gpu(name):
         pytest.skip("needs two GPUs")
     layout, qkv, valid = inputs(CASES[3], torch.bfloat16)
     require(name, layout, 128, torch.bfloat16)
-    config = SparseConfig(sparsity=0.6)
+    config = SparseConfig(sparsity=0.6, order="gilbert", neighbours=True)
     want = rectified_attention(*qkv, layout, config, text_mask=valid, backend=name)
     elsewhere = (x.to("cuda:1") for x in qkv)
     got = rectified_attention(*elsewhere, layout, config, text_mask=valid.to("cuda:1"), backend=name)
@@ -133,7 +135,7 @@ def test_a_call_is_one_cuda_graph_and_copies_nothing_to_the_host(name, order):
     qkv, valid = inputs(case, torch.bfloat16)[1:]
     layout = TokenLayout.build(*shape, order)
     require(name, layout, head_dim, torch.bfloat16)
-    config = SparseConfig(sparsity=0.7, neighbours=order != "content")
+    config = SparseConfig(sparsity=0.7, order=order, neighbours=order != "content")
 
     def call():
         return rectified_attention(*qkv, layout, config, text_mask=valid, backend=name)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from tiny import wan_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = SparseConfig(block_size=16, neighbours=False, top_p=0.0, sparsity=0.8)
+CONFIG = SparseConfig(block_size=16, order="gilbert", rectify="ipar+gapr", neighbours=False, top_p=0.0, sparsity=0.8)
 SPARSITIES = (0.5, 0.8)
 PLANNED = ("none", "pooled", "ipar", "ipar+gapr")  # the modes whose masses follow from R and P
 
@@ -183,7 +184,7 @@ def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
 
     out = tmp_path / "out"
     small = ("--steps", 2, "--height", 32, "--width", 32, "--device", "cpu", "--sparsity", 0.8)
-    code, printed = invoke("--out", out, "--rectify", "ipar", *small)
+    code, printed = invoke("--out", out, "--rectify", "ipar", "--order", "gilbert", *small)
     assert code == 0, printed
     told = json.loads((out / "inspect.json").read_text())
     assert (told["call"]["layer"], told["call"]["head"], told["call"]["step"]) == (3, 1, 1)  # the middle ones
@@ -191,13 +192,48 @@ def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
     settings = Settings(height=32, width=32, num_frames=16, steps=2)
     whole = capture_calls(load_demo_pipeline("cpu"), Pair(prompt=PROMPTS[0], seed=0), settings, step=1, layers=[3])[0]
     head = one_head(whole, 1)
-    config = SparseConfig(block_size=64, neighbours=False, top_p=0.0, sparsity=0.8, rectify="ipar")
+    config = SparseConfig(block_size=64, order="gilbert", top_p=0.0, sparsity=0.8, rectify="ipar")
     row = next(row for row in told["results"] if row["rectify"] == "ipar")
     assert row["relative_error"] == pytest.approx(attention_error(head, config).relative_error, abs=1e-4)
     full = block_masses(head, head.layout(64), 0)
     critical = attention_error(head, config).stats.block_mask[0, 0]
     kept = ((full[:, :-1] * critical).sum(1) + full[:, -1]).mean().item()
     assert row["kept_mass"] == pytest.approx(kept, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", RECTIFY_MODES)
+def test_a_head_sorted_by_content_is_studied_in_that_order(call: AttentionCall, mode: str) -> None:
+    config = CONFIG.replace(rectify=mode, order="content")
+    study = study_head(call, config, (0.8,), (mode,))
+    (result,) = study.results
+    error = attention_error(call, config)
+    assert error.stats.token_order is not None
+    assert (study.order, study.layout.curve) == ("content", "gilbert")
+    assert result.relative_error == pytest.approx(error.relative_error, rel=1e-4)
+    assert torch.equal(result.critical, error.stats.block_mask[0, 0])
+    layout, order = call.layout(16), error.stats.token_order[0, 0]
+    valid = torch.cat([torch.ones(256, dtype=torch.bool), call.text_mask[0]])
+    logits = call.q[0, order, 0].double() @ call.k[0, :, 0].double().T / 4
+    weights = logits.masked_fill(~valid, -math.inf).softmax(-1).view(16, 16, -1).mean(1)
+    blocks = weights[:, order].view(16, 16, 16).sum(2)
+    torch.testing.assert_close(study.full[:, :16].double(), blocks, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(study.full[:, 16].double(), weights[:, layout.isolated].sum(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("order", "label"), [("gilbert", "block"), ("content", "block, sorted by content")])
+def test_axes_say_how_blocks_are_sorted(
+    call: AttentionCall, order: str, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    study = study_head(call, CONFIG.replace(order=order), (0.8,), ("none", "row"))
+    maps_figure(tmp_path / "maps.png", study, 0.8, "row", CallName(layer=0, head=0, step=0))
+    axes = [axis for axis in drawn[0].axes if axis.get_xlabel()]
+    assert len(axes) == 8
+    assert {axis.get_ylabel() for axis in axes} == {f"query {label}"}
+    assert {axis.get_xlabel().split("   ")[0] for axis in axes} == {f"key {label}"}
+    notes = [text.get_text() for axis in drawn[0].axes for text in axis.texts]
+    assert any("sorted by content" in note for note in notes) == (order == "content")
 
 
 def test_inspect_reads_the_folder_of_any_pipeline(tmp_path: Path) -> None:
@@ -209,7 +245,8 @@ def test_inspect_reads_the_folder_of_any_pipeline(tmp_path: Path) -> None:
     told = json.loads((out / "inspect.json").read_text())
     assert (told["call"]["grid"], told["call"]["num_blocks"], told["call"]["isolated"]) == ([3, 8, 8], 6, 0)
     assert told["settings"]["guidance_scale"] == 5.0  # the pipeline's default
-    assert (told["config"]["first_frame"], told["config"]["neighbours"]) == (True, True)  # the model's preset
+    assert (told["config"]["rectify"], told["config"]["order"]) == ("row", "content")
+    assert told["config"]["dense_layers"] == [0, 1]  # the model's preset
     assert all(math.isfinite(row["relative_error"]) for row in told["results"])
     code, printed = invoke(*common, "--steps", 2, "--out", tmp_path / "none", "--device", "cpu", "--block-size", 256)
     assert code == 1

@@ -118,7 +118,7 @@ def test_any_strides(stride):
 @pytest.mark.parametrize("case", CASES[:4])
 def test_plan_is_that_of_the_stages(case, mode):
     layout, qkv, valid = inputs(*case)
-    config = SparseConfig(sparsity=0.6, top_p=0.5, rectify=mode, neighbours=False, first_frame=case is RAGGED)
+    config = SparseConfig(sparsity=0.6, top_p=0.5, rectify=mode, order="gilbert", first_frame=case is RAGGED)
     scale = 0.2
     plan, lists = make_plan(tile(*qkv, layout, valid, mode), layout, config, scale, None)
     want = staged(qkv, layout, valid, config, scale)
@@ -187,7 +187,7 @@ def test_a_block_mask_takes_the_place_of_selection():
     nb = layout.num_blocks
     block_mask = torch.rand(2, 2, nb, nb, generator=torch.Generator().manual_seed(3)).to(DEVICE) < 0.4
     block_mask[0, 0, 0] = False  # a row without any block has its isolated keys
-    config = SparseConfig(sparsity=0.9)
+    config = SparseConfig(sparsity=0.9, rectify="ipar+gapr")
     given = {"text_mask": valid, "block_mask": block_mask, "return_stats": True}
     out, stats = rectified_attention(*qkv, layout, config, **given, backend="triton")
     want, oracle = rectified_attention(*qkv, layout, config, **given, backend="reference")
@@ -201,7 +201,7 @@ def test_a_query_block_without_any_key_is_not_a_number():
     nb = layout.num_blocks
     block_mask = torch.eye(nb, dtype=torch.bool, device=DEVICE).expand(2, 2, nb, nb).clone()
     block_mask[1, 1, 0] = False
-    out = rectified_attention(*qkv, layout, SparseConfig(), block_mask=block_mask, backend="triton")
+    out = rectified_attention(*qkv, layout, SparseConfig(rectify="ipar+gapr"), block_mask=block_mask, backend="triton")
     hit = out[:, layout.tiled].unflatten(1, (nb, -1)).isnan().all(-1).all(2)  # [B, nb, H]
     assert hit.nonzero().tolist() == [[1, 0, 1]]
     assert out.isnan().sum() == layout.block_size * out.shape[-1]
@@ -291,7 +291,7 @@ def uninitialised_memory_is_nan():
 def test_every_output_is_written_and_the_same_bits_come_twice(case, mode):
     layout, qkv, valid = inputs(*case)
     assert torch.empty(3).isnan().all()
-    config = SparseConfig(sparsity=0.6, rectify=mode)
+    config = SparseConfig(sparsity=0.6, rectify=mode, order="gilbert", neighbours=True)
     given = {"text_mask": valid, "backend": "triton", "return_stats": True}
     first, second = (rectified_attention(*qkv, layout, config, **given) for _ in range(2))
     assert first[0].isfinite().all()

@@ -16,7 +16,7 @@ CLOSE: dict[str, float] = {"rtol": 2e-5, "atol": 2e-6}  # float32: two roundings
 
 
 def config_of(mode: str, **changed: Any) -> SparseConfig:
-    return SparseConfig(**{"rectify": mode, "neighbours": False, "top_p": 0.2, **changed})
+    return SparseConfig(**{"rectify": mode, "order": "gilbert", "neighbours": False, "top_p": 0.2, **changed})
 
 
 def exact(call: Call, config: SparseConfig | None = None, **changed: Any) -> torch.Tensor:

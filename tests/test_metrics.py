@@ -26,7 +26,7 @@ from rectified_spaattn.evaluation.scores import means, pairs_won, score
 
 PROMPT = "a red solid circle moving right over a blue striped background"
 SETTINGS = Settings(height=32, width=32, num_frames=8, steps=3)
-SPARSE = SparseConfig(sparsity=0.8, top_p=0.0, block_size=32, neighbours=False)
+SPARSE = SparseConfig(sparsity=0.8, top_p=0.0, rectify="ipar+gapr", block_size=32, order="gilbert", neighbours=False)
 PLAIN = Mode(name="sparse-80", label="sparse 80%", config=SPARSE.replace(rectify="none"))
 RECTIFIED = Mode(name="rectified-80", label="rectified 80%", config=SPARSE)
 

@@ -11,6 +11,7 @@ from cases import MODES, STRIDED, Call, calls, video_like
 from oracle import Truth, choose_blocks, dense, oracle, sdpa
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends import torch_gather
+from rectified_spaattn.config import Rectify
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEDIUM = TokenLayout.build((4, 8, 9), text=11, block_size=32)  # 9 blocks, 11 text tokens
@@ -154,7 +155,7 @@ def test_without_text_or_none_that_is_valid(grid: tuple[int, int, int], text: in
 def test_the_inputs_make_all_three_kinds_of_block(layout: TokenLayout) -> None:
     """Critical, compensated and rejected: otherwise the comparisons above prove little."""
     q, k, v = video_like(0, 2, layout.sequence, 2, 16)
-    config = SparseConfig(sparsity=0.8, top_p=0, neighbours=False)
+    config = SparseConfig(sparsity=0.8, top_p=0, rectify="ipar+gapr", neighbours=False)
     _, stats = rectified_attention(q, k, v, layout, config, return_stats=True)
     rejected = ~stats.block_mask & ~stats.compensated
     for kind in (stats.block_mask, stats.compensated, rejected):
@@ -178,7 +179,7 @@ def test_halves_are_rounded_twice_and_no_more(layout: TokenLayout, mode: str, dt
 def test_many_chunks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """72 query blocks of different counts, in one SDPA call a row, and in a few rows a call."""
     layout = TokenLayout.build((8, 12, 12), text=7, block_size=32)
-    config = SparseConfig(rectify=mode, top_p=0.5)  # type: ignore[arg-type]
+    config = SparseConfig(rectify=mode, top_p=0.5, order="gilbert", neighbours=True)  # type: ignore[arg-type]
     call = Call(layout, config, video_like(3, 1, layout.sequence, 2, 32))
     within_budget(call)
     whole = rectified_attention(*call.arguments)
@@ -237,7 +238,7 @@ def test_every_element_is_written_and_none_is_read_before(layout: TokenLayout, t
     mask = torch.tensor({"all": [1], "some": [1, 0], "none": [0]}[text]).bool().repeat(2, layout.text)[:, : layout.text]
     q, k, v = video_like(1, 2, layout.sequence, 2, 8)
     for mode in MODES:
-        config = SparseConfig(rectify=mode)  # type: ignore[arg-type]
+        config = SparseConfig(rectify=mode, order="gilbert", neighbours=True)  # type: ignore[arg-type]
         out, stats = rectified_attention(q, k, v, layout, config, text_mask=mask, backend=backend, return_stats=True)
         assert not out.isnan().any()
         assert not stats.probability.isnan().any()
@@ -249,7 +250,8 @@ def test_every_element_is_written_and_none_is_read_before(layout: TokenLayout, t
 def test_large_logits(mode: str, size: float) -> None:
     """No overflow: every output is a mean of values, so it stays among them."""
     q, k, v = video_like(2, 1, ODD.sequence, 2, 8)
-    out, stats = rectified_attention(size * q, size * k, v, ODD, SparseConfig(rectify=mode), return_stats=True)  # type: ignore[arg-type]
+    config = SparseConfig(rectify=mode, order="gilbert", neighbours=True)  # type: ignore[arg-type]
+    out, stats = rectified_attention(size * q, size * k, v, ODD, config, return_stats=True)
     assert out.isfinite().all()
     assert stats.probability.isfinite().all()
     assert (out <= v.amax(1, keepdim=True) + 1e-5).all()
@@ -258,7 +260,7 @@ def test_large_logits(mode: str, size: float) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_float16_at_its_ends(mode: str) -> None:
-    config = SparseConfig(rectify=mode)  # type: ignore[arg-type]
+    config = SparseConfig(rectify=mode, order="gilbert", neighbours=True)  # type: ignore[arg-type]
     q, k, v = (torch.sign(x).half() for x in video_like(4, 1, ODD.sequence, 2, 8))
     out = rectified_attention(q, k, v * 65504, ODD, config)
     assert out.isfinite().all()
@@ -284,10 +286,11 @@ def test_identical_keys_are_ties_and_ties_go_to_the_lower_index(backend: str, k_
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast_changes_nothing(dtype: torch.dtype, autocast: torch.dtype) -> None:
+@pytest.mark.parametrize("mode", ["ipar+gapr", "row"])
+def test_autocast_changes_nothing(mode: Rectify, dtype: torch.dtype, autocast: torch.dtype) -> None:
     """Pipelines run under it. The plan is float32 all the same."""
     q, k, v = video_like(5, 2, MEDIUM.sequence, 2, 16, dtype)
-    config = SparseConfig(neighbours=False)
+    config = SparseConfig(rectify=mode)
     want, plain = rectified_attention(q, k, v, MEDIUM, config, return_stats=True)
     with torch.autocast("cpu", autocast):
         got, stats = rectified_attention(q, k, v, MEDIUM, config, return_stats=True)

@@ -202,12 +202,12 @@ def test_image_to_video_keeps_its_first_frame(quiet, kind):
         return tiny.run_wan(pipeline, steps=4, image=FRAME, prompt=None, negative_prompt=None, **EMBEDS)
 
     untouched = run()
-    with rsa.enable(pipeline, preset=kind, **{**SPARSE, "sparsity": 0.0}):
+    with rsa.enable(pipeline, preset=f"{kind}-paper", **{**SPARSE, "sparsity": 0.0}):
         torch.testing.assert_close(run(), untouched, rtol=1e-3, atol=1e-4)
     settings = {"block_size": 16, "top_p": 0.0, "neighbours": False, "sparsity": 0.9}
     density = {}
     for first_frame in (True, False):
-        with rsa.enable(pipeline, preset=kind, **settings, first_frame=first_frame) as handle:
+        with rsa.enable(pipeline, preset=f"{kind}-paper", **settings, first_frame=first_frame) as handle:
             run()
             density[first_frame] = handle.stats().density
             assert set(handle.stats().dense_reasons) == {"dense_layers"}

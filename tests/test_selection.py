@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from attention_calls import smooth_call
-from rectified_spaattn import SparseConfig
+from rectified_spaattn import SparseConfig, rectified_attention
+from rectified_spaattn.evaluation.attention_error import attention_error, full_attention
 from rectified_spaattn.evaluation.capture import AttentionCall
 from rectified_spaattn.evaluation.selection import (
+    IN_USE,
     ORACLE,
     SELECTORS,
     best_as_many,
@@ -23,7 +25,7 @@ from rectified_spaattn.method.select import top_k_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = SparseConfig(block_size=16, neighbours=False, top_p=0.0)
+CONFIG = SparseConfig(block_size=16, order="gilbert", rectify="ipar+gapr", neighbours=False, top_p=0.0)
 SPARSITIES = (0.5, 0.8, 0.9)
 
 
@@ -48,13 +50,23 @@ def test_true_masses_are_a_softmax_over_all_valid_keys_summed_by_block(call: Att
 
 
 def test_the_estimate_is_the_plan_of_the_operator(call: AttentionCall) -> None:
-    from rectified_spaattn import rectified_attention
-
     layout = call.layout(16)
     _, stats = rectified_attention(call.q, call.k, call.v, layout, CONFIG, text_mask=call.text_mask, return_stats=True)
     torch.testing.assert_close(estimated_masses(call, layout), stats.probability[0])
     kept = keep_best(SELECTORS["estimate P (in use)"](call, layout), layout, CONFIG.sparsity)
     assert torch.equal(kept, stats.block_mask[0])
+
+
+def test_blocks_sorted_by_content_are_judged_in_that_order(call: AttentionCall) -> None:
+    config = CONFIG.replace(order="content", rectify="row", sparsity=0.8)
+    rows = {row.selector: row for row in study_selection(call, config, (0.8,))}
+    error = attention_error(call, config)
+    full = full_attention(call)
+    assert error.stats.token_order is not None
+    tiled = call.layout(16).tiled
+    out = rectified_attention(call.q, call.k, call.v, call.layout(16, "content"), config, text_mask=call.text_mask)
+    wanted = ((out - full)[:, tiled].norm() / full[:, tiled].norm()).item()
+    assert rows[IN_USE].rectified == pytest.approx(wanted, rel=1e-3)
 
 
 def test_equal_tokens_make_every_estimate_exact() -> None:

@@ -25,7 +25,7 @@ def row_layout(blocks: int) -> TokenLayout:
 
 def choose(probability: list[list[float]], blocks: int, **config: Any) -> list[list[int]]:
     """The kept blocks of every row of P [rows of nb + 1]."""
-    config = {"neighbours": False, "top_p": 0.0, **config}
+    config = {"order": "raster", "neighbours": False, "top_p": 0.0, **config}
     p = torch.tensor(probability)[None, None]
     mask = select(p, row_layout(blocks), SparseConfig(**config))
     assert mask.dtype == torch.bool
@@ -192,7 +192,7 @@ def test_neighbours_are_added_not_counted() -> None:
 def test_first_frame_blocks_see_each_other() -> None:
     layout = TokenLayout.build((2, 2, 16), block_size=16, order="raster")  # two blocks a frame
     p = torch.tensor([0.1, 0.1, 0.1, 0.7, 0.0]).expand(1, 1, 4, 5)
-    config = SparseConfig(sparsity=0.9, top_p=0, neighbours=False, first_frame=True)
+    config = SparseConfig(sparsity=0.9, top_p=0, order="raster", neighbours=False, first_frame=True)
     assert select(p, layout, config)[0, 0].int().tolist() == [[1, 1, 0, 1], [1, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1]]
     assert select(p, layout, config.replace(first_frame=False))[0, 0].sum() == 4
 
@@ -213,7 +213,9 @@ def test_select_against_counting(
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randint(1, levels + 1, (2, 2, blocks, blocks + 1), generator=generator).double()
     p = weights / weights.sum(-1, keepdim=True)
-    config = SparseConfig(sparsity=sparsity, top_p=top_p, neighbours=neighbours, first_frame=first_frame)
+    config = SparseConfig(
+        sparsity=sparsity, top_p=top_p, order="gilbert", neighbours=neighbours, first_frame=first_frame
+    )
     layout = TokenLayout.build((2, blocks, 8), block_size=16)
     assert torch.equal(select(p, layout, config), choose_blocks(p, layout, config))
 

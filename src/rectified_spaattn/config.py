@@ -1,4 +1,4 @@
-"""SparseConfig, the one place where every choice of the method is named, and the published presets."""
+"""SparseConfig, the one place where every choice of the method is named, and the presets of models."""
 
 import dataclasses
 import math
@@ -22,12 +22,13 @@ class SparseConfig:
     rectify        "none": plain block-sparse; "pooled": text pooled like video, no log b, every dropped block
                    compensated; "ipar": exact text and log b, every dropped block compensated; "ipar+gapr": compensated
                    only where the gain beats the pooling error (the paper); "row": every dropped block joins the softmax
-                   of every query as one pooled key, its mass corrected for how the block's keys spread
+                   of every query as one pooled key, its mass corrected for how the block's keys spread (the default)
     block_size     tokens a block, a multiple of 16
-    order          how video tokens are laid out before they are cut into blocks: in space "gilbert", "tile", "raster";
-                   or "content": sorted in every call and head, so that a block holds tokens that attend alike
-    neighbours     blocks that touch in 3-D always see each other
-    first_frame    blocks that hold tokens of frame 0 always see each other
+    order          how video tokens are laid out before they are cut into blocks: in space "gilbert" (the paper),
+                   "tile", "raster"; or "content": sorted in every call and head, so that a block holds tokens that
+                   attend alike (the default)
+    neighbours     blocks that touch in 3-D always see each other (the paper); only with an order in space
+    first_frame    blocks that hold tokens of frame 0 always see each other; only with an order in space
     dense_steps    full attention in the first denoising steps: a count, or a fraction of all steps below 1
     dense_layers   indices of the layers that keep full attention
 
@@ -39,10 +40,10 @@ class SparseConfig:
 
     sparsity: float = 0.8
     top_p: float = 0.3
-    rectify: Rectify = "ipar+gapr"
+    rectify: Rectify = "row"
     block_size: int = 128
-    order: str = "gilbert"
-    neighbours: bool = True
+    order: str = CONTENT
+    neighbours: bool = False
     first_frame: bool = False
     dense_steps: int | float = 0
     dense_layers: tuple[int, ...] = ()
@@ -53,10 +54,10 @@ class SparseConfig:
         check_choice("rectify", self.rectify, RECTIFY_MODES)
         check_choice("order", self.order, tuple(ORDERS))
         check_block_size(self.block_size)
-        check_has_places(self.order, self.neighbours, self.first_frame)
         for name in ("neighbours", "first_frame"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True or False.")
+        check_has_places(self.order, self.neighbours, self.first_frame)
         self._check_dense_steps()
         if isinstance(self.dense_layers, str | bytes) or not hasattr(self.dense_layers, "__iter__"):
             raise TypeError(f"dense_layers: got {self.dense_layers!r}; allowed: layer indices, such as (0, 1).")
@@ -163,26 +164,39 @@ def _check_number(name: str, value: float, low: float, high: float, high_open: b
         raise ValueError(f"{name}: got {value!r}; allowed: {allowed}.")
 
 
-_WAN = SparseConfig(sparsity=0.75, dense_layers=(0, 1), first_frame=True)
-_WAN_A14B = SparseConfig(sparsity=0.85, dense_layers=(0, 1), first_frame=True)
+_PAPER = SparseConfig(rectify="ipar+gapr", order="gilbert", neighbours=True)
+_WAN = _PAPER.replace(sparsity=0.75, dense_layers=(0, 1), first_frame=True)
+_WAN_A14B = _WAN.replace(sparsity=0.85)
 
 # One config a transformer, in the order of the pipeline (Wan2.2 A14B has two). Warm-ups are kept as fractions of the
 # published number of steps (5 of 50; 3 and 1 of 40), so that samplers with fewer steps keep their sparse share.
-PRESETS: dict[str, tuple[SparseConfig, ...]] = {
-    "hunyuan-video-t2v": (SparseConfig(sparsity=0.80),),
+_PUBLISHED: dict[str, tuple[SparseConfig, ...]] = {
+    "hunyuan-video-t2v": (_PAPER.replace(sparsity=0.80),),
     "wan2.1-t2v": (_WAN.replace(dense_steps=0.1),),
     "wan2.1-i2v": (_WAN,),
     "wan2.2-t2v-a14b": (_WAN_A14B.replace(dense_steps=0.075), _WAN_A14B.replace(dense_steps=0.025)),
     "wan2.2-i2v-a14b": (_WAN_A14B, _WAN_A14B),
     "wan2.2-ti2v-5b": (_WAN.replace(dense_steps=0.1),),
-    "cogvideox1.5-t2v": (SparseConfig(sparsity=0.85, dense_steps=0.1),),
-    "cogvideox1.5-i2v": (SparseConfig(sparsity=0.75, dense_steps=0.1),),
-    "flux.1-dev-4096": (SparseConfig(sparsity=0.90),),
+    "cogvideox1.5-t2v": (_PAPER.replace(sparsity=0.85, dense_steps=0.1),),
+    "cogvideox1.5-i2v": (_PAPER.replace(sparsity=0.75, dense_steps=0.1),),
+    "flux.1-dev-4096": (_PAPER.replace(sparsity=0.90),),
 }
+_OURS = {name: getattr(SparseConfig(), name) for name in ("rectify", "order", "neighbours", "first_frame")}
+
+# Under the name of a model its published sparsity and schedule with the defaults of this package; under NAME-paper all
+# as published.
+PRESETS: dict[str, tuple[SparseConfig, ...]] = {
+    **{name: tuple(each.replace(**_OURS) for each in published) for name, published in _PUBLISHED.items()},
+    **{f"{name}-paper": published for name, published in _PUBLISHED.items()},
+}
+PRESET_NAMES = f"{', '.join(_PUBLISHED)}; each also with -paper behind it"  # for people
 
 
 def preset(name: str) -> tuple[SparseConfig, ...]:
-    """The published settings under `name`, one config a transformer. Raises ValueError for a name it does not know."""
+    """The settings under `name`, one config a transformer. Raises ValueError for a name it does not know."""
     if name not in PRESETS:
-        raise ValueError(f"preset: got {name!r}; allowed: one of {list(PRESETS)}.")
+        raise ValueError(
+            f"preset: got {name!r}; allowed: one of {list(_PUBLISHED)}, or one of them with '-paper' behind it for all "
+            "as published."
+        )
     return PRESETS[name]

@@ -44,6 +44,7 @@ def attention(
         sparsity=sparsity,
         top_p=top_p,
         rectify=rectify,  # type: ignore[arg-type]  # the schema has no Literal; SparseConfig checks it
+        order=order,
         neighbours=neighbours,
         first_frame=first_frame,
     )

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..backends import Call, choose
-from ..config import SparseConfig, preset
+from ..config import Rectify, SparseConfig, check_choice, preset
+from ..curve import ORDERS
 from .baselines import BASELINES
-from .check import BenchError, Checked
+from .check import BenchError, Checked, config_at
 from .model_check import check_first_runs, check_model
 from .model_rows import Key, Times, forward_rows, schedule_rows
 from .models import MODELS, SIZES, Model
@@ -49,6 +50,8 @@ class ModelSettings:
     baselines: tuple[str, ...] = ()
     backend: str = "auto"
     block_size: int = 128
+    rectify: Rectify = "ipar+gapr"
+    order: str = "gilbert"
     dtype: str = "bfloat16"
     units: int | None = None
     repeats: int = 3
@@ -63,6 +66,7 @@ class ModelSettings:
         check_names("model", self.models, tuple(MODELS))
         check_names("size", (self.size,), tuple(SIZES))
         check_names("baseline", self.baselines, tuple(BASELINES))
+        check_choice("order", self.order, tuple(ORDERS))
         check_names("dtype", (self.dtype,), tuple(DTYPES))
         check_names("device", (self.device,), ("auto", "cpu", "cuda"))
         if not self.models:
@@ -72,8 +76,8 @@ class ModelSettings:
         if len(set(self.sparsities)) != len(self.sparsities):
             raise ValueError(f"sparsity: got {list(self.sparsities)}; allowed: values that differ.")
         for sparsity in self.sparsities:
-            SparseConfig(sparsity=sparsity)
-        SparseConfig(block_size=self.block_size)
+            config_at(sparsity)
+        SparseConfig(block_size=self.block_size, rectify=self.rectify)
         if (self.computed_steps is None) != (self.source == ""):
             raise ValueError(
                 f"computed steps: got {self.computed_steps} from {self.source!r}; allowed: both or neither. "
@@ -123,7 +127,7 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> MeasuredModel:
     Raises BenchError, before anything is timed, where a result is wrong or something asked for cannot run.
     """
     model, device, dtype = settings.model(name), settings.where(), DTYPES[settings.dtype]
-    case = Case(model.shape, settings.block_size, dtype, device)
+    case = Case(model.shape, settings.block_size, dtype, device, settings.rectify, settings.order)
     modes, not_run = _modes(model, settings, case)
     depth = settings.units_of(model)
     hows = ("eager",) if settings.compiler is None else ("eager", "compiled")
@@ -134,7 +138,7 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> MeasuredModel:
         watch(f"{name}: checking", 0, 1)
         checks = check_model(weights, model, modes, case)
     inputs = inputs_for(model, model.shape.grid, device, dtype)
-    make = partial(_Forward, weights, model, settings)
+    make = partial(_Forward, weights, model, case, settings.compiler)
 
     with _phase("first runs and compilation", took):
         torch.compiler.reset()  # the shapes of a model before would make this one's compiled code general
@@ -197,12 +201,12 @@ def _modes(model: Model, settings: ModelSettings, case: Case) -> tuple[list[Mode
 class _Forward:
     """A model of its own on the shared weights, with one kind of attention."""
 
-    def __init__(self, weights: nn.Module, model: Model, settings: ModelSettings, key: Key) -> None:
+    def __init__(self, weights: nn.Module, model: Model, case: Case, compiler: str | None, key: Key) -> None:
         self._transformer = shallow_copy(weights, model, key.units)
-        self._handle = enable(self._transformer, key.mode, settings.block_size)
+        self._handle = enable(self._transformer, key.mode, case)
         self._layers = key.units * model.layers_a_unit
         if key.how == "compiled":
-            compile_blocks(self._transformer, model, str(settings.compiler))
+            compile_blocks(self._transformer, model, str(compiler))
 
     def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
         return output(self._transformer, inputs)

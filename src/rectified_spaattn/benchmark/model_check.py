@@ -27,7 +27,7 @@ def check_model(weights: nn.Module, model: Model, modes: list[Mode], case: Case)
 
     def error(mode: Mode) -> float:
         twin = shallow_copy(weights, model, 1)
-        enable(twin, mode, case.block_size)
+        enable(twin, mode, case)
         return relative_error(output(twin, inputs), want)
 
     attended = [mode for mode in modes if mode != REMOVED]

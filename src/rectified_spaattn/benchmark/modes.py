@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..config import SparseConfig
 from .baselines import BASELINES
+from .check import config_at
+from .shapes import Case
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -25,16 +26,16 @@ class Mode(NamedTuple):
 REMOVED = Mode("removed", "none")
 
 
-def enable(transformer: Any, mode: Mode, block_size: int) -> Any:
+def enable(transformer: Any, mode: Mode, case: Case) -> Any:
     """Enables rectified attention on a transformer; a mode that is not sparse puts its own attention in its place.
 
-    Sparse modes keep exactly the nominal share of blocks: random weights make attention flat, where top-p would keep
-    most of it. The others leave the text mask out: every text token is valid here, and without a mask dense attention
-    is fastest. Returns the Handle.
+    case: says block size, rectification and order. Sparse modes keep exactly the nominal share of blocks: random
+    weights make attention flat, where top-p would keep most of it. The others leave the text mask out: every text token
+    is valid here, and without a mask dense attention is fastest. Returns the Handle.
     """
     from ..integrations.diffusers import enable as enable_attention
 
-    config = SparseConfig(sparsity=mode.sparsity or 0.0, top_p=0.0, neighbours=False, block_size=block_size)
+    config = config_at(mode.sparsity or 0.0, case.rectify).replace(block_size=case.block_size, order=case.order)
     handle = enable_attention(transformer, config, backend=mode.name if mode.kind == "sparse" else "auto")
     if mode.kind != "sparse":
         _replace_attention(transformer, BASELINES[mode.name].run if mode.kind == "dense" else _copy_v)

@@ -100,6 +100,8 @@ class ForwardRow:
     heads: int
     head_dim: int
     block_size: int
+    rectify: str
+    order: str
     dtype: str
     diffusers: str
     kind: str
@@ -145,6 +147,8 @@ class ScheduleRow:
     preset: str
     how: str
     name: str
+    rectify: str
+    order: str
     sparsity: float
     density: float
     steps: int

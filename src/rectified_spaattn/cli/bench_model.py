@@ -11,6 +11,8 @@ from ..benchmark.baselines import BASELINES
 from ..benchmark.model import ModelSettings
 from ..benchmark.models import MODELS, SIZES
 from ..benchmark.op import DTYPES
+from ..config import RECTIFY_MODES
+from ..curve import ORDERS
 
 DEFAULT = ModelSettings()
 FORWARDS_CSV, SCHEDULES_CSV = "model-forward.csv", "model-schedule.csv"
@@ -57,6 +59,8 @@ def model(
         str, typer.Option(help="Where that number comes from: a measurement or a publication.")
     ] = "",
     block_size: Annotated[int, typer.Option(help="Tokens a block.")] = DEFAULT.block_size,
+    rectify: Annotated[str, typer.Option(help=f"{', '.join(RECTIFY_MODES)}.")] = DEFAULT.rectify,
+    order: Annotated[str, typer.Option(help=f"{', '.join(ORDERS)}.")] = DEFAULT.order,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = DEFAULT.dtype,
     repeats: Annotated[int, typer.Option(help="Rounds that count, after one that warms up.")] = DEFAULT.repeats,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = DEFAULT.device,
@@ -73,6 +77,8 @@ def model(
             baselines=tuple(baseline or ()),
             backend=backend,
             block_size=block_size,
+            rectify=rectify,  # type: ignore[arg-type]  # SparseConfig checks it
+            order=order,
             dtype=dtype,
             units=units,
             repeats=repeats,

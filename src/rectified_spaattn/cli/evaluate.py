@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..config import RECTIFY_MODES
+from ..curve import ORDERS
 from ..generation.request import DTYPES, OFFLOADS
 from .evaluate_options import EvaluateOptions
 
@@ -29,9 +30,11 @@ def evaluate(
     ] = None,
     sparsity: Annotated[list[float] | None, typer.Option(help="Share of blocks to drop.")] = None,
     block_size: Annotated[list[int] | None, typer.Option(help="Tokens a block.")] = None,
-    order: Annotated[list[str] | None, typer.Option(help="gilbert, tile or raster.")] = None,
+    order: Annotated[list[str] | None, typer.Option(help=f"{', '.join(ORDERS)}.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Least attention mass the kept blocks hold.")] = None,
-    neighbours: Annotated[bool | None, typer.Option(help="Always keep blocks that touch in 3-D.")] = None,
+    neighbours: Annotated[
+        bool | None, typer.Option(help="Always keep blocks that touch in 3-D; needs an --order other than content.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="For models with guidance.")] = None,
     argument: Annotated[
         list[str] | None,

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
+from ..config import SparseConfig
 from ..demo.model import tokenize
 from ..demo.prompts import PROMPTS
 from ..device import device_of
@@ -36,8 +37,8 @@ from .console import print_wide, progress_bars
 from .evaluate_options import EvaluateOptions
 from .evaluate_pipeline import base_configs, call_settings, given_settings, is_demo, load_pipeline
 
-DEMO_GRID: dict[str, Any] = {"rectify": ("none", "ipar+gapr"), "sparsity": (0.8, 0.9)}
-MODEL_GRID: dict[str, Any] = {"rectify": ("none", "ipar+gapr")}
+MODEL_GRID: dict[str, Any] = {"rectify": ("none", SparseConfig().rectify)}
+DEMO_GRID: dict[str, Any] = {**MODEL_GRID, "sparsity": (0.8, 0.9)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

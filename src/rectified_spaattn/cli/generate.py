@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..backends import BACKENDS
-from ..config import PRESETS
+from ..config import PRESET_NAMES
 from ..device import device_of
 from ..generation.request import DTYPES, OFFLOADS, GenerationError, Request
 
@@ -24,7 +24,8 @@ def generate(
         float | None, typer.Option(help="Share of blocks to drop.", show_default="the preset's")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help=", ".join(PRESETS) + ".", show_default="the one that fits the model")
+        str | None,
+        typer.Option(help=f"{PRESET_NAMES}, for all as published.", show_default="the one that fits the model"),
     ] = None,
     config: Annotated[
         list[Path] | None,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config import RECTIFY_MODES, SparseConfig, check_choice
+from ..curve import ORDERS
 from ..demo.prompts import PROMPTS
 from ..device import device_of
 from ..generation.request import DTYPES, OFFLOADS
@@ -88,7 +89,9 @@ def inspect(
     ] = None,
     order: Annotated[
         str | None,
-        typer.Option(help="gilbert, tile or raster.", show_default="the preset's; gilbert for the demo model"),
+        typer.Option(
+            help=f"{', '.join(ORDERS)}.", show_default=f"the preset's; {SparseConfig().order} for the demo model"
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
@@ -98,7 +101,7 @@ def inspect(
         bool | None,
         typer.Option(
             "--neighbours/--no-neighbours",
-            help="Always keep blocks that touch in 3-D.",
+            help="Always keep blocks that touch in 3-D; needs an --order other than content.",
             show_default="the preset's; no for the demo model",
         ),
     ] = None,

@@ -24,7 +24,8 @@ def forward_line(first: ForwardRow, made_on: Machine) -> str:
     batch = "" if first.batch == 1 else f"batch {first.batch}, "
     return (
         f"{first.model}{size}: seconds of a forward, {batch}{first.tokens:,} tokens, {first.heads} heads of "
-        f"{first.head_dim}, {first.dtype}, random weights, {made_on.device}, median of {first.repeats}"
+        f"{first.head_dim}, {first.dtype}, {first.rectify}, {first.order}, random weights, {made_on.device}, "
+        f"median of {first.repeats}"
     )
 
 

@@ -7,7 +7,7 @@ from ..config import SparseConfig
 from ..device import device_of
 from ..evaluation.paired import Mode, full_mode
 
-RECTIFIED = "ipar+gapr"
+RECTIFIED, ORDER = "ipar+gapr", "gilbert"  # the paper's, which the report explains
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ class DemoOptions:
                 "sparsity": sparsity,
                 "rectify": rectify,
                 "block_size": self.block_size,
+                "order": ORDER,
                 "top_p": self.top_p,
                 "neighbours": self.neighbours,
             }

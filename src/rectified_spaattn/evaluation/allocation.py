@@ -11,7 +11,6 @@ import torch
 from ..attention import rectified_attention
 from ..config import SparseConfig
 from ..layout import TokenLayout
-from ..method.arrange import arrange, content_order
 from .attention_error import block_of_tokens, full_attention
 from .capture import AttentionCall
 
@@ -56,12 +55,8 @@ class Allocation:
 
 def exact(call: AttentionCall, block_size: int, order: str = "gilbert") -> Exact:
     """Full attention and its masses on `call`, to compute once for many configs. Raises as TokenLayout.build does."""
-    layout = call.layout(block_size, order).on(call.q.device)
-    if layout.by_content:
-        scale = call.q.shape[-1] ** -0.5
-        token_order = content_order(call.q, call.k, layout.tiled, block_size=block_size, scale=scale)
-        q, k, v = (arrange(x, layout.tiled, token_order) for x in (call.q, call.k, call.v))
-        call, layout = replace(call, q=q, k=k, v=v), call.layout(block_size).on(call.q.device)
+    call, placed = call.in_order(block_size, order)
+    layout = call.layout(block_size, placed).on(call.q.device)
     probed = _probed(call, layout)
     out = full_attention(probed)
     heads = call.q.shape[2]

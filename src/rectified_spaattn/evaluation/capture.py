@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..integrations.diffusers.adapters import adapter_for
 from ..integrations.diffusers.processor import check_processor, dense_backend, wrap
 from ..integrations.diffusers.state import LayerState, RunClock, TransformerState, key_text_mask
 from ..layout import TokenLayout
+from ..method.arrange import arrange, content_order
 from .paired import Pair, Settings, full_mode, generate
 
 
@@ -45,6 +46,20 @@ class AttentionCall:
     def layout(self, block_size: int, order: str = "gilbert") -> TokenLayout:
         """The layout of this call's tokens. Raises ValueError as TokenLayout.build does."""
         return TokenLayout.build(self.grid, self.text_mask.shape[1], self.text_first, block_size, order)
+
+    def in_order(self, block_size: int, order: str) -> tuple["AttentionCall", str]:
+        """The call and an order in space such that the blocks of all heads are those that `order` gives.
+
+        Where blocks are sorted by content the tokens of every head are in that order, so that the places of Gilbert
+        order hold them; else the call is itself. Raises ValueError as TokenLayout.build does.
+        """
+        layout = self.layout(block_size, order).on(self.q.device)
+        if not layout.by_content:
+            return self, order
+        scale = self.q.shape[-1] ** -0.5
+        token_order = content_order(self.q, self.k, layout.tiled, block_size=block_size, scale=scale)
+        q, k, v = (arrange(x, layout.tiled, token_order) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v), "gilbert"
 
 
 @dataclass(kw_only=True)

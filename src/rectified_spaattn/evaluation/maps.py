@@ -53,8 +53,11 @@ class HeadResult:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeadStudy:
-    """full: float32 [nb, nb + 1], the block masses of full attention. results: sparsity by sparsity, mode by mode."""
+    """order: that was asked for; layout: of the blocks, in space even where they are sorted by content; full: float32
+    [nb, nb + 1], the block masses of full attention; results: sparsity by sparsity, mode by mode.
+    """
 
+    order: str
     layout: TokenLayout
     full: torch.Tensor
     results: tuple[HeadResult, ...]
@@ -106,7 +109,10 @@ def study_head(
 
     Raises ValueError for a grid that is smaller than one block, and as rectified_attention does.
     """
-    layout = call.layout(config.block_size, config.order).on(call.q.device)
+    asked = config.order
+    call, order = call.in_order(config.block_size, asked)
+    config = config.replace(order=order)
+    layout = call.layout(config.block_size, order).on(call.q.device)
     if not layout.num_blocks:
         raise ValueError(
             f"block_size: got {config.block_size} for a grid of {layout.grid}; allowed: at most {layout.video} tokens, "
@@ -122,7 +128,7 @@ def study_head(
             chosen = config.replace(sparsity=sparsity, rectify=mode)
             results.append(_result(call, layout, chosen, exact, full))
             on_result(f"{mode} at {sparsity:.4g}")
-    return HeadStudy(layout=layout, full=full.cpu(), results=tuple(results))
+    return HeadStudy(order=asked, layout=layout, full=full.cpu(), results=tuple(results))
 
 
 def _result(

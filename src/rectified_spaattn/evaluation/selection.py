@@ -144,8 +144,9 @@ def study_selection(
     on_selector: Callable[[str], None] = lambda name: None,
 ) -> list[SelectionRow]:
     """At every sparsity every selector, on all heads of one call; batch 0 alone. config: block_size, order, rectify."""
-    call = first_sample(call)
-    layout = call.layout(config.block_size, config.order).on(call.q.device)
+    call, order = first_sample(call).in_order(config.block_size, config.order)
+    config = config.replace(order=order)
+    layout = call.layout(config.block_size, order).on(call.q.device)
     true, full = true_masses(call, layout), full_attention(call)
     rows = []
     for name, selector in {ORACLE: lambda call, layout: true[..., :-1], **SELECTORS}.items():

@@ -9,6 +9,7 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ..curve import CONTENT
 from ..evaluation.maps import HeadResult, HeadStudy
 from .figures import KIND_COLOURS, MODE_LABELS, CallName, kind_map, mass_map, mass_norm
 
@@ -19,6 +20,7 @@ _NOTE = (
     "mean over the queries of a block; rows sum to 1.\nBelow: red where a block gets more than in the map after the "
     "minus, blue where less; pale is within a tenth of an even share."
 )
+_SORTED = "\nBlocks are sorted by content: tokens that attend alike, wherever they lie in the video."
 
 
 def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str, call: CallName) -> None:
@@ -36,9 +38,11 @@ def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str, cal
         (none.masses, _title("Sparse, not rectified", none)),
         (rectified.masses, _title(shown[0].upper() + shown[1:], rectified)),
     )
+    by_content = study.order == CONTENT
+    block = "block, sorted by content" if by_content else "block"
     norm = mass_norm(study.full)
     for column, (masses, title) in enumerate(above):
-        image = _draw(figure.add_subplot(grid[0, column]), masses, title, norm)
+        image = _draw(figure.add_subplot(grid[0, column]), masses, title, norm, block)
     figure.colorbar(image, cax=figure.add_subplot(grid[0, 3]), label="attention mass (log scale; white: none)")
 
     below = (
@@ -50,7 +54,7 @@ def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str, cal
     even = 1 / study.full.shape[1]  # what every column would hold if all were alike
     differences = SymLogNorm(linthresh=min(even / 10, most / 2), vmin=-most, vmax=most)
     for column, (masses, title) in enumerate(below):
-        image = _draw(figure.add_subplot(grid[1, column]), masses, title, differences, _DIFFERENCE)
+        image = _draw(figure.add_subplot(grid[1, column]), masses, title, differences, block, _DIFFERENCE)
     bar = figure.colorbar(
         image, cax=figure.add_subplot(grid[1, 3]), label="difference of masses (linear near 0, then log)"
     )
@@ -58,13 +62,13 @@ def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str, cal
 
     agreement = torch.corrcoef(torch.stack([study.full.flatten(), rectified.probability.flatten()]))[0, 1]
     estimate = f"Estimate P from block means:\ncorrelation with the exact masses {agreement:.2f}"
-    _draw(figure.add_subplot(grid[0, 4]), rectified.probability, estimate, norm)
-    handles = _draw_fate(figure.add_subplot(grid[1, 4]), study.full, rectified)
+    _draw(figure.add_subplot(grid[0, 4]), rectified.probability, estimate, norm, block)
+    handles = _draw_fate(figure.add_subplot(grid[1, 4]), study.full, rectified, block)
     legend, note = figure.add_subplot(grid[2, 4]), figure.add_subplot(grid[2, :4])
     legend.axis("off")
     legend.legend(handles=handles, loc="center", frameon=False, fontsize=10)
     note.axis("off")
-    note.text(0.0, 0.5, _NOTE, fontsize=10, va="center", transform=note.transAxes)
+    note.text(0.0, 0.5, _NOTE + _SORTED * by_content, fontsize=10, va="center", transform=note.transAxes)
     figure.suptitle(
         f"At {sparsity:.4g} sparsity {none.misplaced:.0%} of the attention mass lies on the wrong blocks without "
         f"rectification, {rectified.misplaced:.0%} with {rectify} ({call})",
@@ -78,21 +82,21 @@ def _title(name: str, result: HeadResult) -> str:
     return f"{name}:\noutput error {result.relative_error:.3f}, {result.misplaced:.0%} of the mass misplaced"
 
 
-def _draw(axis: Axes, masses: torch.Tensor, title: str, norm: Normalize, cmap: str = "cividis") -> Any:
+def _draw(axis: Axes, masses: torch.Tensor, title: str, norm: Normalize, block: str, cmap: str = "cividis") -> Any:
     image = mass_map(axis, masses, title, norm, cmap)
-    axis.set_xlabel("key block   (set apart: isolated tokens)", fontsize=9)
-    axis.yaxis.label.set_fontsize(9)
+    axis.set_xlabel(f"key {block}   (set apart: isolated tokens)", fontsize=9)
+    axis.set_ylabel(f"query {block}", fontsize=9)
     axis.tick_params(labelsize=8)
     return image
 
 
-def _draw_fate(axis: Axes, full: torch.Tensor, result: HeadResult) -> list[Patch]:
+def _draw_fate(axis: Axes, full: torch.Tensor, result: HeadResult, block: str) -> list[Patch]:
     """The categorical map; returns its legend."""
     kinds = result.kinds()
     kind_map(axis, kinds)
     axis.set_title("What becomes of every block", fontsize=10)
-    axis.set_xlabel("key block", fontsize=9)
-    axis.set_ylabel("query block", fontsize=9)
+    axis.set_xlabel(f"key {block}", fontsize=9)
+    axis.set_ylabel(f"query {block}", fontsize=9)
     axis.tick_params(labelsize=8)
     handles = []
     for index, (kind, colour) in enumerate(KIND_COLOURS.items()):

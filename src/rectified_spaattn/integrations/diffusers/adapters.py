@@ -24,8 +24,8 @@ class Adapter:
     text         number of text tokens in joint attention, padding included, read from the forward arguments
     padding      how many of them, at the end of the sequence, are padding in the whole batch: left out of sparse calls
     text_first   True where text stands before the video in joint attention
-    preset       name of the published preset, read from the transformer and its pipeline (None: transformer alone);
-                 None where none was published for this model or one of its family
+    preset       name of the preset, read from the transformer and its pipeline (None: transformer alone); None
+                 where nothing was published for this model or one of its family
     """
 
     attentions: Callable[[nn.Module], list[tuple[str, nn.Module]]]
@@ -159,7 +159,7 @@ def adapter_for(model: nn.Module) -> Adapter:
 
 
 def default_configs(model: nn.Module, pipeline: Any, overrides: Mapping[str, Any]) -> tuple[SparseConfig, ...]:
-    """The published settings that fit a transformer. Where there are none, SparseConfig's, if sparsity is overridden.
+    """The preset that fits a transformer. Where there is none, SparseConfig's defaults, if sparsity is overridden.
 
     Raises ValueError where nothing was published and the overrides leave the sparsity open.
     """

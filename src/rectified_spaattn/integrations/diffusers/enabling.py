@@ -28,9 +28,10 @@ def enable(
 ) -> Handle:
     """Make the video self-attention of a diffusers pipeline (or of one transformer) sparse and rectified.
 
-    config: one SparseConfig for all transformers of the pipeline, or one each; None takes the published preset that
-    fits the model, and where there is none, asks for a sparsity. preset: a name from PRESETS instead. backend: as in
-    rectified_attention. overrides: fields of SparseConfig that change the config or preset, such as sparsity=0.9.
+    config: one SparseConfig for all transformers of the pipeline, or one each; None takes the preset that fits the
+    model, and where there is none, asks for a sparsity. preset: a name from PRESETS instead, such as NAME-paper for all
+    as published. backend: as in rectified_attention. overrides: fields of SparseConfig that change the config or
+    preset, such as sparsity=0.9.
 
     Touches the given object alone; Handle.disable() restores it. Cross-attention and text refiners stay as they are.
     Raises TypeError for a model without an adapter, an unknown key or a config of the wrong type; ValueError for values
