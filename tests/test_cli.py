@@ -11,12 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rectified_spaattn import cli
+from rectified_spaattn import SparseConfig, cli
 from rectified_spaattn.cli.app import app
 from rectified_spaattn.cli.options import DEFAULT, QUICK, DemoOptions
 
 FILES = ("report.html", "metrics.json", "side-by-side.mp4", "side-by-side.png")
-MODES = ["full", "sparse-80", "rectified-80", "sparse-90", "rectified-90"]
+MODES = ["full", *(f"{word}-{share}" for share in (80, 90) for word in ("sparse", "rectified", "default"))]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,13 +111,13 @@ def test_a_gpu_that_is_not_there_is_told_alike_by_every_command(command: list[st
     assert "torch finds no CUDA GPU here. Use cpu" in result.output
 
 
-def test_modes_differ_in_nothing_but_sparsity_and_rectification() -> None:
+def test_modes_differ_in_nothing_but_sparsity_rectification_and_order() -> None:
     full, *sparse = DEFAULT.modes()
     assert full.config is None
     assert [mode.name for mode in sparse] == MODES[1:]
     for mode in sparse:
         assert mode.config is not None
-        same = mode.config.replace(sparsity=0.5, rectify="none")
+        same = mode.config.replace(sparsity=0.5, rectify="none", order="gilbert")
         assert same == DEFAULT.config(0.5, "none")
     assert DemoOptions(sparsity=(0.875,)).modes()[1].name == "sparse-87.5"
     assert QUICK.prompts * QUICK.steps < DEFAULT.prompts * DEFAULT.steps
@@ -128,7 +128,7 @@ def test_demo_writes_every_file(run: tuple[Path, str]) -> None:
     assert all((out / name).stat().st_size > 1000 for name in FILES)
     assert {path.stem for path in (out / "figures").iterdir()} == {"curve", "plan", "error"}
     videos = sorted(path.name for path in (out / "videos").iterdir())
-    assert len(videos) == 2 * 5
+    assert len(videos) == 2 * 7
     assert videos[0] == "01-seed0-full.mp4"
     assert iio.imread(out / "videos" / videos[0]).shape == (16, 384, 384, 3)
     side = iio.imread(out / "side-by-side.mp4")
@@ -141,7 +141,7 @@ def test_metrics_json_agrees_with_itself_and_with_the_report(run: tuple[Path, st
     out, printed = run
     metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
     assert [each["mode"] for each in metrics["means"]] == MODES
-    assert len(metrics["clips"]) == 2 * 5
+    assert len(metrics["clips"]) == 2 * 7
     assert {(each["prompt"], each["seed"]) for each in metrics["clips"]} == {
         (prompt, seed) for prompt in {each["prompt"] for each in metrics["clips"]} for seed in (0, 1)
     }
@@ -155,7 +155,7 @@ def test_metrics_json_agrees_with_itself_and_with_the_report(run: tuple[Path, st
         assert mean["backend"] == "torch"
     assert metrics["means"][0]["psnr"] is None
     density = {each["mode"]: each["density"] for each in metrics["means"]}
-    assert density["sparse-80"] == density["rectified-80"]
+    assert density["sparse-80"] == density["rectified-80"] == density["default-80"]
     assert density["sparse-90"] < density["sparse-80"] < 0.3
     assert metrics["settings"]["seeds"] == [0, 1]
     assert metrics["speed"] == []
@@ -182,12 +182,17 @@ def test_a_second_run_replaces_the_videos_of_the_first(run: tuple[Path, str], we
     ]
     result = CliRunner().invoke(app, ["demo", *map(str, arguments)])
     assert result.exit_code == 0, result.output
-    assert len(list((out / "videos").iterdir())) == 3
+    assert len(list((out / "videos").iterdir())) == 4
     assert json.loads((out / "metrics.json").read_text())["clips"][0]["prompt"] == caption
 
 
-def test_the_demo_shows_what_its_report_explains() -> None:
+def test_the_demo_shows_the_paper_and_the_default() -> None:
     for options in (DEFAULT, QUICK, DemoOptions(neighbours=True)):
         configs = [mode.config for mode in options.modes() if mode.config is not None]
-        assert {config.rectify for config in configs} == {"none", "ipar+gapr"}
-        assert {(config.order, config.neighbours) for config in configs} == {("gilbert", options.neighbours)}
+        found = {(config.rectify, config.order, config.neighbours) for config in configs}
+        ours = SparseConfig()
+        assert found == {
+            ("none", "gilbert", options.neighbours),
+            ("ipar+gapr", "gilbert", options.neighbours),
+            (ours.rectify, ours.order, ours.neighbours),
+        }

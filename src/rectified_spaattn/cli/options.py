@@ -4,10 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import SparseConfig
+from ..curve import CONTENT
 from ..device import device_of
 from ..evaluation.paired import Mode, full_mode
 
 RECTIFIED, ORDER = "ipar+gapr", "gilbert"  # the paper's, which the report explains
+# word of a mode -> rectify, order
+_MODES = {
+    "sparse": ("none", ORDER),
+    "rectified": (RECTIFIED, ORDER),
+    "default": (SparseConfig().rectify, SparseConfig().order),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,28 +57,27 @@ class DemoOptions:
         for sparsity in self.sparsity:
             self.config(sparsity, RECTIFIED)
 
-    def config(self, sparsity: float, rectify: str) -> SparseConfig:
-        """Everything but sparsity and rectification is the same in all modes."""
+    def config(self, sparsity: float, rectify: str, order: str = ORDER) -> SparseConfig:
+        """Everything but these is the same in all modes, and blocks by content have no neighbours."""
         return SparseConfig.from_dict(
             {
                 "sparsity": sparsity,
                 "rectify": rectify,
                 "block_size": self.block_size,
-                "order": ORDER,
+                "order": order,
                 "top_p": self.top_p,
-                "neighbours": self.neighbours,
+                "neighbours": self.neighbours and order != CONTENT,
             }
         )
 
     def modes(self) -> list[Mode]:
-        """Full attention, then sparse and rectified at every sparsity."""
+        """Full attention, then sparse, rectified as in the paper, and this package's default at every sparsity."""
         modes = [full_mode()]
         for sparsity in self.sparsity:
             share = f"{100 * sparsity:g}"
-            for word, rectify in (("sparse", "none"), ("rectified", RECTIFIED)):
-                modes.append(
-                    Mode(name=f"{word}-{share}", label=f"{word} {share}%", config=self.config(sparsity, rectify))
-                )
+            for word, setting in _MODES.items():
+                config = self.config(sparsity, *setting)
+                modes.append(Mode(name=f"{word}-{share}", label=f"{word} {share}%", config=config))
         return modes
 
 
