@@ -11,7 +11,7 @@ prompt = "a large red striped circle moving right over a blue checkered backgrou
 settings = {"height": 96, "width": 96, "num_frames": 16}
 
 full = pipe(prompt, generator=torch.Generator().manual_seed(0), **settings).frames[0]
-with rsa.enable(pipe, sparsity=0.8, block_size=64, neighbours=False) as handle:
+with rsa.enable(pipe, sparsity=0.8, block_size=64) as handle:
     sparse = pipe(prompt, generator=torch.Generator().manual_seed(0), **settings).frames[0]
     print(handle.summary())
 error = (full - sparse).square().mean()
