@@ -192,6 +192,7 @@ WAYS: dict[str, Way] = {
     "content, 4 directions": Way(sort=partial(by_content, DIRECTIONS=4)),
     "content, 16 directions": Way(sort=partial(by_content, DIRECTIONS=16)),
     "content, sample of 512": Way(sort=partial(by_content, SAMPLE=512)),
+    "content, 40 rounds": Way(sort=partial(by_content, ROUNDS=40)),
 }
 
 
