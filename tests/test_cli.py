@@ -129,11 +129,11 @@ def test_demo_writes_every_file(run: tuple[Path, str]) -> None:
     assert {path.stem for path in (out / "figures").iterdir()} == {"curve", "plan", "error"}
     videos = sorted(path.name for path in (out / "videos").iterdir())
     assert len(videos) == 2 * 7
-    assert videos[0] == "01-seed0-full.mp4"
+    assert "01-seed0-full.mp4" in videos
     assert iio.imread(out / "videos" / videos[0]).shape == (16, 384, 384, 3)
     side = iio.imread(out / "side-by-side.mp4")
     assert side.shape[0] == 16
-    assert 5 * 192 < side.shape[2] < 5 * 192 + 50
+    assert 7 * 192 < side.shape[2] < 7 * 192 + 60
     assert "Report:" in printed
 
 
