@@ -1,1 +1,1 @@
-"""The GPU kernels in Triton, one stage a file: tile (and pool) -> plan -> attend. Backends put them together."""
+"""The GPU kernels in Triton, one stage a file: (arrange ->) tile and pool -> plan -> attend. Backends join them."""

@@ -1,1 +1,1 @@
-"""The method in plain PyTorch: pool -> estimate -> select -> gain -> rectify, and reference.py, the oracle."""
+"""The method in plain PyTorch: (arrange ->) pool -> estimate -> select -> gain -> rectify; reference.py, the oracle."""
