@@ -1,11 +1,14 @@
 """Order "content": what sorting promises, and that the operator is the method on the tokens so sorted."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rectified_spaattn as rsa
 import tiny
@@ -198,3 +201,45 @@ def test_one_line_enables_it_and_one_call_takes_it_back() -> None:
         assert "order content" in handle.summary()
         handle.disable()
         assert torch.equal(model(**inputs).sample, untouched)
+
+
+def test_sorting_on_a_gpu_neither_reads_nor_writes_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device without data every read raises, and no tensor may live elsewhere; the kernels do not run here."""
+    from rectified_spaattn.kernels import arrange as arrange_kernels
+
+    launched: list[str] = []
+    for name in ("_directions_kernel", "_project_kernel", "_halve_kernel"):
+        monkeypatch.setattr(arrange_kernels, name, Launcher(partial(note, launched, name)))
+    layout = TokenLayout.build((3, 8, 11), TEXT, block_size=64, order="content")
+    q, k = (torch.empty(2, layout.sequence, 3, 64, device="meta", dtype=torch.bfloat16) for _ in "qk")
+    tensors = {x.name: getattr(layout, x.name) for x in fields(layout)}
+    tensors = {name: x.to("meta") for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+    elsewhere = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
+            elsewhere.extend(str(func) for x in leaves if isinstance(x, torch.Tensor) and x.device.type != "meta")
+            return out
+
+    moved = replace(layout, **tensors)
+    with Watch():
+        order = arrange_kernels.content_order(q, k, moved, 0.1)
+    assert (order.shape, order.dtype) == ((2, 3, 4 * 64), torch.int64)
+    assert launched == ["_directions_kernel", "_project_kernel", "_halve_kernel", "_halve_kernel"]
+    assert elsewhere == []
+
+
+def note(launched: list[str], name: str, *_: Any, **__: Any) -> None:
+    launched.append(name)
+
+
+class Launcher:
+    """What `kernel[grid]` is."""
+
+    def __init__(self, launch: Any) -> None:
+        self.launch = launch
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.launch
