@@ -109,8 +109,8 @@ def study_calls(pipe, pairs, settings, configs, backend, advance) -> Calls:
     return found
 
 
-def setting_of(config: SparseConfig) -> Setting:
-    return config.sparsity, config.rectify, config.order
+def setting_of(of: SparseConfig | Row) -> Setting:
+    return of.sparsity, of.rectify, of.order
 
 
 def clip_scores(pipe, pairs, settings, modes, backend, advance):
@@ -212,11 +212,11 @@ def orders(rows: list[Row]) -> str:
 
 
 def by_pair(rows: list[Row], setting: Setting) -> dict[tuple[str, int], Row]:
-    return {(row.prompt, row.seed): row for row in rows if (row.sparsity, row.rectify, row.order) == setting}
+    return {(row.prompt, row.seed): row for row in rows if setting_of(row) == setting}
 
 
 def settings_of(rows: list[Row]) -> list[Setting]:
-    return list(dict.fromkeys((row.sparsity, row.rectify, row.order) for row in rows))
+    return list(dict.fromkeys(map(setting_of, rows)))
 
 
 def label_of(setting: Setting, rows: list[Row]) -> str:
@@ -252,7 +252,7 @@ def read_all(paths: list[Path]) -> tuple[list[Row], Machine]:
     read_in = [read(path) for path in paths]
     found: dict[tuple[str, int, Setting], Row] = {}
     for row in (row for rows, _ in read_in for row in rows):
-        found.setdefault((row.prompt, row.seed, (row.sparsity, row.rectify, row.order)), row)
+        found.setdefault((row.prompt, row.seed, setting_of(row)), row)
     return sorted(found.values(), key=lambda row: row.sparsity), read_in[0][1]
 
 
@@ -273,9 +273,8 @@ def plot(rows: list[Row], made_on: Machine, path: Path) -> None:
     for axis, (name, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
         for place, mode in enumerate(modes):
             found = [bootstrap([getattr(row, name) for row in by_pair(rows, (s, *mode)).values()]) for s in sparsities]
-            x = [
-                100 * s + 1.75 / len(modes) * (place - (len(modes) - 1) / 2) for s in sparsities
-            ]  # bars do not hide one another
+            aside = 1.75 / len(modes) * (place - (len(modes) - 1) / 2)  # bars do not hide one another
+            x = [100 * s + aside for s in sparsities]
             bars = [[each.mean - each.low for each in found], [each.high - each.mean for each in found]]
             y = [each.mean for each in found]
             axis.errorbar(
@@ -345,7 +344,7 @@ def run(
 
     def save(calls: Calls, scores) -> list[Row]:
         found = rows_of(split, calls, scores)
-        found.sort(key=lambda row: ranks.index((row.sparsity, row.rectify, row.order)))
+        found.sort(key=lambda row: ranks.index(setting_of(row)))
         write_csv(out / f"{split}.csv", found, made_on)
         write_csv(out / f"{split}-layers.csv", layer_rows(split, calls), made_on)
         return found

@@ -1,6 +1,6 @@
 """Quality against time: what `ablation.py` found of every mode, over what the operator takes at a published shape.
 
-    python benchmarks/pareto.py --quality docs/data/ablation-dev.csv --speed docs/data/op-speed-equal.csv [--plot p.png]
+    python benchmarks/pareto.py --quality docs/data/ablation-held-out.csv --speed docs/data/op-speed-modes.csv
 
 Both kinds of files may be given more than once. Prints, for every mode, error, PSNR and milliseconds at every sparsity
 that was measured in both, and what a mode gains over another at equal time: its PSNR is read off between two sparsities
@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple
 import typer
 from matplotlib.figure import Figure
 
-from ablation import FLOOR_SETTING, Row, by_pair, read_all
+from ablation import FLOOR_SETTING, Row, by_pair, read_all, settings_of
 from rectified_spaattn.benchmark.record import Row as Speed
 from rectified_spaattn.benchmark.record import read_csv
 from rectified_spaattn.evaluation.intervals import bootstrap
@@ -42,7 +42,7 @@ def points_of(rows: list[Row], speeds: list[Speed], backend: str) -> dict[Mode, 
         (row.sparsity, row.rectify, row.order): row.ms for row in speeds if row.kind == "sparse" and row.name == backend
     }
     found: dict[Mode, list[Point]] = {}
-    for setting in dict.fromkeys((row.sparsity, row.rectify, row.order) for row in rows):
+    for setting in settings_of(rows):
         sparsity, rectify, order = setting
         time = ms.get((sparsity, TIMED_AS.get(rectify, rectify), order))
         if setting == FLOOR_SETTING or time is None:

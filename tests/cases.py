@@ -1,11 +1,12 @@
 """Inputs that several test files share: video-like tensors, drawn calls, strided views."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from rectified_spaattn import SparseConfig, TokenLayout
 from rectified_spaattn.config import RECTIFY_MODES
@@ -32,6 +33,17 @@ def seen(layout: TokenLayout, text_valid: torch.Tensor) -> torch.Tensor:
     """bool [B, 1, 1, S], the keys that may be attended to. text_valid: bool [B, text]."""
     video = text_valid.new_ones(len(text_valid), layout.video)
     return torch.cat([text_valid, video] if layout.text_first else [video, text_valid], 1)[:, None, None]
+
+
+def kernel_budget(qkv: Sequence[torch.Tensor], layout: TokenLayout, text_valid: torch.Tensor) -> float:
+    """What a kernel may be off, over the largest exact output: twice what SDPA is on these tensors in their dtype, one
+    rounding more for R * sparse + C in that dtype, and planning, which is right to 16 bits.
+    """
+    heads_first, mask = [x.transpose(1, 2) for x in qkv], seen(layout, text_valid)
+    exact = scaled_dot_product_attention(*(x.double() for x in heads_first), attn_mask=mask)
+    own = scaled_dot_product_attention(*heads_first, attn_mask=mask).double() - exact
+    error = (own.abs().max() / exact.abs().max()).item()
+    return 2 * error + torch.finfo(qkv[0].dtype).eps + 2.0**-16
 
 
 @dataclass

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
-from cases import MODES, STRIDED, seen, video_like
+from cases import MODES, STRIDED, kernel_budget, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends import BACKENDS, Call
 from rectified_spaattn.benchmark.shapes import SHAPES
@@ -58,11 +57,7 @@ def test_error_is_at_most_twice_that_of_sdpa(name, case, dtype, mode):
             ~valid[..., None, None], torch.nan
         )
     clean = [qkv[0], *(x.nan_to_num(0.0) for x in qkv[1:])]
-    heads_first = [x.transpose(1, 2) for x in clean]
-    mask = seen(layout, valid)
-    exact = scaled_dot_product_attention(*(x.double() for x in heads_first), attn_mask=mask)
-    own = scaled_dot_product_attention(*heads_first, attn_mask=mask).double() - exact
-    budget = 2 * (own.abs().max() / exact.abs().max()) + torch.finfo(dtype).eps + 2.0**-16
+    budget = kernel_budget(clean, layout, valid)
 
     config = SparseConfig(sparsity=0.7, rectify=mode, neighbours=False)
     out, stats = rectified_attention(*qkv, layout, config, text_mask=valid, return_stats=True, backend=name)
@@ -86,10 +81,7 @@ def test_order_content_is_the_reference(name, case, mode):
     qkv, valid = inputs(case, dtype)[1:]
     layout = TokenLayout.build(*shape, "content")
     require(name, layout, head_dim, dtype)
-    heads_first, mask = [x.transpose(1, 2) for x in qkv], seen(layout, valid)
-    exact = scaled_dot_product_attention(*(x.double() for x in heads_first), attn_mask=mask)
-    own = scaled_dot_product_attention(*heads_first, attn_mask=mask).double() - exact
-    budget = 2 * (own.abs().max() / exact.abs().max()) + torch.finfo(dtype).eps + 2.0**-16
+    budget = kernel_budget(qkv, layout, valid)
     config = SparseConfig(sparsity=0.7, rectify=mode, neighbours=False)
     out, stats = rectified_attention(*qkv, layout, config, text_mask=valid, return_stats=True, backend=name)
     given = {"text_mask": valid, "block_mask": stats.block_mask, "backend": "reference", "return_stats": True}

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from ..backends import Call, choose
-from ..config import Rectify, SparseConfig, check_choice, preset
-from ..curve import ORDERS
+from ..config import Rectify, SparseConfig, preset
 from .baselines import BASELINES
 from .check import BenchError, Checked, config_at
 from .model_check import check_first_runs, check_model
@@ -66,7 +65,6 @@ class ModelSettings:
         check_names("model", self.models, tuple(MODELS))
         check_names("size", (self.size,), tuple(SIZES))
         check_names("baseline", self.baselines, tuple(BASELINES))
-        check_choice("order", self.order, tuple(ORDERS))
         check_names("dtype", (self.dtype,), tuple(DTYPES))
         check_names("device", (self.device,), ("auto", "cpu", "cuda"))
         if not self.models:
@@ -77,7 +75,7 @@ class ModelSettings:
             raise ValueError(f"sparsity: got {list(self.sparsities)}; allowed: values that differ.")
         for sparsity in self.sparsities:
             config_at(sparsity)
-        SparseConfig(block_size=self.block_size, rectify=self.rectify)
+        SparseConfig(block_size=self.block_size, rectify=self.rectify, order=self.order)
         if (self.computed_steps is None) != (self.source == ""):
             raise ValueError(
                 f"computed steps: got {self.computed_steps} from {self.source!r}; allowed: both or neither. "

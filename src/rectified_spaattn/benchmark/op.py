@@ -9,8 +9,7 @@ import torch
 
 from ..attention import rectified_attention
 from ..backends import BACKENDS, Call
-from ..config import Rectify, check_choice
-from ..curve import ORDERS
+from ..config import Rectify
 from ..device import device_of
 from .baselines import BASELINES, compared_with
 from .check import BenchError, Checked, check_dense, check_sample, check_small, config_at
@@ -49,7 +48,6 @@ class OpSettings:
         check_names("shape", self.shapes, tuple(SHAPES))
         check_names("baseline", self.baselines, tuple(BASELINES))
         check_names("backend", self.backends, backend_names())
-        check_choice("order", self.order, tuple(ORDERS))
         check_names("dtype", (self.dtype,), tuple(DTYPES))
         check_names("device", (self.device,), ("auto", "cpu", "cuda"))
         if not self.shapes or not self.sparsities:
@@ -61,7 +59,7 @@ class OpSettings:
         for sparsity in self.sparsities:
             config_at(sparsity, self.rectify)
         for name in self.shapes:
-            if SHAPES[name].small().layout(self.block_size).num_blocks < 2:
+            if SHAPES[name].small().layout(self.block_size, self.order).num_blocks < 2:
                 raise ValueError(f"block_size: got {self.block_size}; allowed for {name}: one that gives two blocks.")
 
     def cases(self) -> list[Case]:

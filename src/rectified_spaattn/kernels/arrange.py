@@ -14,10 +14,9 @@ def content_order(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: 
     tiled, b = layout.tiled, layout.block_size
     if layout.num_blocks <= 1:
         return tiled.expand(batch, heads, -1)
-    q_some, k_some = sample_of(q, tiled), sample_of(k, tiled)
-    w = directions(moments(q_some, k_some, scale))  # [B * H, 2D, r]
-    shift = torch.cat([q_some.mean(1), k_some.mean(1)], 1)[:, None] @ w
-    features = project(q, k, tiled, w.to(q.dtype), shift)
+    found = moments(sample_of(q, tiled), sample_of(k, tiled), scale)
+    w = directions(found)  # [B * H, 2D, r]
+    features = project(q, k, tiled, w.to(q.dtype), found.mean @ w)
     return tiled[k_d_order(features, b).long()].view(batch, heads, -1)
 
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..config import Rectify, SparseConfig
+from ..config import SparseConfig
 from ..layout import TokenLayout
 from ..method.estimate import pooled_columns
 from ..method.plan import Plan, Tail
@@ -33,7 +33,9 @@ def make_plan(
     lists, probability, compensated = _empty(tiled, layout)
     critical = block_mask if block_mask is not None else torch.empty_like(compensated)
     r = probability.new_empty(probability.shape[:3])
-    c = _nothing(tiled, config.rectify, r.device)
+    per_block = tiled.pooled.v.shape[1:]
+    stored = () if config.rectify == "row" else per_block  # "row" never has a C: its zeros take the memory of one
+    c = torch.zeros(stored, dtype=torch.float32, device=r.device).expand(per_block)
     bias = torch.empty(compensated.shape, dtype=torch.float32, device=r.device) if config.rectify == "row" else None
     if layout.num_blocks:
         scores(tiled, layout, config, scale, probability, compensated, bias)
@@ -46,14 +48,6 @@ def make_plan(
     if layout.num_blocks and bias is not None and tiled.k_pool is not None and tiled.v_pool is not None:
         tail = Tail(tiled.k_pool, tiled.v_pool, bias)
     return Plan(critical, compensated, probability, r, c, tail), lists
-
-
-def _nothing(tiled: Tiled, rectify: Rectify, device: torch.device) -> torch.Tensor:
-    """C before anything is compensated: zeros [B, H, nb, D], for "row", which never has a C, in the memory of one."""
-    shape = tiled.pooled.v.shape[1:]
-    if rectify == "row":
-        return torch.zeros((), dtype=torch.float32, device=device).expand(shape)
-    return torch.zeros(shape, dtype=torch.float32, device=device)
 
 
 def _empty(tiled: Tiled, layout: TokenLayout) -> tuple[BlockLists, torch.Tensor, torch.Tensor]:

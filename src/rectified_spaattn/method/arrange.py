@@ -29,9 +29,10 @@ def content_order(
     count = tiled.numel()
     if count <= block_size:
         return tiled.expand(batch, heads, count)
-    q_some, k_some = sample_of(q, tiled), sample_of(k, tiled)
-    to_q, to_k = directions(moments(q_some, k_some, scale)).split(dim, dim=1)
-    features = _project(q, tiled, q_some, to_q) + _project(k, tiled, k_some, to_k)
+    found = moments(sample_of(q, tiled), sample_of(k, tiled), scale)
+    to_q, to_k = directions(found).split(dim, dim=1)
+    q_mean, k_mean = found.mean.split(dim, dim=2)
+    features = _project(q, tiled, q_mean, to_q) + _project(k, tiled, k_mean, to_k)
     features = features.nan_to_num(0.0).to(torch.bfloat16)  # as the kernel has them: 8 bits tell the sides of a cut
     return tiled[k_d_order(features, block_size)].view(batch, heads, count)
 
@@ -60,11 +61,11 @@ def sample_of(x: torch.Tensor, tiled: torch.Tensor) -> torch.Tensor:
 
 
 class Moments(NamedTuple):
-    """The covariance of [q, k], and weigh = diag(M_k, M_q): second moments of k (centred) and of q, times scale².
-
-    Each [Z, 2D, 2D].
+    """Of [q, k]: mean [Z, 1, 2D], covariance [Z, 2D, 2D], and weigh [Z, 2D, 2D] = diag(M_k, M_q), the second moments of
+    k (centred) and of q, times scale².
     """
 
+    mean: torch.Tensor
     covariance: torch.Tensor
     weigh: torch.Tensor
 
@@ -72,13 +73,13 @@ class Moments(NamedTuple):
 def moments(q: torch.Tensor, k: torch.Tensor, scale: float) -> Moments:
     """q, k: [Z, m, D]"""
     count, dim = q.shape[1:]
-    k_apart = k - k.mean(1, keepdim=True)
-    both = torch.cat([q - q.mean(1, keepdim=True), k_apart], dim=2)
-    covariance = both.transpose(1, 2) @ both / count
+    q_mean, k_mean = q.mean(1, keepdim=True), k.mean(1, keepdim=True)
+    apart = torch.cat([q - q_mean, k - k_mean], dim=2)
+    covariance = apart.transpose(1, 2) @ apart / count
     weigh = torch.zeros_like(covariance)
     weigh[:, :dim, :dim] = covariance[:, dim:, dim:]
     weigh[:, dim:, dim:] = q.transpose(1, 2) @ q / count
-    return Moments(covariance, weigh.mul_(scale**2))
+    return Moments(torch.cat([q_mean, k_mean], dim=2), covariance, weigh.mul_(scale**2))
 
 
 def start_directions(dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -95,7 +96,7 @@ def directions(given: Moments) -> torch.Tensor:
     together, as long as the deviation along them, by subspace iteration on S C, where S = diag(M_k, M_q) and C is the
     covariance of [q, k].
     """
-    covariance, weigh = given
+    _, covariance, weigh = given
     step = weigh @ covariance
     step = step @ step
     w = start_directions(step.shape[1], step.dtype, step.device)
@@ -161,7 +162,6 @@ def _halve(order: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(2, place, order)
 
 
-def _project(x: torch.Tensor, tiled: torch.Tensor, some: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """(x - mean) W: [Z, nb * b, r]. x: [B, S, H, D]; some: [Z, m, D], which the mean is taken of; w: [Z, D, r]."""
-    shift = some.mean(1, keepdim=True) @ w
-    return x[:, tiled].transpose(1, 2).flatten(0, 1).to(w.dtype) @ w - shift
+def _project(x: torch.Tensor, tiled: torch.Tensor, mean: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """(x - mean) W: [Z, nb * b, r]. x: [B, S, H, D]; mean: [Z, 1, D]; w: [Z, D, r]."""
+    return x[:, tiled].transpose(1, 2).flatten(0, 1).to(w.dtype) @ w - mean @ w
