@@ -48,9 +48,9 @@ from rectified_spaattn import PRESETS, SparseConfig, SparseStats, TokenLayout, p
 
 layout = TokenLayout.build((2, 4, 8), text=3)
 q, k, v = torch.randn(3, 1, layout.sequence, 2, 8)
-out = {}
+out, small = {}, SparseConfig(block_size=16)
 for backend in ("auto", "reference"):
-    result, stats = rectified_attention(q, k, v, layout, SparseConfig(block_size=16), backend=backend, return_stats=True)
+    result, stats = rectified_attention(q, k, v, layout, small, backend=backend, return_stats=True)
     assert isinstance(stats, SparseStats)
     out[backend] = bool(result.isfinite().all())
 assert preset("wan2.1-t2v") == PRESETS["wan2.1-t2v"]
