@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rectified_spaattn as rsa
 import tiny
 from cases import MODES, Call, calls, video_like
-from oracle import dense, oracle
+from oracle import dense
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.method.arrange import content_order, directions, k_d_order, moments
 from rectified_spaattn.orders import blocks_of
+from sorted_oracle import oracle_by_head
 
 LAYOUT = TokenLayout.build((3, 8, 11), 7)  # 264 video tokens: 16 blocks of 16 and 8 left over
 
@@ -30,22 +31,6 @@ def sorted_call(call: Call) -> Call:
     return replace(call, config=call.config.replace(order="content", neighbours=False, first_frame=False))
 
 
-def by_hand(call: Call, order: torch.Tensor, block_mask: torch.Tensor, compensated: torch.Tensor) -> torch.Tensor:
-    """The oracle on tokens that are moved head by head, one at a time, and its output moved back."""
-    q, k, v = (x.double() for x in call.qkv)
-    tiled = call.blocks.tiled
-    out = torch.empty_like(q)
-    for i in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            place = torch.arange(q.shape[1])
-            place[tiled] = order[i, h]
-            moved = [x[i : i + 1, place, h : h + 1] for x in (q, k, v)]
-            options = {name: x[i : i + 1] if name == "text_mask" else x for name, x in call.options.items()}
-            choices = {"block_mask": block_mask[i : i + 1, h : h + 1], "compensated": compensated[i : i + 1, h : h + 1]}
-            out[i, place, h] = oracle(*moved, call.layout, call.config, **options, **choices).out[0, :, 0]
-    return out
-
-
 @settings(max_examples=60)
 @given(call=calls(min_blocks=1).map(sorted_call), backend=st.sampled_from(("reference", "torch")))
 def test_the_operator_is_the_method_on_sorted_tokens(call: Call, backend: str) -> None:
@@ -53,7 +38,7 @@ def test_the_operator_is_the_method_on_sorted_tokens(call: Call, backend: str) -
     assert stats.sorting == "torch"
     assert stats.token_order is not None
     assert torch.equal(stats.token_order.sort(-1).values, call.blocks.tiled.sort().values.expand_as(stats.token_order))
-    want = by_hand(call, stats.token_order, stats.block_mask, stats.compensated)
+    want = oracle_by_head(call, stats.token_order, stats.block_mask, stats.compensated)
     error = (out.double() - want).abs().max().item()
     assert error <= (1e-10 if backend == "reference" else 1e-4 * want.abs().max().item())
     again = {**call.options, "token_order": stats.token_order.int(), "backend": backend, "return_stats": True}

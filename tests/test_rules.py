@@ -1,4 +1,4 @@
-"""Every rule that can be written, not only those with a name: gates, tails and both kinds of estimate combine freely."""
+"""Every rule that can be written, not only those with a name: gates, tails and estimates combine freely."""
 
 from itertools import product
 
@@ -21,7 +21,7 @@ CONFIG = SparseConfig(rectify="ipar", order="gilbert", block_size=64, sparsity=0
 
 
 def expected(rule, qkv, mask, block_mask, compensated, scale):
-    """probability, r and out of a rule with the choices made; worked out from the oracle of the modes that have names."""
+    """probability, r and out of a rule, the choices made, from the oracle of the modes that have names."""
 
     def named(mode, **choices):
         config = CONFIG.replace(rectify=mode)
