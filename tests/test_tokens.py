@@ -42,7 +42,7 @@ def check(call: Call, backend: str) -> None:
         assert torch.equal(
             stats.token_order.sort(-1).values, call.blocks.tiled.sort().values.expand_as(stats.token_order)
         )
-        want = oracle_by_head(call, stats.token_order, stats.block_mask, stats.compensated)
+        want = oracle_by_head(call, stats.token_order, stats.block_mask, stats.compensated).out
     assert (out.double() - want).abs().max() <= (1e-10 if backend == "reference" else 1e-4 * want.abs().max())
 
 
