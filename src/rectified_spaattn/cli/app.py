@@ -8,13 +8,19 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from ..device import device_of
 from ..evaluation.paired import NothingSparseError
-from .bench import bench_app
+from ..lab.bench.doctor import DoctorSettings
+from ..lab.bench.model import ModelSettings
+from ..lab.bench.op import OpSettings
+from ..lab.bench.shapes import BenchError
+from .bench import op
+from .bench_model import model
 from .demo_options import DEFAULT, QUICK, DemoOptions
+from .doctor import doctor
 from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
+from .options import command
 
 app = typer.Typer(
     name="rectified-spaattn",
@@ -23,7 +29,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(bench_app, name="bench")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed; results are checked before anything is timed.")
+bench.command()(command(OpSettings, op, (BenchError,)))
+bench.command()(command(ModelSettings, model, (BenchError,)))
+app.add_typer(bench, name="bench")
+app.command()(command(DoctorSettings, doctor))
 app.command()(generate)
 app.command()(evaluate)
 app.command(name="inspect")(inspect)
@@ -104,21 +114,3 @@ def demo(
         run(options)
     except NothingSparseError as error:
         raise SystemExit(str(error)) from error
-
-
-@app.command()
-def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
-) -> None:
-    """What every backend would do on this machine and why not, and a check of those that run.
-
-    Exit code 0: at least one backend is right and none is wrong; 1 otherwise.
-    """
-    from .doctor import run
-
-    try:
-        chosen = device_of(device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    raise typer.Exit(0 if run(chosen, as_json) else 1)

@@ -39,8 +39,8 @@ def _flash2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     from flash_attn.cute import flash_attn_func
 
-    done = flash_attn_func(q, k, v)
-    return done[0] if isinstance(done, tuple) else done  # some versions return the log-sum-exp too
+    out = flash_attn_func(q, k, v)
+    return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp too
 
 
 def _needs_gpu(case: Case, oldest: tuple[int, int], head_dim: int) -> str | None:
