@@ -37,9 +37,7 @@ class ModelSettings(BenchSettings):
     computed_steps  of `steps`; computed_steps_source: who says that a cache skips the others
     """
 
-    model: tuple[str, ...] = option(
-        "Timed one after the other.", ("hunyuan-video",), choices=tuple(MODELS), flag="ARGUMENT"
-    )
+    model: tuple[str, ...] = option("Timed one after the other.", choices=tuple(MODELS), flag="ARGUMENT")
     size: str = option("Tiny: the same layers, narrow and few, for a CPU.", "full", choices=tuple(SIZES))
     sparsity: tuple[float, ...] = option(
         "Share of blocks to drop; may be repeated.", (), unset="the preset's, the paper's and 0.8895"

@@ -8,29 +8,12 @@ from typing import Any, NamedTuple
 
 from .baselines import compared_with
 from .models import Model
-from .rows import ForwardRow, ScheduleRow, config_columns
+from .rows import ForwardRow, ScheduleRow, case_columns
 from .shapes import Case, Variant
 from .timing import summary
 
 _SECONDS = ("seconds", "seconds_q1", "seconds_q3", "seconds_min", "seconds_max")
-
-
-class Line(NamedTuple):
-    """Seconds of a forward against the number of units: constant + unit * units."""
-
-    constant: float
-    unit: float
-
-    @classmethod
-    def through(cls, low: float, high: float, low_units: int, high_units: int) -> "Line":
-        """Through the times of a forward with few and with more units."""
-        if not 0 < low_units < high_units:
-            raise ValueError(f"units: got {low_units}, {high_units}; allowed: two above 0, the second larger.")
-        unit = (high - low) / (high_units - low_units)
-        return cls(low - unit * low_units, unit)
-
-    def at(self, units: float) -> float:
-        return self.constant + self.unit * units
+_COMMON = ("model", "size", "name", "how", "dense", "sparsity", "density", "rectify", "order", "config")
 
 
 class Schedule(NamedTuple):
@@ -89,7 +72,7 @@ def forward_rows(
     kinds = list(dict.fromkeys((key.variant, key.how) for key in seconds))
     scaled = {
         kind: [
-            Line.through(few, more, low, high).at(model.units)
+            few + (more - few) / (high - low) * (model.units - low)
             for few, more in zip(seconds[Key(*kind, low)], seconds[Key(*kind, high)], strict=True)
         ]
         for kind in kinds
@@ -101,23 +84,16 @@ def forward_rows(
     for kind in kinds:
         variant, how = kind
         few, more = (median(seconds[Key(*kind, units)]) for units in (low, high))
-        of_few = Line.through(few, more, low, high)
+        unit = (more - few) / (high - low)
         times = [each / 1000 for each in summary(scaled[kind])[:5]]  # from milliseconds
-        scaled_times: dict[str, Any] = dict(zip(_SECONDS, times, strict=True))
-        sparsity = case.config.sparsity if variant.sparsity is None else variant.sparsity
+        columns: dict[str, Any] = case_columns(case, variant) | dict(zip(_SECONDS, times, strict=True))
         rows.append(
             ForwardRow(
+                **columns,
                 model=model.name,
                 size=size,
-                tokens=model.shape.tokens,
                 batch=model.batch,
-                heads=model.shape.heads,
-                head_dim=model.shape.head_dim,
-                block_size=case.config.block_size,
-                **config_columns(case.config.replace(sparsity=sparsity)),
-                dtype=case.dtype_name,
                 diffusers=importlib.metadata.version("diffusers"),
-                **variant._asdict(),
                 density=density.get(variant),
                 how=how,
                 layers=model.units * model.layers_a_unit,
@@ -126,9 +102,8 @@ def forward_rows(
                 units=model.units,
                 low_s=few,
                 high_s=more,
-                unit_s=of_few.unit,
-                constant_s=of_few.constant,
-                **scaled_times,
+                unit_s=unit,
+                constant_s=few - unit * low,
                 repeats=len(scaled[kind]),
                 measured_s=whole.get(Key(*kind, model.units), [None])[0],
                 dense=against,
@@ -160,7 +135,7 @@ def schedule_rows(
         total = plan.seconds(full.seconds, step)
         runs.append(
             ScheduleRow(
-                **ScheduleRow.columns_of(row),
+                **{name: getattr(row, name) for name in _COMMON},
                 preset=preset,
                 steps=plan.steps,
                 computed_steps=plan.computed,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -11,8 +11,8 @@ from ...backends import BACKENDS
 from ..option import option
 from .baselines import BASELINES, compared_with
 from .check import Check, check_dense, check_sample, check_small
-from .rows import Row, StageRow, config_columns
-from .settings import BenchSettings, check_names, runnable
+from .rows import Row, StageRow, case_columns, config_columns
+from .settings import FEWEST_REPEATS, BenchSettings, check_names, runnable
 from .shapes import DTYPES, MODEL_SHAPES, SHAPES, Case, Tensors, Variant, Watch
 from .timing import Timed, Timing, extra_memory, input_sets, interleaved
 
@@ -26,8 +26,6 @@ class OpSettings(BenchSettings):
 
     baseline, backend: empty for every one that can run; one that is named and cannot is an error.
     """
-
-    FEWEST_REPEATS: ClassVar[int] = 3
 
     shape: tuple[str, ...] = option("May be repeated.", (), choices=tuple(SHAPES), unset="hunyuan-video")
     all_shapes: bool = option("The shapes of all models.", False)
@@ -95,22 +93,14 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
 
     against = compared_with(baselines)
     dense_ms = times[Variant("dense", against)].median
-    common: dict[str, Any] = {
-        "shape": shape.name,
-        "tokens": shape.tokens,
-        "heads": shape.heads,
-        "head_dim": shape.head_dim,
-        "block_size": case.config.block_size,
-        "dtype": case.dtype_name,
-    }
     rows = []
     for each, timing in times.items():
         density = densities.get(each, 1.0)
         operations = 4 * shape.tokens**2 * shape.heads * shape.head_dim * density
         rows.append(
             Row(
-                **common,
-                **_columns(each, case),
+                shape=shape.name,
+                **case_columns(case, each),
                 **timing.columns(),
                 density=density,
                 ideal=1 / density,
@@ -122,14 +112,9 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
                 extra_bytes=extra[each],
             )
         )
-    for kind, unable in (("dense", no_baselines), ("sparse", no_backends)):
-        rows += [Row(**common, **_columns(Variant(kind, name), case), not_run=why) for name, why in unable.items()]
+    unable = [("dense", *each) for each in no_baselines.items()] + [("sparse", *each) for each in no_backends.items()]
+    rows += [Row(shape=shape.name, **case_columns(case, Variant(kind, n)), not_run=why) for kind, n, why in unable]
     return OpResult([*checks, *sampled], rows, stages)
-
-
-def _columns(variant: Variant, case: Case) -> dict[str, Any]:
-    config = case.config if variant.sparsity is None else case.config.replace(sparsity=variant.sparsity)
-    return {**variant._asdict(), **config_columns(config)}
 
 
 def _check_small(case: Case, baselines: list[str], backends: list[str], watch: Watch) -> list[Check]:
@@ -158,8 +143,8 @@ def _timed(variant: Variant, case: Case, sets: list[Tensors], repeats: int) -> T
         run = BASELINES[variant.name].run
         return Timed(lambda i: run(*sets[i]), repeats)
     if case.device.type == "cuda" and variant.name in _SLOW_ON_GPUS:
-        repeats = max(OpSettings.FEWEST_REPEATS, repeats // 3)
-    layout, config = case.layout(), case.config.replace(sparsity=variant.sparsity)
+        repeats = max(FEWEST_REPEATS, repeats // 3)
+    layout, config = case.layout(), case.config_of(variant)
     return Timed(lambda i: rectified_attention(*sets[i], layout, config, backend=variant.name), repeats)
 
 
@@ -171,7 +156,7 @@ def _stage_rows(
     if offered is None or variant.sparsity is None:
         return []
     text_valid = torch.ones(1, case.shape.text, dtype=torch.bool, device=case.device)
-    config = case.config.replace(sparsity=variant.sparsity)
+    config = case.config_of(variant)
     stages = offered(*qkv, case.layout(), config, text_valid, case.shape.head_dim**-0.5)
     calls = {name: Timed(lambda _, run=run: run(), repeats) for name, run in stages.items()}  # type: ignore[misc]
     times = interleaved(calls, 1, case.device, partial(watch, f"{case.shape.name}: stages of {variant.name}"))

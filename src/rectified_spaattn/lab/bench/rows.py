@@ -5,10 +5,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...config import SparseConfig
+from .shapes import Case, Variant
 
 
 def config_columns(config: SparseConfig) -> dict[str, Any]:
     return {"rectify": config.rectify, "order": config.order, "config": json.dumps(config.to_dict())}
+
+
+def case_columns(case: Case, variant: Variant) -> dict[str, Any]:
+    """What every row of a variant has."""
+    return {
+        "tokens": case.shape.tokens,
+        "heads": case.shape.heads,
+        "head_dim": case.shape.head_dim,
+        "block_size": case.config.block_size,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        **variant._asdict(),
+        **config_columns(case.config_of(variant)),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +33,20 @@ class _ConfigRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(_ConfigRow):
+class _CaseRow(_ConfigRow):
+    tokens: int
+    heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+    kind: str
+    name: str
+    sparsity: float | None = None
+    density: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(_CaseRow):
     """One baseline, or one backend at one sparsity, on one shape.
 
     kind         "dense" or "sparse"
@@ -32,15 +59,6 @@ class Row(_ConfigRow):
     """
 
     shape: str
-    tokens: int
-    heads: int
-    head_dim: int
-    block_size: int
-    dtype: str
-    kind: str
-    name: str
-    sparsity: float | None = None
-    density: float | None = None
     ideal: float | None = None
     ms: float | None = None
     ms_q1: float | None = None
@@ -79,18 +97,7 @@ class StageRow(_ConfigRow):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ModelRow(_ConfigRow):
-    """name: of the baseline or the backend; how: "eager" or "compiled"; dense: the baseline of the speed-up."""
-
-    model: str
-    size: str
-    name: str
-    how: str
-    dense: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForwardRow(_ModelRow):
+class ForwardRow(_CaseRow):
     """One forward of a whole transformer with one kind of attention.
 
     kind         "dense", "sparse", or "removed" (v copied in the place of attention: what sparsity cannot reach)
@@ -99,19 +106,15 @@ class ForwardRow(_ModelRow):
     seconds ...  of the whole model, scaled from the two round by round: median, quartiles, extremes
     unit_s, constant_s  seconds of one unit of layers, and of everything but the layers, from the medians
     measured_s   one forward of all layers, None where it was not run
-    dense_s      eager median of the baseline; ratio = dense_s / seconds
+    how          "eager" or "compiled"
+    dense        the baseline of `ratio`, and its eager median; ratio = dense_s / seconds
     """
 
-    tokens: int
+    model: str
+    size: str
     batch: int
-    heads: int
-    head_dim: int
-    block_size: int
-    dtype: str
     diffusers: str
-    kind: str
-    sparsity: float | None
-    density: float | None
+    how: str
     layers: int
     layers_low: int
     layers_high: int
@@ -127,25 +130,31 @@ class ForwardRow(_ModelRow):
     seconds_max: float
     repeats: int
     measured_s: float | None
+    dense: str
     dense_s: float
     ratio: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleRow(_ModelRow):
+class ScheduleRow(_ConfigRow):
     """A denoising run, computed from forwards and a preset's schedule.
 
     computed_steps       of `steps`; the others are skipped by a cache and cost nothing here. source: who says so
     dense_forward_s      a forward of a dense step; sparse_forward_s: of another, its dense layers included
     total_s              calls * (dense_steps * dense_forward_s + (computed_steps - dense_steps) * sparse_forward_s)
-    dense_total_s        all steps with the eager baseline; speedup = dense_total_s / total_s
+    dense, dense_total_s the eager baseline and all steps with it; speedup = dense_total_s / total_s
     paper                published speed-up at this sparsity; paper_composed: with TeaCache; None where there is none
     steps_for_composed   most computed steps with which `paper_composed` is reached, None where it never is
     """
 
-    preset: str
+    model: str
+    size: str
+    name: str
+    how: str
+    dense: str
     sparsity: float
     density: float
+    preset: str
     steps: int
     computed_steps: int
     source: str
@@ -160,8 +169,3 @@ class ScheduleRow(_ModelRow):
     paper: float | None
     paper_composed: float | None
     steps_for_composed: int | None
-
-    @staticmethod
-    def columns_of(row: ForwardRow) -> dict[str, Any]:
-        """What a run has in common with its forward."""
-        return {name: getattr(row, name) for name in (*_ModelRow.__dataclass_fields__, "sparsity", "density")}

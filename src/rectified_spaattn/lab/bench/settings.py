@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -13,6 +13,8 @@ from ..option import ConfigOptions, option
 from .baselines import BASELINES
 from .shapes import DTYPES, BenchError
 
+FEWEST_REPEATS = 2  # for quartiles
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSettings(ConfigOptions):
@@ -21,8 +23,6 @@ class BenchSettings(ConfigOptions):
     baseline  empty for those that are timed unasked; one that is named and cannot run is an error
     repeats   rounds that count
     """
-
-    FEWEST_REPEATS: ClassVar[int] = 2
 
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", ())
     baseline: tuple[str, ...] = option(
@@ -37,8 +37,8 @@ class BenchSettings(ConfigOptions):
         check_names("baseline", self.baseline, tuple(BASELINES))
         check_choice("dtype", self.dtype, tuple(DTYPES))
         check_choice("device", self.device, DEVICES)
-        if self.repeats < self.FEWEST_REPEATS:
-            raise ValueError(f"repeats: got {self.repeats}; allowed: {self.FEWEST_REPEATS} or more.")
+        if self.repeats < FEWEST_REPEATS:
+            raise ValueError(f"repeats: got {self.repeats}; allowed: {FEWEST_REPEATS} or more.")
         if len(set(self.sparsity)) != len(self.sparsity):
             raise ValueError(f"sparsity: got {list(self.sparsity)}; allowed: values that differ.")
         for sparsity in self.sparsity:

@@ -76,12 +76,11 @@ class Case(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
     def small(self) -> "Case":
         return self._replace(shape=self.shape.small())
+
+    def config_of(self, variant: "Variant") -> SparseConfig:
+        return self.config if variant.sparsity is None else self.config.replace(sparsity=variant.sparsity)
 
     def layout(self) -> TokenLayout:
         shape = self.shape
