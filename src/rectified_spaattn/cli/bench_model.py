@@ -41,8 +41,6 @@ def model(settings: ModelSettings) -> None:
             print_wide(console, full_table(result.forwards))
         print_wide(console, schedule_line(result.schedules[0]))
         print_wide(console, schedule_table(result.schedules))
-        phases = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in result.phases.items())
-        print_wide(console, f"{name} took: {phases}")
         forwards, runs = forwards + result.forwards, runs + result.schedules
         if settings.csv_dir is not None:  # after every model: a long run that is stopped leaves what it measured
             write_rows(settings.csv_dir / FORWARDS_CSV, forwards, origin)

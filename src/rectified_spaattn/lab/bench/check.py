@@ -16,7 +16,7 @@ from ...layout import TokenLayout
 from ...method.select import top_k_of
 from ...method.tail import CAP
 from .baselines import BASELINES, sdpa
-from .shapes import BenchError, Case, Tensors
+from .shapes import BenchError, Case, Tensors, Variant
 
 _SAMPLED_BLOCKS = 8
 _SAME_CHOICES = 0.99  # gains that equal their error up to rounding may fall on either side
@@ -61,32 +61,30 @@ def check_small(case: Case, name: str) -> list[Check]:
     return [dense, require(Check(name, f"{config.sparsity:.4g} sparse is the reference", error, budget))]
 
 
-def check_sample(
-    case: Case, name: str, qkv: Tensors, sparsity: float, generator: torch.Generator
-) -> tuple[list[Check], float]:
+def check_sample(case: Case, variant: Variant, qkv: Tensors, generator: torch.Generator) -> tuple[list[Check], float]:
     """A backend at full size: some random query blocks, and all isolated queries of one head, against float64.
 
     qkv: [1, S, H, D]; generator: on the CPU. Also returns the density. Raises BenchError where the backend is wrong.
     """
-    config = case.config.replace(sparsity=sparsity)
-    out, stats = rectified_attention(*qkv, case.layout(), config, backend=name, return_stats=True)
-    layout = case.layout().on(case.device)
+    name, config, layout = str(variant), case.config_of(variant), case.layout()
+    out, stats = rectified_attention(*qkv, layout, config, backend=variant.name, return_stats=True)
+    layout = layout.on(case.device)
     heads, nb = stats.r.shape[1:]
     compensation = (stats.probability[..., :-1] * stats.compensated).sum(-1)
     off = _largest(stats.r - (1 - compensation))
-    checks = [Check(name, f"R at {sparsity:.4g}", off, _R_TOLERANCE)]
+    checks = [Check(name, "R", off, _R_TOLERANCE)]
 
     errors = []
     for _ in range(_SAMPLED_BLOCKS):
         h, n = (int(torch.randint(high, (), generator=generator)) for high in (heads, nb))
         errors.append(_block_errors(h, n, out, stats, qkv, layout, config.rectify))
-    checks.append(_worst(name, f"sampled blocks at {sparsity:.4g}", errors, case.dtype))
+    checks.append(_worst(name, "sampled blocks", errors, case.dtype))
     if layout.isolated.numel():
         h = int(torch.randint(heads, (), generator=generator))
         every = torch.cat([layout.tiled, layout.isolated])
         exact, own = _attend(layout.isolated, every, h, qkv)
         error = (out[0, layout.isolated, h].double() - exact, own - exact, exact)
-        checks.append(_worst(name, f"isolated queries at {sparsity:.4g}", [error], case.dtype))
+        checks.append(_worst(name, "isolated queries", [error], case.dtype))
     return [require(each) for each in checks], stats.density
 
 

@@ -1,8 +1,5 @@
 """Whole transformers with dense, sparse and no attention: check, time a few layers, scale, and make rows."""
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,13 +93,12 @@ class ModelSettings(BenchSettings):
 
 
 class ModelResult(NamedTuple):
-    """What came of one model; not_run: baseline -> reason; phases: name -> seconds."""
+    """What came of one model; not_run: baseline -> reason."""
 
     checks: list[Check]
     forwards: list[ForwardRow]
     schedules: list[ScheduleRow]
     not_run: dict[str, str]
-    phases: dict[str, float]
 
 
 @torch.no_grad()
@@ -116,57 +112,38 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> ModelResult:
     variants, not_run = _variants(model, settings, case)
     depth = settings.units_of(model)
     hows = ("eager", "compiled") if settings.compile else ("eager",)
-    phases: dict[str, float] = {}
-    with _phase("weights and checks", phases):
-        watch(f"{name}: making weights", 0, 1)
-        weights = build(model, model.units if settings.full else depth, device, dtype)
-        watch(f"{name}: checking", 0, 1)
-        checks = check_model(weights, model, variants, case)
+    watch(f"{name}: making weights", 0, 1)
+    weights = build(model, model.units if settings.full else depth, device, dtype)
+    watch(f"{name}: checking", 0, 1)
+    checks = check_model(weights, model, variants, case)
     inputs = inputs_for(model, model.shape.grid, device, dtype)
     make = partial(_Forward, weights, model, case, settings.compiler)
 
-    with _phase("first runs and compilation", phases):
-        torch.compiler.reset()  # the shapes of a model before would make this one's compiled code general
-        keys = [Key(variant, how, units) for variant in variants for how in hows for units in (1, depth)]
-        forwards = {key: make(key) for key in keys}
-        outputs = {}
-        for number, (key, forward) in enumerate(forwards.items()):
-            watch(f"{name}: first run of {key.variant}, {key.how}", number, len(keys))
-            outputs[key] = forward(inputs)
-        checks += check_first_runs(model.name, outputs, checks[0].allowed)
-        density = {key.variant: forwards[key].density() for key in keys if key.variant.kind == "sparse"}
+    torch.compiler.reset()  # the shapes of a model before would make this one's compiled code general
+    keys = [Key(variant, how, units) for variant in variants for how in hows for units in (1, depth)]
+    forwards = {key: make(key) for key in keys}
+    outputs = {}
+    for number, (key, forward) in enumerate(forwards.items()):
+        watch(f"{name}: first run of {key.variant}, {key.how}", number, len(keys))
+        outputs[key] = forward(inputs)
+    checks += check_first_runs(model.name, outputs, checks[0].allowed)
+    density = {key.variant: forwards[key].density() for key in keys if key.variant.kind == "sparse"}
 
-    with _phase("timing", phases):
-        seconds = _time(forwards, inputs, settings.repeats, device, partial(watch, f"{name}: timing"))
+    seconds = _time(forwards, inputs, settings.repeats, device, partial(watch, f"{name}: timing"))
     whole: Times = {}
     if settings.full:
-        with _phase("all layers", phases):
-            ends = (Key(variants[0], "eager", model.units), Key(variants[-2], hows[-1], model.units))
-            every = {key: make(key) for key in ends}
-            whole = _time(every, inputs, 1, device, partial(watch, f"{name}: all layers, once"))
+        ends = (Key(variants[0], "eager", model.units), Key(variants[-2], hows[-1], model.units))
+        every = {key: make(key) for key in ends}
+        whole = _time(every, inputs, 1, device, partial(watch, f"{name}: all layers, once"))
     rows = forward_rows(model, settings.size, case, seconds, whole, density)
     runs = schedule_rows(
         model, settings.schedule_of(model), settings.preset or model.preset, settings.computed_steps_source, rows
     )
-    return ModelResult(checks, rows, runs, not_run, phases)
-
-
-@contextmanager
-def _phase(name: str, phases: dict[str, float]) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    phases[name] = time.perf_counter() - start
+    return ModelResult(checks, rows, runs, not_run)
 
 
 def _variants(model: Model, settings: ModelSettings, case: Case) -> tuple[list[Variant], dict[str, str]]:
     """What is timed, and the baselines that would have been, with the reasons why they cannot."""
-    from ...integrations.diffusers import ADAPTERS
-
-    if model.transformer not in ADAPTERS:
-        raise BenchError(
-            f"{model.name}: got a {model.transformer}, which rectified_spaattn.enable does not support yet; allowed: "
-            f"models of {list(ADAPTERS)}."
-        )
     reasons = {name: baseline.why_not(case) for name, baseline in BASELINES.items()}
     unasked = _UNASKED[case.device.type]
     baselines, not_run = runnable("baseline", settings.baseline, reasons, model.name, unasked)

@@ -63,11 +63,6 @@ class OpResult(NamedTuple):
     stages: list[StageRow]
 
 
-def why_no_backend(case: Case) -> dict[str, str | None]:
-    """Backend -> the reason why it cannot run this case, None where it can."""
-    return {name: BACKENDS[name].why_not(case.call()) for name in BACKEND_NAMES}
-
-
 def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
     """Checks everything, then times everything in one interleaved loop, then the stages.
 
@@ -76,20 +71,25 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
     shape = case.shape
     reasons = {name: baseline.why_not(case) for name, baseline in BASELINES.items()}
     baselines, no_baselines = runnable("baseline", settings.baseline, reasons, shape.name)
-    backends, no_backends = runnable("backend", settings.backend, why_no_backend(case), shape.name)
+    reasons = {name: BACKENDS[name].why_not(case.call()) for name in BACKEND_NAMES}
+    backends, no_backends = runnable("backend", settings.backend, reasons, shape.name)
     dense = [Variant("dense", name) for name in baselines]
     sparse = [Variant("sparse", name, sparsity) for name in backends for sparsity in sorted(settings.sparsity)]
     with torch.inference_mode():
-        checks = _check_small(case, baselines, backends, watch)
-        size = 3 * shape.tokens * shape.heads * shape.head_dim * case.dtype.itemsize
-        sets = case.inputs(1, input_sets(size, case.device))
-        sampled, densities = _check_full(case, sparse, sets[0], watch)
+        checks, densities, stages = [], {}, []
+        for number, name in enumerate((*baselines, *backends)):
+            watch(f"{shape.name}: checking {name}", number, len(baselines) + len(backends))
+            checks += [check_dense(case, name)] if number < len(baselines) else check_small(case, name)
+        sets, sampling = _inputs(case), torch.Generator().manual_seed(0)
+        for number, each in enumerate(sparse):
+            watch(f"{shape.name}: checking {each} at full size", number, len(sparse))
+            more, densities[each] = check_sample(case, each, sets[0], sampling)
+            checks += more
         calls = {each: _timed(each, case, sets, settings.repeats) for each in (*dense, *sparse)}
         times = interleaved(calls, len(sets), case.device, partial(watch, f"{shape.name}: timing"))
         extra = {each: extra_memory(partial(timed.call, 0), case.device) for each, timed in calls.items()}
-        stages = [
-            row for each in sparse for row in _stage_rows(each, case, sets[0], settings.repeats, times[each], watch)
-        ]
+        for each in sparse:
+            stages += _stage_rows(each, case, sets[0], settings.repeats, times[each], watch)
 
     against = compared_with(baselines)
     dense_ms = times[Variant("dense", against)].median
@@ -114,28 +114,12 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
         )
     unable = [("dense", *each) for each in no_baselines.items()] + [("sparse", *each) for each in no_backends.items()]
     rows += [Row(shape=shape.name, **case_columns(case, Variant(kind, n)), not_run=why) for kind, n, why in unable]
-    return OpResult([*checks, *sampled], rows, stages)
+    return OpResult(checks, rows, stages)
 
 
-def _check_small(case: Case, baselines: list[str], backends: list[str], watch: Watch) -> list[Check]:
-    checks: list[Check] = []
-    for number, name in enumerate((*baselines, *backends)):
-        watch(f"{case.shape.name}: checking {name}", number, len(baselines) + len(backends))
-        checks += [check_dense(case, name)] if number < len(baselines) else check_small(case, name)
-    return checks
-
-
-def _check_full(
-    case: Case, sparse: list[Variant], qkv: Tensors, watch: Watch
-) -> tuple[list[Check], dict[Variant, float]]:
-    """Also the density of every call."""
-    checks, densities = [], {}
-    generator = torch.Generator().manual_seed(0)
-    for number, each in enumerate(sparse):
-        watch(f"{case.shape.name}: checking {each.name} at full size", number, len(sparse))
-        more, densities[each] = check_sample(case, each.name, qkv, each.sparsity or 0.0, generator)
-        checks += more
-    return checks, densities
+def _inputs(case: Case) -> list[Tensors]:
+    size = 3 * case.shape.tokens * case.shape.heads * case.shape.head_dim * case.dtype.itemsize
+    return case.inputs(1, input_sets(size, case.device))
 
 
 def _timed(variant: Variant, case: Case, sets: list[Tensors], repeats: int) -> Timed:
