@@ -23,10 +23,10 @@ def stages_of(backend: str, case: Case, qkv: Tensors) -> Stages:
         stages["order by content"] = partial(row.sort, inputs)
         inputs = inputs._replace(token_order=row.sort(inputs))
     choices, prepared = row.plan(inputs)
-    if row.plan is not BACKENDS["triton"].plan:
+    if not isinstance(prepared, triton.Prepared):  # not by kernels of ours
         return stages | {"plan": partial(row.plan, inputs), "attend": partial(row.attend, inputs, prepared)}
     stages |= _kernels_before_attend(inputs, prepared, choices)
-    if row.attend is not BACKENDS["fa4"].attend:
+    if backend != "fa4":
         return stages | {"attend, rectify, un-reorder": partial(row.attend, inputs, prepared)}
     from ...backends.triton.attend import attend
 
