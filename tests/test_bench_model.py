@@ -26,8 +26,8 @@ from rectified_spaattn.benchmark.shapes import Case
 from rectified_spaattn.benchmark.timing import Timed, durations
 from rectified_spaattn.benchmark.weights import build, compile_blocks, exact, inputs_for, output, shallow_copy
 from rectified_spaattn.cli.app import app
-from rectified_spaattn.integrations.diffusers import ADAPTERS
-from rectified_spaattn.integrations.diffusers.state import LayerState
+from rectified_spaattn.pipelines import ADAPTERS
+from rectified_spaattn.pipelines.state import LayerState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

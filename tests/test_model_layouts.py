@@ -13,9 +13,9 @@ import rectified_spaattn as rsa
 import tiny_models
 from model_cases import CASES, build
 from rectified_spaattn.evaluation.capture import capture_attention
-from rectified_spaattn.integrations.diffusers import state
-from rectified_spaattn.integrations.diffusers.state import LayerState
-from rectified_spaattn.integrations.diffusers.tokens import raster_grid
+from rectified_spaattn.pipelines import state
+from rectified_spaattn.pipelines.state import LayerState
+from rectified_spaattn.pipelines.tokens import raster_grid
 from tiny_models import BATCH, IMAGE, TEXT, VIDEO, image_ids, noise
 from tiny_pipelines import PIPELINES, picture, run
 

@@ -10,7 +10,7 @@ from diffusers import CogVideoXTransformer3DModel
 import rectified_spaattn as rsa
 import tiny_models
 from model_cases import CASES, build
-from rectified_spaattn.integrations.diffusers.state import LayerState
+from rectified_spaattn.pipelines.state import LayerState
 from tiny_models import IMAGE, VIDEO
 
 pytestmark = pytest.mark.usefixtures("one_thread")

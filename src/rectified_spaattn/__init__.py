@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .attention import SparseStats, rectified_attention
-    from .caching import TeaCacheHandle, TeaCacheStats, enable_teacache
     from .config import PRESETS, SparseConfig, preset
-    from .integrations.diffusers import Handle, enable
     from .layout import TokenLayout
+    from .pipelines import Handle, enable
+    from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, enable_teacache
 
 _HOME = {
     "rectified_attention": "attention",
@@ -21,11 +21,11 @@ _HOME = {
     "PRESETS": "config",
     "preset": "config",
     "TokenLayout": "layout",
-    "enable": "integrations.diffusers",
-    "Handle": "integrations.diffusers",
-    "enable_teacache": "caching",
-    "TeaCacheHandle": "caching",
-    "TeaCacheStats": "caching",
+    "enable": "pipelines",
+    "Handle": "pipelines",
+    "enable_teacache": "pipelines.teacache",
+    "TeaCacheHandle": "pipelines.teacache",
+    "TeaCacheStats": "pipelines.teacache",
 }
 
 __all__ = [

@@ -171,7 +171,7 @@ def _phase(name: str, took: dict[str, float]) -> Iterator[None]:
 
 def _modes(model: Model, settings: ModelSettings, case: Case) -> tuple[list[Mode], dict[str, str]]:
     """What is timed, and the baselines that would have been, with the reasons why they cannot."""
-    from ..integrations.diffusers import ADAPTERS
+    from ..pipelines import ADAPTERS
 
     if model.transformer not in ADAPTERS:
         raise BenchError(

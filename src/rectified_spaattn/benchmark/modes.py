@@ -33,7 +33,7 @@ def enable(transformer: Any, mode: Mode, case: Case) -> Any:
     weights make attention flat, where top-p would keep most of it. The others leave the text mask out: every text token
     is valid here, and without a mask dense attention is fastest. Returns the Handle.
     """
-    from ..integrations.diffusers import enable as enable_attention
+    from ..pipelines import enable as enable_attention
 
     config = config_at(mode.sparsity or 0.0, case.rectify).replace(block_size=case.block_size, order=case.order)
     handle = enable_attention(transformer, config, backend=mode.name if mode.kind == "sparse" else "auto")

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ...config import SparseConfig
-from ...config import preset as preset_of
+from ..config import SparseConfig
+from ..config import preset as preset_of
 from . import tokens
 from .tokens import Grid, Inputs
 

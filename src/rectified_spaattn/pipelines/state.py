@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ...attention import rectified_attention
-from ...config import SparseConfig
-from ...layout import TokenLayout
+from ..attention import rectified_attention
+from ..config import SparseConfig
+from ..layout import TokenLayout
 from .clock import RunClock
 from .tokens import Grid
 

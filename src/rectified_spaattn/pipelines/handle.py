@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ...config import SparseConfig
+from ..config import SparseConfig
 from .processor import is_wrapped
 from .state import RunClock, TransformerState
 from .watch import lost_layers, shortened, uncalled_layers

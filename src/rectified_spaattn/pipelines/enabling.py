@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...backends import BACKENDS
-from ...config import SparseConfig
-from ...config import preset as preset_of
+from ..backends import BACKENDS
+from ..config import SparseConfig
+from ..config import preset as preset_of
 from .adapters import Adapter, adapter_for, default_configs
 from .handle import Enabled, Handle
 from .processor import check_processor, dense_backend, wrap
