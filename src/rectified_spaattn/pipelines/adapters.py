@@ -72,7 +72,8 @@ def _is_expert(model: nn.Module, pipeline: Any) -> bool:
     if pipeline is not None:
         boundary = getattr(getattr(pipeline, "config", None), "boundary_ratio", None)
         return boundary is not None or getattr(pipeline, "transformer_2", None) is not None
-    config, path = model.config, checkpoint(model)
+    config: Any = model.config
+    path = checkpoint(model)
     if path.endswith("transformer_2") or "wan2.2" in path:
         return True
     if type(model).__name__ == "WanTransformer3DModel" and config.in_channels > config.out_channels:
@@ -80,8 +81,8 @@ def _is_expert(model: nn.Module, pipeline: Any) -> bool:
     if config.num_layers == 40 and not path:
         raise ValueError(
             f"enable: got a {type(model).__name__} of 40 layers alone, which is Wan 2.1 14B or an expert of Wan 2.2 "
-            "A14B; allowed: the pipeline, preset='wan2.1-t2v', or for an expert config=rsa.preset('wan2.2-t2v-a14b')[0] "
-            "(the one for high noise) or [1] (the one for low noise)."
+            "A14B; allowed: the pipeline, preset='wan2.1-t2v', or for an expert "
+            "config=rsa.preset('wan2.2-t2v-a14b')[0] (the one for high noise) or [1] (the one for low noise)."
         )
     return False
 

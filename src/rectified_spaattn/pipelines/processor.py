@@ -46,7 +46,9 @@ _caller = _Caller()
 
 
 # its Python chooses between sparse and dense at every call: inductor must not record it in a CUDA graph
-_KEPT_OUT_OF_GRAPHS = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+_KEPT_OUT_OF_GRAPHS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
 
 
 @torch.library.custom_op("rectified_spaattn::layer", mutates_args=(), **_KEPT_OUT_OF_GRAPHS)
