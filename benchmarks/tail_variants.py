@@ -28,10 +28,10 @@ from rectified_spaattn.demo.pipeline import load_demo_pipeline
 from rectified_spaattn.demo.prompts import PROMPTS
 from rectified_spaattn.evaluation.capture import attending
 from rectified_spaattn.evaluation.metrics import psnr, ssim
-from rectified_spaattn.integrations.diffusers.state import LayerState, key_text_mask
 from rectified_spaattn.method.gain import gain
 from rectified_spaattn.method.pool import pool
 from rectified_spaattn.method.select import top_k_of
+from rectified_spaattn.pipelines.state import LayerState, key_text_mask
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.backends import BACKENDS
 from rectified_spaattn.cli.app import app
-from rectified_spaattn.integrations.diffusers.state import LayerState
+from rectified_spaattn.pipelines.state import LayerState
 from rectified_spaattn.lab.bench import model as bench
 from rectified_spaattn.lab.bench import weights
 from rectified_spaattn.lab.bench.model import ModelResult, ModelSettings, measure

@@ -20,7 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import rectified_spaattn as rsa
 import tiny
-from rectified_spaattn.caching.models import CACHED_MODELS
+from rectified_spaattn.pipelines.teacache.models import CACHED_MODELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

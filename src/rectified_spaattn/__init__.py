@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .attention import Plan, SparseStats, attend, plan, rectified_attention
-    from .caching import TeaCacheHandle, TeaCacheStats, enable_teacache
     from .config import SparseConfig
-    from .integrations.diffusers import Handle, enable
     from .layout import TokenLayout
+    from .pipelines import Handle, disable, enable
+    from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, enable_teacache
     from .presets import PRESETS, preset
 
 _HOME = {
@@ -25,11 +25,12 @@ _HOME = {
     "PRESETS": "presets",
     "preset": "presets",
     "TokenLayout": "layout",
-    "enable": "integrations.diffusers",
-    "Handle": "integrations.diffusers",
-    "enable_teacache": "caching",
-    "TeaCacheHandle": "caching",
-    "TeaCacheStats": "caching",
+    "disable": "pipelines",
+    "enable": "pipelines",
+    "Handle": "pipelines",
+    "enable_teacache": "pipelines.teacache",
+    "TeaCacheHandle": "pipelines.teacache",
+    "TeaCacheStats": "pipelines.teacache",
 }
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "TeaCacheStats",
     "TokenLayout",
     "attend",
+    "disable",
     "enable",
     "enable_teacache",
     "plan",

@@ -12,7 +12,7 @@ from ..config import SparseConfig
 from ..evaluation.paired import Settings
 from ..generation.load import dtype_of, find, load, place
 from ..generation.request import Request
-from ..integrations.diffusers.adapters import default_configs
+from ..pipelines.adapters import default_configs
 
 DEMO = "demo"
 # names in Settings -> options

@@ -21,7 +21,7 @@ from ..evaluation.capture import AttentionCall, capture_calls
 from ..evaluation.maps import HeadResult, HeadStudy, one_head, study_head
 from ..evaluation.paired import Pair, Settings
 from ..evaluation.selection import SELECTORS, SelectionRow, study_selection
-from ..integrations.diffusers.adapters import adapter_for
+from ..pipelines.adapters import adapter_for
 from ..report.figures import CallName
 from ..report.html import percent, write_inspection
 from ..report.maps import maps_figure

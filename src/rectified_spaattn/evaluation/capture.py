@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ..config import SparseConfig
-from ..integrations.diffusers.adapters import adapter_for
-from ..integrations.diffusers.processor import check_processor, dense_backend, wrap
-from ..integrations.diffusers.state import LayerState, RunClock, TransformerState, key_text_mask
 from ..layout import TokenLayout
 from ..method.arrange import arrange, content_order
+from ..pipelines.adapters import adapter_for
+from ..pipelines.processor import check_processor, dense_backend, wrap
+from ..pipelines.state import LayerState, RunClock, TransformerState, key_text_mask
 from .paired import Pair, Settings, full_mode, generate
 
 

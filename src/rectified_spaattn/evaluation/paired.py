@@ -137,7 +137,7 @@ def generate_batch(
         stack.enter_context(dense_kernel(mode.kernel))
         handle = None
         if mode.config is not None:
-            from ..integrations.diffusers import enable
+            from ..pipelines import enable
 
             configs = (mode.config, *mode.more)
             handle = stack.enter_context(enable(pipe, configs if mode.more else mode.config, backend=backend))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..integrations.diffusers.adapters import ADAPTERS
+from ..pipelines.adapters import ADAPTERS
 from .request import GenerationError, Request
 
 _INDEX = "model_index.json"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..backends import Call, choose
-from ..caching import TeaCacheHandle, enable_teacache
 from ..evaluation.paired import Clip, Mode, Pair, StepClock, full_mode
-from ..integrations.diffusers import Handle, enable
+from ..pipelines import Handle, enable
+from ..pipelines.teacache import TeaCacheHandle, enable_teacache
 from .request import GenerationError, Request
 
 OnStep = Callable[[int, int, float | None], None]  # (steps done, of how many, density of the last or None)

@@ -60,7 +60,7 @@ def enable(transformer: Any, variant: Variant, config: SparseConfig) -> Any:
     All go through the same seam, so nothing else differs. Dense ones leave the text mask out: every text token is valid
     here, and without a mask dense attention is fastest. Returns the Handle.
     """
-    from ...integrations.diffusers import enable as enable_attention
+    from ...pipelines import enable as enable_attention
 
     config = config.replace(sparsity=variant.sparsity or 0.0)
     handle = enable_attention(transformer, config, backend=variant.name if variant.kind == "sparse" else "auto")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..integrations.diffusers.adapters import ADAPTERS
+from ..adapters import ADAPTERS
 
 Arguments = Mapping[str, Any]
 

@@ -5,7 +5,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import BaseState, CacheContext, StateManager
 from torch import nn
 
-from ..integrations.diffusers.state import RunClock
+from ..state import RunClock
 from .models import Fit
 
 UNNAMED = "all"

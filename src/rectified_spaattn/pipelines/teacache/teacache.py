@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from ..integrations.diffusers.enabling import transformers_of
-from ..integrations.diffusers.state import RunClock
+from ..enabling import transformers_of
+from ..state import RunClock
 from .handle import TeaCacheHandle
 from .hook import CHILD, CachedTransformer, obstacle
 from .models import cached_model_for
