@@ -1,140 +1,151 @@
-"""`rectified-spaattn demo`: generate, measure, draw, write."""
+"""The demo's page: the clips beside each other, single attention calls, and report.html."""
 
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress, TaskID
 
-from ..demo.model import tokenize
-from ..demo.pipeline import WEIGHTS, DemoVideoPipeline, load_demo_pipeline
-from ..demo.prompts import PROMPTS
-from ..device import device_of
-from ..evaluation import record
-from ..evaluation.paired import Mode, Pair, Settings, generate, generate_pairs, warm_up
-from ..evaluation.scores import means, score
-from ..report.html import Media, write_report
-from .attention_study import capture_and_warm_up, study_attention
-from .console import print_wide, progress_bars
-from .demo_options import DemoOptions
-from .output import mean_table, write_videos
+from ...config import RECTIFY_MODES
+from ..calls.capture import AttentionCall
+from ..calls.error import attention_error, full_attention
+from ..calls.maps import one_head, study_head
+from ..clips.clip import Pair
+from ..clips.folder import Folder
+from ..clips.options import DemoOptions
+from ..clips.summary import ClipRecord, ModeSummary, plain, wins
+from ..rows import write_atomically
+from .clips import column_label, side_by_side
+from .figures import CallName, curve_figure, error_figure, plan_figure
+from .html import data_uri, render
+from .video import FPS, Row, difference, labelled_grid, read_mp4, write_png
 
-FRAMES = 16
-_TIMING_STEPS = 2
-
-
-def run(options: DemoOptions, console: Console | None = None) -> Path:
-    """The whole demo. Returns the path of report.html.
-
-    Raises SystemExit with a message where there are no weights, and for words that the model does not know.
-    """
-    console = Console() if console is None else console
-    start = time.perf_counter()
-    pairs = _pairs(options)
-    try:
-        pipe = load_demo_pipeline(device_of(options.device), torch.float32, options.weights or WEIGHTS)
-    except RuntimeError as error:
-        raise SystemExit(str(error)) from error
-    options.out.mkdir(parents=True, exist_ok=True)
-    environment = record.environment(pipe.device)
-    modes = options.modes()
-    settings = Settings(height=options.size, width=options.size, num_frames=FRAMES, steps=options.steps)
-    with progress_bars(console) as progress:
-        watch = _Watch(progress, len(modes), len(pairs), options.steps)
-        watch.say("warming up, and reading one attention call")
-        calls = capture_and_warm_up(pipe, pairs[0], settings)
-        warm_up(pipe, modes[1:], pairs[0], settings, backend=options.backend)
-        clips = generate_pairs(pipe, modes, pairs, settings, backend=options.backend, on_step=watch)
-        watch.say("studying the attention call")
-        attention, figures = study_attention(calls, options)
-        speed = []
-        if options.timing_size is not None:
-            watch.say(f"timing a step at {options.timing_size} x {options.timing_size}")
-            speed = _time_steps(pipe, modes, pairs[0], settings, options.timing_size, options.backend)
-        scores = score(clips)
-        mean = means(clips, scores)
-        watch.say("writing videos and the report")
-        media = write_videos(options.out, clips, mean)
-        metrics: dict[str, Any] = {
-            "command": options.command,
-            **environment,
-            "load_average_after": record.load_average(),
-            "settings": record.settings_record(settings, pipe.transformer.dtype, range(options.seeds), _prompts(pairs)),
-            "modes": record.modes_record(modes),
-            "means": record.scores_record(mean),
-            "comparisons": record.comparisons_record(modes, mean, scores),
-            "clips": record.scores_record(scores),
-            "attention": attention,
-            "speed": speed,
-            "seconds_total": time.perf_counter() - start,
-        }
-        (options.out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-        report = options.out / "report.html"
-        write_report(report, metrics, Media(video=media.video, still=media.still, figures=figures))
-        watch.say("done")
-    print_wide(console, mean_table(mean, metrics))
-    console.print(f"Report: {report.resolve()}", soft_wrap=True)
-    return report
+WIDTH = 384  # of a clip's video, in pixels
+_FIGURES = ("curve", "plan", "error")
+_METRICS, _REPORT, _VIDEO, _STILL = "metrics.json", "report.html", "side-by-side.mp4", "side-by-side.png"
+FILES = (_METRICS, _REPORT, _VIDEO, _STILL, *(f"figures/{name}.png" for name in _FIGURES))
+_ROWS = 3  # pairs in the side-by-side video
+_GAIN = 4.0  # of differences
 
 
-def _pairs(options: DemoOptions) -> list[Pair]:
-    """All prompts from the first seed, then all from the next."""
-    if not options.captions and options.prompts > len(PROMPTS):
-        raise SystemExit(f"--prompts {options.prompts}: there are {len(PROMPTS)}. Use --seeds for more pairs.")
-    captions = options.captions or PROMPTS[: options.prompts]
-    try:
-        tokenize(captions)
-    except ValueError as error:
-        raise SystemExit(f"--prompt: {error}") from error
-    return [Pair(prompt=caption, seed=seed) for seed in range(options.seeds) for caption in captions]
+def write_side_by_side(folder: Folder, summaries: Sequence[ModeSummary], pairs: Sequence[Pair]) -> None:
+    """The video, and a still with the difference from full attention."""
+    clips = {pair: [read_mp4(folder.video(each.mode.name, pair)) for each in summaries] for pair in pairs[:_ROWS]}
+    side_by_side(folder.root / _VIDEO, summaries, clips, FPS)
+    rows = []
+    for pair, videos in clips.items():
+        middle = [video[len(video) // 2 : len(video) // 2 + 1] for video in videos]
+        rows.append(Row(caption=f"{pair.caption()}, frame {len(videos[0]) // 2}", clips=middle))
+        away: list[torch.Tensor | None] = [difference(frame, middle[0], _GAIN) for frame in middle[1:]]
+        rows.append(Row(caption=f"difference from full attention, × {_GAIN:g} (white: none)", clips=[None, *away]))
+    write_png(folder.root / _STILL, labelled_grid([column_label(each) for each in summaries], rows)[0])
 
 
-def _prompts(pairs: Sequence[Pair]) -> int:
-    return len({pair.prompt for pair in pairs})
+def write_report(folder: Folder, metrics: dict[str, Any]) -> Path:
+    """metrics.json, and report.html with everything inside."""
+    root, text = folder.root, json.dumps(metrics, indent=2, allow_nan=False) + "\n"
+    write_atomically(root / _METRICS, lambda to: to.write_text(text, encoding="utf-8"))
+    figures = {name: data_uri(root / "figures" / f"{name}.png") for name in _FIGURES}
+    media = {"video": data_uri(root / _VIDEO), "still": data_uri(root / _STILL), "figures": figures}
+    render("demo.html", root / _REPORT, m=metrics, raw=text, **media)
+    return root / _REPORT
 
 
-def _time_steps(
-    pipe: DemoVideoPipeline, modes: Sequence[Mode], pair: Pair, settings: Settings, size: int, backend: str
-) -> list[dict[str, Any]]:
-    """The fastest denoising step of full and rectified attention at the larger size, after one step of warm-up."""
-    timed = [mode for mode in modes if mode.config is None or mode.config.rectify != "none"]
-    larger = replace(settings, height=size, width=size, steps=_TIMING_STEPS)
-    warm_up(pipe, timed, pair, larger, backend=backend)
-    clips = [generate(pipe, mode, pair, larger, backend=backend) for mode in timed]
-    return [
+def results(summaries: Sequence[ModeSummary], records: Sequence[ClipRecord]) -> dict[str, Any]:
+    """What metrics.json says about the clips. psnr null stands for infinity: a clip identical to full attention's."""
+    return plain(
         {
-            "mode": clip.mode.name,
-            "label": clip.mode.label,
-            "size": size,
-            "density": clip.density,
-            "step_seconds": min(clip.steps),
-            "speedup": min(clips[0].steps) / min(clip.steps),
+            "modes": [{"label": each.mode.label, **each.mode.settings()} for each in summaries],
+            "means": [each.row() for each in summaries],
+            "comparisons": comparisons(summaries, records),
+            "clips": records,
         }
-        for clip in clips
-    ]
+    )
 
 
-class _Watch:
-    """Two bars: all denoising steps of the run, and those of the current generation."""
+def comparisons(summaries: Sequence[ModeSummary], records: Sequence[ClipRecord]) -> list[dict[str, Any]]:
+    """Rectified against not rectified at every sparsity.
 
-    def __init__(self, progress: Progress, modes: int, pairs: int, steps: int) -> None:
-        self._progress = progress
-        self._steps = steps
-        self._before = 0  # steps of finished generations
-        self._all: TaskID = progress.add_task("all generations", total=modes * pairs * steps)
-        self._one: TaskID = progress.add_task("starting", total=steps)
+    psnr_gain: difference of the mean PSNRs in dB, infinite or NaN where one is infinite; ssim_gain: of the mean SSIMs;
+    psnr_won, ssim_won: pairs in which the rectified clip has the higher value.
+    """
+    sparse = [each for each in summaries if each.mode.config]
+    rows = []
+    for each in sparse:
+        config = each.mode.config
+        if config is None or config.rectify == "none":
+            continue
+        other = next(o for o in sparse if o.mode.config == config.replace(**_plain_block_sparse(o)))
+        psnr_won, pairs = wins(records, each.mode.name, other.mode.name, "psnr")
+        rows.append(
+            {
+                "sparsity": config.sparsity,
+                "sparse": other.mode.name,
+                "rectified": each.mode.name,
+                "psnr_gain": each.scores["psnr"].mean - other.scores["psnr"].mean,
+                "ssim_gain": each.scores["ssim"].mean - other.scores["ssim"].mean,
+                "psnr_won": psnr_won,
+                "ssim_won": wins(records, each.mode.name, other.mode.name, "ssim")[0],
+                "pairs": pairs,
+            }
+        )
+    return rows
 
-    def say(self, text: str) -> None:
-        self._progress.update(self._one, description=text)
 
-    def __call__(self, mode: Mode, pair: Pair, done: int) -> None:
-        caption = pair.prompt if len(pair.prompt) <= 40 else pair.prompt[:39] + "…"
-        self._progress.update(self._one, completed=done, description=f"{mode.label}: {caption}, seed {pair.seed}")
-        self._progress.update(self._all, completed=self._before + done)
-        if done == self._steps:
-            self._before += done
+def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> dict[str, Any]:
+    """Draws the figures, and gives what metrics.json says about single calls: the output errors of every layer.
+
+    The maps show the middle layer and the middle head, whatever they look like, at the highest sparsity.
+    """
+    highest = max(options.sparsity)
+    call = calls[len(calls) // 2]
+    head = call.q.shape[2] // 2
+    name = CallName(layer=call.layer, head=head, step=call.step)
+    paper = options.paper(highest)
+
+    study = study_head(one_head(call, head), paper, [highest], ("none", paper.rectify))
+    none, rectified = (study.result(highest, mode) for mode in ("none", paper.rectify))
+    maps = {
+        "full attention": (study.full, 0.0),
+        "sparse, not rectified": (none.masses, none.misplaced),
+        "rectified": (rectified.masses, rectified.misplaced),
+    }
+    shown, errors = {}, _errors(calls, options)
+
+    def plan(to: Path) -> None:
+        masks = (rectified.probability, rectified.critical, rectified.given_back)
+        shown.update(plan_figure(to, study.full, *masks, name, highest))
+
+    distances: dict[str, float] = {}
+    folder = options.out / "figures"
+    write_atomically(folder / "plan.png", plan)
+    write_atomically(folder / "error.png", lambda to: error_figure(to, errors, maps, name, highest))
+    write_atomically(folder / "curve.png", lambda to: distances.update(curve_figure(to)))
+    misplaced = {label: share for label, (_, share) in maps.items()}
+    return {
+        "step": call.step,
+        "layers": [each.name for each in calls],
+        "relative_error": [
+            {"sparsity": sparsity, "rectify": mode, "mean": sum(values) / len(values), "by_layer": values}
+            for sparsity, by_mode in errors.items()
+            for mode, values in by_mode.items()
+        ],
+        "shown": {"layer": call.layer, "head": head, "sparsity": highest, **shown, "misplaced": misplaced},
+        "mean_distance_in_block": distances,
+    }
+
+
+def _errors(calls: Sequence[AttentionCall], options: DemoOptions) -> dict[float, dict[str, list[float]]]:
+    """sparsity -> rectify mode -> relative output error of every layer."""
+    exact = [full_attention(call) for call in calls]
+    return {
+        sparsity: {
+            mode: [
+                attention_error(call, options.paper(sparsity).replace(rectify=mode), full=full).relative_error
+                for call, full in zip(calls, exact, strict=True)
+            ]
+            for mode in RECTIFY_MODES
+        }
+        for sparsity in options.sparsity
+    }

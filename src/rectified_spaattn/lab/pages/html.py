@@ -1,55 +1,36 @@
-"""report.html: one file with everything inside, from a template and the numbers of metrics.json."""
+"""Pages: one file with everything inside, from a template and numbers."""
 
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..rows import write_atomically
+
 _MIME = {".png": "image/png", ".mp4": "video/mp4"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Media:
-    """Files to embed; figures by the name the template knows them by: "curve", "plan", "error"."""
-
-    video: Path
-    still: Path
-    figures: Mapping[str, Path]
 
 
 def write_inspection(path: Path, record: Mapping[str, Any], figures: Mapping[float, Path]) -> None:
     """Render the page of one inspected head. record: see cli.inspect_run; figures: sparsity -> PNG, embedded."""
     images = {sparsity: data_uri(file) for sparsity, file in figures.items()}
-    _render("inspect.html", path, r=record, figures=images, raw=json.dumps(record, indent=2))
+    render("inspect.html", path, r=record, figures=images, raw=json.dumps(record, indent=2))
 
 
-def write_report(path: Path, metrics: Mapping[str, Any], media: Media) -> None:
-    """Render the report of one run. metrics: what is written to metrics.json (see cli.demo). Nothing is linked to."""
-    _render(
-        "report.html",
-        path,
-        m=metrics,
-        video=data_uri(media.video),
-        still=data_uri(media.still),
-        figures={name: data_uri(file) for name, file in media.figures.items()},
-        raw=json.dumps(metrics, indent=2),
-    )
-
-
-def _render(template: str, path: Path, **values: Any) -> None:
+def render(template: str, path: Path, **values: Any) -> None:
+    """Write the page of a template of this folder."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("rectified_spaattn", "report"),
+        loader=PackageLoader("rectified_spaattn", "lab/pages"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"decibel": decibel, "percent": percent, "literal": repr}
-    path.write_text(environment.get_template(template).render(**values), encoding="utf-8")
+    page = environment.get_template(template).render(**values)
+    write_atomically(path, lambda to: to.write_text(page, encoding="utf-8"))
 
 
 def data_uri(path: Path) -> str:
@@ -67,8 +48,3 @@ def decibel(value: float | None) -> str:
 def percent(value: float) -> str:
     """A share with one decimal."""
     return f"{100 * value:.1f}%"
-
-
-def write_evaluation(path: Path, values: Mapping[str, Any]) -> None:
-    """Render the report of an evaluation. values: what report.evaluation gives."""
-    _render("evaluation.html", path, **values)
