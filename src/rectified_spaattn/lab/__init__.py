@@ -1,0 +1,1 @@
+"""Instruments: what measures, judges and draws. Nothing here is imported by code that generates."""
