@@ -1,4 +1,4 @@
-"""Take q, k and v out of a running pipeline: what its self-attention layers see at one denoising step."""
+"""Take q, k and v out of a running pipeline: what its self-attention layers see at some denoising steps."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 
-from ..config import SparseConfig
-from ..layout import TokenLayout
-from ..method.arrange import arrange, content_order
-from ..pipelines.adapters import adapter_for
-from ..pipelines.processor import check_processor, dense_backend, wrap
-from ..pipelines.state import LayerState, RunClock, TransformerState, key_text_mask
-from .paired import Pair, Settings, full_mode, generate
+from ...config import SparseConfig
+from ...evaluation.paired import Pair, Settings, full_mode, generate_batch
+from ...layout import TokenLayout
+from ...method.arrange import arrange, content_order
+from ...pipelines.adapters import adapter_for
+from ...pipelines.processor import check_processor, dense_backend, wrap
+from ...pipelines.state import LayerState, RunClock, TransformerState, key_text_mask
 
 
-class EndRun(Exception):
-    """Raised inside `capture_attention` to leave the pipeline early; it is swallowed there."""
+class _EndRun(Exception):
+    """Leaves a pipeline early."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionCall:
-    """One full-attention call, copied to the CPU unless capture_attention was told another device.
+    """One full-attention call, copied to the CPU unless `capture_attention` got another device.
 
     q, k, v    [B, S, H, D], float32, after QK-norm and RoPE, in the model's token order
     text_mask  bool [B, text], True = valid
@@ -43,44 +43,64 @@ class AttentionCall:
     name: str
     step: int
 
-    def layout(self, block_size: int, order: str = "gilbert") -> TokenLayout:
-        """The layout of this call's tokens. Raises ValueError as TokenLayout.build does."""
-        return TokenLayout.build(self.grid, self.text_mask.shape[1], self.text_first, block_size, order)
+    def blocks(self, config: SparseConfig) -> TokenLayout:
+        """How `config` cuts this call's tokens into blocks, on the call's device. ValueError as TokenLayout.build."""
+        layout = TokenLayout.build(
+            self.grid, self.text_mask.shape[1], self.text_first, config.block_size, config.order
+        )
+        return layout.on(self.q.device)
 
-    def in_order(self, block_size: int, order: str) -> tuple["AttentionCall", str]:
-        """The call and an order in space such that the blocks of all heads are those that `order` gives.
+    @property
+    def video(self) -> slice:
+        """The places of the video tokens."""
+        text = self.text_mask.shape[1]
+        return slice(text, None) if self.text_first else slice(0, self.q.shape[1] - text)
 
-        Where blocks are sorted by content the tokens of every head are in that order, so that the places of Gilbert
-        order hold them; else the call is itself. Raises ValueError as TokenLayout.build does.
+    @property
+    def valid(self) -> torch.Tensor:
+        """bool [B, S], the keys that may be attended to."""
+        valid = self.text_mask.new_ones(self.q.shape[:2])
+        text = slice(0, self.video.start) if self.text_first else slice(self.video.stop, None)
+        valid[:, text] = self.text_mask
+        return valid
+
+    def in_order(self, config: SparseConfig) -> tuple["AttentionCall", SparseConfig]:
+        """A call and a config with one set of blocks for all heads, and they are those that `config` gives this call.
+
+        Where blocks are sorted by content the tokens of every head are put in that order, so that the places of Gilbert
+        blocks hold them; elsewhere both are as they were. Raises ValueError as TokenLayout.build does.
         """
-        layout = self.layout(block_size, order).on(self.q.device)
-        if not layout.by_content:
-            return self, order
+        blocks = self.blocks(config)
+        if not blocks.by_content:
+            return self, config
         scale = self.q.shape[-1] ** -0.5
-        token_order = content_order(self.q, self.k, layout.tiled, block_size=block_size, scale=scale)
-        q, k, v = (arrange(x, layout.tiled, token_order) for x in (self.q, self.k, self.v))
-        return replace(self, q=q, k=k, v=v), "gilbert"
+        order = content_order(self.q, self.k, blocks.tiled, block_size=config.block_size, scale=scale)
+        q, k, v = (arrange(x, blocks.tiled, order) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v), config.replace(order="gilbert")
 
 
 @dataclass(kw_only=True)
 class _Recorder(LayerState):
-    """A layer that attends as before and keeps a copy of its first call at the wanted step."""
+    """A layer that attends as before and keeps a copy of its first call at each of the wanted steps."""
 
-    wanted: int
+    wanted: set[int]
     device: torch.device
     calls: list[AttentionCall]
-    done: bool = field(default=False)
+    seen: set[int] = field(default_factory=set)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
     ) -> torch.Tensor:
+        step = self.owner.step
         # as many keys as queries: not an IP-Adapter's cross-attention from the same processor
-        if self.owner.step == self.wanted and not self.done and k.shape[1] == q.shape[1]:
-            self.done = True
-            self.calls.append(self._call(q, k, v, mask))
+        if step is not None and step in self.wanted - self.seen and k.shape[1] == q.shape[1]:
+            self.seen.add(step)
+            self.calls.append(self._call(q, k, v, mask, step))
         return self._dense(q, k, v, mask, scale)
 
-    def _call(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> AttentionCall:
+    def _call(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, step: int
+    ) -> AttentionCall:
         layout = self._layout(q.shape[1])
         valid = key_text_mask(mask, layout)
         if valid is None:
@@ -92,29 +112,57 @@ class _Recorder(LayerState):
             text_first=layout.text_first,
             layer=self.index,
             name=self.name,
-            step=self.wanted,
+            step=step,
         )
 
 
 @contextmanager
 def capture_attention(
-    pipe: Any, *, step: int, layers: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    pipe: Any, *, steps: Sequence[int], layers: Sequence[int] | None = None, device: torch.device | str = "cpu"
 ) -> Iterator[list[AttentionCall]]:
-    """Run the pipeline inside: the list that is yielded fills with one full-attention call a layer, in layer order.
+    """Run the pipeline inside, once: the list that is yielded fills with one full-attention call a step and layer.
 
-    pipe: a diffusers pipeline with a supported transformer, not enabled. step: which denoising step, from 0. layers:
-    indices of the self-attention layers, None for all. device: where the copies go. Attention runs in full, and on
-    exit every processor is back. With classifier-free guidance in two calls the first of them is kept.
+    pipe: a diffusers pipeline with a supported transformer, not enabled. steps: which denoising steps, from 0. layers:
+    indices of the self-attention layers, None for all. device: where the copies go. The calls come in the order of
+    the run. Attention runs in full, and on exit every processor is back. With classifier-free guidance in two calls the
+    first of them is kept.
 
     Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, RuntimeError where
-    the model is enabled already or the step never ran.
+    the model is enabled already or a step never ran.
     """
     calls: list[AttentionCall] = []
-    recorder = partial(_Recorder, wanted=step, device=torch.device(device), calls=calls)
-    with attending(pipe, SparseConfig(block_size=16), recorder, layers), suppress(EndRun):
+    recorder = partial(_Recorder, wanted=set(steps), device=torch.device(device), calls=calls)
+    with attending(pipe, SparseConfig(block_size=16), recorder, layers):
         yield calls
-    if not calls:
-        raise RuntimeError(f"capture_attention: step {step} never ran inside; allowed: a step of the run, from 0.")
+    missing = sorted(set(steps) - {call.step for call in calls})
+    if missing:
+        raise RuntimeError(f"capture_attention: steps {missing} never ran inside; allowed: steps of the run, from 0.")
+
+
+def capture_calls(
+    pipe: Any,
+    pairs: Sequence[Pair],
+    settings: Settings,
+    *,
+    steps: Sequence[int],
+    layers: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int], None] = lambda count: None,
+) -> list[AttentionCall]:
+    """What `capture_attention` fills its list with, from one generation of all pairs that ends after the last step.
+
+    on_step gets how many steps have run. Raises as `capture_attention` and `generate` do.
+    """
+
+    def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(index + 1)
+        if index >= max(steps):
+            raise _EndRun
+        return tensors
+
+    with capture_attention(pipe, steps=steps, layers=layers, device=device) as calls, suppress(_EndRun):
+        generate_batch(pipe, full_mode(), pairs, settings, after_step=after_step)
+    return calls
 
 
 @contextmanager
@@ -157,38 +205,3 @@ def attending(
         hook.remove()
         for module, processor in originals:
             module.set_processor(processor)
-
-
-def end_after(step: int) -> Callable[..., dict[str, Any]]:
-    """A `callback_on_step_end` that ends the run after `step`; for use inside `capture_attention` only."""
-
-    def callback(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if index >= step:
-            raise EndRun
-        return tensors
-
-    return callback
-
-
-def capture_calls(
-    pipe: Any,
-    pair: Pair,
-    settings: Settings,
-    *,
-    step: int,
-    layers: Sequence[int] | None = None,
-    on_step: Callable[[int], None] = lambda done: None,
-) -> list[AttentionCall]:
-    """One full-attention call a layer, from a generation that ends after `step`.
-
-    on_step is told how many steps are done. Raises as `capture_attention` and `generate` do.
-    """
-    end = end_after(step)
-
-    def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(index + 1)
-        return end(pipe, index, timestep, tensors)
-
-    with capture_attention(pipe, step=step, layers=layers) as calls:
-        generate(pipe, full_mode(), pair, settings, after_step=after_step)
-    return calls
