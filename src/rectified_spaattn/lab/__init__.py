@@ -1,1 +1,1 @@
-"""Instruments: what measures, judges and draws. Nothing here is imported by code that generates."""
+"""What a generating user never imports: measuring calls, clips and speed, and the pages that show it."""
