@@ -6,20 +6,17 @@ from typing import Any
 
 from ..config import RECTIFY_MODES
 from ..demo.pipeline import DemoVideoPipeline
-from ..evaluation.attention_error import attention_error, full_attention
-from ..evaluation.capture import AttentionCall, capture_attention, end_after
-from ..evaluation.maps import one_head, study_head
-from ..evaluation.paired import Pair, Settings, full_mode, generate
-from ..report.figures import CallName, curve_figure, error_figure, plan_figure
+from ..lab.calls.error import attention_error, full_attention
+from ..lab.calls.capture import AttentionCall, capture_calls
+from ..lab.calls.maps import one_head, study_head
+from ..evaluation.paired import Pair, Settings
+from ..lab.pages.figures import CallName, curve_figure, error_figure, plan_figure
 from .options import RECTIFIED, DemoOptions
 
 
 def capture_and_warm_up(pipe: DemoVideoPipeline, pair: Pair, settings: Settings) -> list[AttentionCall]:
     """The calls of all layers at the middle step of a full-attention run that ends there."""
-    step = settings.steps // 2
-    with capture_attention(pipe, step=step) as calls:
-        generate(pipe, full_mode(), pair, settings, after_step=end_after(step))
-    return calls
+    return capture_calls(pipe, [pair], settings, steps=[settings.steps // 2])
 
 
 def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -46,8 +43,8 @@ def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> tup
         files["plan"],
         study.full,
         rectified.probability,
-        rectified.critical,
-        rectified.given_back,
+        rectified.block_mask,
+        rectified.compensated_mask,
         name,
         highest,
     )

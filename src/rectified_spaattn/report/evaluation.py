@@ -17,7 +17,7 @@ from ..evaluation.intervals import Interval
 from ..evaluation.paired import FULL, Pair
 from ..evaluation.run import FLOOR
 from ..evaluation.summary import ModeSummary
-from .figures import MODE_COLOURS, PALETTE
+from ..lab.pages.figures import MODE_COLOURS, PALETTE
 from .html import data_uri, write_evaluation
 from .video import Row, labelled_grid, write_frames
 
