@@ -11,10 +11,10 @@ from .. import __version__
 from ..device import device_of
 from ..evaluation.paired import NothingSparseError
 from .bench import bench_app
+from .demo_options import DEFAULT, QUICK, DemoOptions
 from .evaluate import evaluate
 from .generate import generate
 from .inspect import inspect
-from .options import DEFAULT, QUICK, DemoOptions
 
 app = typer.Typer(
     name="rectified-spaattn",

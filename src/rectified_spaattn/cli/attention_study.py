@@ -11,7 +11,7 @@ from ..lab.calls.capture import AttentionCall, capture_calls
 from ..lab.calls.maps import one_head, study_head
 from ..evaluation.paired import Pair, Settings
 from ..lab.pages.figures import CallName, curve_figure, error_figure, plan_figure
-from .options import RECTIFIED, DemoOptions
+from .demo_options import RECTIFIED, DemoOptions
 
 
 def capture_and_warm_up(pipe: DemoVideoPipeline, pair: Pair, settings: Settings) -> list[AttentionCall]:

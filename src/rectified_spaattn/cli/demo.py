@@ -21,7 +21,7 @@ from ..evaluation.scores import means, score
 from ..report.html import Media, write_report
 from .attention_study import capture_and_warm_up, study_attention
 from .console import print_wide, progress_bars
-from .options import DemoOptions
+from .demo_options import DemoOptions
 from .output import mean_table, write_videos
 
 FRAMES = 16
