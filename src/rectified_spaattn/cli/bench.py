@@ -147,7 +147,7 @@ def _replot(path: Path, plot: Path) -> None:
 
 def _draw(path: Path, rows: "Sequence[Row]", made_on: "Machine", console: "Console") -> None:
     from ..benchmark.panels import panels
-    from ..report.figures import speed_figure
+    from ..lab.pages.figures import speed_figure
 
     drawn = panels(rows)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,7 @@ def load_demo_pipeline(
     """
     root = Path(weights)
     if not (root / "transformer" / "config.json").is_file():
-        raise RuntimeError(f"no demo weights in {root}: reinstall the package, or train them with demo.train --out")
+        raise RuntimeError(f"no demo weights in {root}: reinstall the package, or train them with studies/demo_model")
     options = {"torch_dtype": dtype, "local_files_only": True, "low_cpu_mem_usage": False}
     return DemoVideoPipeline(
         transformer=HunyuanVideoTransformer3DModel.from_pretrained(root / "transformer", **options).eval(),

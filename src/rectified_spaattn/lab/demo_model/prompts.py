@@ -1,8 +1,4 @@
-"""Captions for the demo and for experiments: fixed ones, and pairs of caption and seed to tune on and to hold out."""
-
-import random
-
-from .data import CAPTION_LENGTH, sample_scene
+"""Captions that the demo model is shown with."""
 
 # Never trained on by name.
 PROMPTS: tuple[str, ...] = (
@@ -25,30 +21,3 @@ PROMPTS: tuple[str, ...] = (
     "camera pans down",
     "a small pink solid circle moving right over a black ringed background",
 )
-
-DEV_PAIRS, HELD_OUT_PAIRS = 24, 16
-_DEV_DRAW, _HELD_OUT_DRAW = "dev", "held-out"
-
-
-def drawn_captions(count: int, draw: str) -> tuple[str, ...]:
-    """Captions from the training data's grammar, all different and none of PROMPTS; the same for the same `draw`."""
-    rng = random.Random(draw)
-    captions: dict[str, None] = {}
-    while len(captions) < count:
-        caption = sample_scene(rng).caption()
-        if caption not in PROMPTS and len(caption.split()) < CAPTION_LENGTH:
-            captions[caption] = None
-    return tuple(captions)
-
-
-def split_pairs(split: str) -> tuple[tuple[str, int], ...]:
-    """(prompt, seed) pairs that settings are compared on ("dev", 24) or that are looked at once, at the end
-    ("held-out", 16). Raises ValueError for another name.
-    """
-    if split == "dev":
-        prompts, seed = PROMPTS + drawn_captions(DEV_PAIRS - len(PROMPTS), _DEV_DRAW), 0
-    elif split == "held-out":
-        prompts, seed = drawn_captions(HELD_OUT_PAIRS, _HELD_OUT_DRAW), 1
-    else:
-        raise ValueError(f"split: got {split!r}; allowed: dev or held-out.")
-    return tuple((prompt, seed) for prompt in prompts)

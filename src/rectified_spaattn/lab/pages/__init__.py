@@ -1,1 +1,1 @@
-"""What a person looks at: videos, figures and report.html."""
+"""What people look at: figures, videos and pages."""

@@ -187,24 +187,6 @@ class Scene:
         return f"{shapes} over {_article(self.colour)} {self.colour} {self.texture} background{camera}"
 
 
-def _vocabulary() -> tuple[str, ...]:
-    phrases = [
-        "a an and at the over background camera",
-        *COLOURS,
-        *TEXTURES,
-        *SHAPES,
-        *MOTIONS,
-        *CAMERAS,
-        *SIZES,
-        *PLACES,
-    ]
-    return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
-
-
-VOCABULARY: tuple[str, ...] = _vocabulary()
-CAPTION_LENGTH = 32  # word numbers of a caption; the first is the start token
-
-
 def _open(rng: random.Random) -> tuple[float, ...]:
     return tuple(rng.random() for _ in range(OPEN_NUMBERS))
 

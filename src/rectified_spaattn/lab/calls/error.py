@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..attention import SparseStats, rectified_attention
-from ..config import SparseConfig
-from ..layout import TokenLayout
+from ...attention import SparseStats, rectified_attention
+from ...config import SparseConfig
+from ...layout import TokenLayout
 from .capture import AttentionCall
 
 
@@ -28,9 +28,8 @@ class AttentionError:
 
 def full_attention(call: AttentionCall) -> torch.Tensor:
     """Exact attention of every query to every valid key: [B, S, H, D]."""
-    mask = _valid_keys(call)[:, None, None, :]
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return scaled_dot_product_attention(q, k, v, attn_mask=call.valid[:, None, None, :]).transpose(1, 2)
 
 
 def attention_error(
@@ -38,32 +37,29 @@ def attention_error(
 ) -> AttentionError:
     """Compare rectified_attention under `config` with full attention on the same q, k, v.
 
-    full: what `full_attention(call)` gave, to compute it once for many configs. Raises as rectified_attention does.
+    full: `full_attention(call)`, to compute it once for many configs. Raises as rectified_attention does.
     """
-    layout = call.layout(config.block_size, config.order)
     full = full_attention(call) if full is None else full
     out, stats = rectified_attention(
-        call.q, call.k, call.v, layout, config, text_mask=call.text_mask, backend=backend, return_stats=True
+        call.q, call.k, call.v, call.blocks(config), config, text_mask=call.text_mask, backend=backend, return_stats=True
     )
-    start = layout.text if layout.text_first else 0
-    video = slice(start, start + layout.video)
-    error = (out[:, video] - full[:, video]).norm() / full[:, video].norm()
+    error = (out - full)[:, call.video].norm() / full[:, call.video].norm()
     return AttentionError(relative_error=error.item(), density=stats.density, stats=stats)
 
 
 def block_masses(
-    call: AttentionCall, layout: TokenLayout, head: int, block_mask: torch.Tensor | None = None
+    call: AttentionCall, blocks: TokenLayout, head: int, block_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Exact attention mass of batch 0 that the queries of every block give to every key block, on average.
 
-    block_mask: bool [nb, nb], the only blocks the softmax runs over besides the isolated tokens; None: all, which is
-    full attention. Returns float32 [nb, nb + 1] with rows of sum 1; the last column is all isolated tokens.
+    blocks: `call.blocks(config)`. block_mask: bool [nb, nb], the only blocks the softmax runs over besides the isolated
+    tokens; None: all, which is full attention. Returns float32 [nb, nb + 1] with rows of sum 1; the last column is all
+    isolated tokens.
     """
-    num_blocks, size = layout.num_blocks, layout.block_size
-    valid = _valid_keys(call)[0]
-    alone = layout.isolated[valid[layout.isolated]]
-    keys = torch.cat([call.k[0, layout.tiled, head], call.k[0, alone, head]])
-    queries = call.q[0, layout.tiled, head].view(num_blocks, size, -1)
+    num_blocks, size = blocks.num_blocks, blocks.block_size
+    alone = blocks.isolated[call.valid[0, blocks.isolated]]
+    keys = torch.cat([call.k[0, blocks.tiled, head], call.k[0, alone, head]])
+    queries = call.q[0, blocks.tiled, head].view(num_blocks, size, -1)
     masses = keys.new_zeros(num_blocks, num_blocks + 1)
     for n in range(num_blocks):
         logits = queries[n] @ keys.T / math.sqrt(keys.shape[1])  # [b, keys]
@@ -76,20 +72,24 @@ def block_masses(
     return masses
 
 
-def block_of_tokens(layout: TokenLayout) -> torch.Tensor:
-    """int64 [S]: the block of every token, num_blocks for isolated ones, on the layout's device."""
-    blocks = torch.full((layout.sequence,), layout.num_blocks, device=layout.tiled.device)
-    blocks[layout.tiled] = torch.arange(layout.num_blocks, device=blocks.device).repeat_interleave(layout.block_size)
-    return blocks
+def block_of_tokens(blocks: TokenLayout) -> torch.Tensor:
+    """int64 [S]: the block of every token, num_blocks for isolated ones, on the device of `blocks`."""
+    sequence = blocks.tiled.numel() + blocks.isolated.numel()
+    block_of = torch.full((sequence,), blocks.num_blocks, device=blocks.tiled.device)
+    block_of[blocks.tiled] = torch.arange(blocks.num_blocks, device=block_of.device).repeat_interleave(
+        blocks.block_size
+    )
+    return block_of
+
+
+def kept_mass(critical: torch.Tensor, full: torch.Tensor) -> float:
+    """Full-attention mass on the critical blocks and the isolated tokens, mean over rows.
+
+    critical: bool [..., nb, nb]; full: [..., nb, nb + 1].
+    """
+    return ((full[..., :-1] * critical).sum(-1) + full[..., -1]).mean().item()
 
 
 def misplaced(masses: torch.Tensor, full: torch.Tensor) -> float:
     """The share of attention mass that lies on the wrong blocks: half the L1 distance of two [nb, nb + 1] maps."""
     return ((masses - full).abs().sum(-1) / 2).mean().item()
-
-
-def _valid_keys(call: AttentionCall) -> torch.Tensor:
-    """bool [B, S]"""
-    video = call.text_mask.new_ones(call.text_mask.shape[0], math.prod(call.grid))
-    parts = [call.text_mask, video] if call.text_first else [video, call.text_mask]
-    return torch.cat(parts, dim=1)

@@ -1,12 +1,11 @@
 """Train the demo model: flow matching on videos drawn as they are needed. Needs torch 2.9 or newer for Muon.
 
-python -m rectified_spaattn.demo.train --config src/rectified_spaattn/demo/train.yaml --out runs/demo
+    python -m studies.demo_model.train --out runs/demo [--config studies/demo_model/train.yaml]
 """
 
 from __future__ import annotations
 
 import copy
-import csv
 import random
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -21,9 +20,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .data import sample_batch
-from .model import build_caption_encoder, build_transformer, tokenize
-from .training_config import TrainingConfig
+from rectified_spaattn.demo.model import build_caption_encoder, build_transformer, tokenize
+from rectified_spaattn.lab.rows import write_rows
+
+from .config import TrainingConfig
+from .scenes import sample_batch
 
 SETTINGS = Path(__file__).with_name("train.yaml")
 HELD_OUT_SEED = 2**40  # training uses seed * 1_000_003 + step, far below
@@ -155,10 +156,7 @@ class Run:
         }
         torch.save(state, self.out / "checkpoint.pt")
         save_weights(self.average, self.config.shift, self.out / "weights")
-        with (self.out / "loss.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["step", "samples", "minutes", "loss", "held_out"], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_rows(self.out / "loss.csv", self.rows)
 
     def train_step(self) -> Tensor:
         """One optimizer step; returns the loss, a scalar on the device."""
@@ -194,15 +192,15 @@ class Run:
         last = self.step + max_steps if max_steps else None
         start, before = time.perf_counter(), self.seconds
         losses: list[Tensor] = []
-        done = False
+        last_one = False
         with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()) as progress:
             task = progress.add_task("training", total=until_seconds, completed=int(self.seconds))
-            while not done:
+            while not last_one:
                 losses.append(self.train_step())
                 self.seconds = before + time.perf_counter() - start
-                done = self.seconds >= until_seconds or self.step == last
-                if done or self.step % self.config.log_every == 0:
-                    evaluate = done or self.step % (10 * self.config.log_every) == 0
+                last_one = self.seconds >= until_seconds or self.step == last
+                if last_one or self.step % self.config.log_every == 0:
+                    evaluate = last_one or self.step % (10 * self.config.log_every) == 0
                     progress.console.print(self.log(losses, evaluate), highlight=False)
                     losses = []
                 progress.update(task, completed=self.seconds)
@@ -226,7 +224,7 @@ def main(
         float | None, typer.Option(help="stop this call after so many minutes; resume later")
     ] = None,
     smoke: Annotated[bool, typer.Option(help="three steps only, to see that everything works")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; found if not given")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; the better one if left out")] = None,
 ) -> None:
     """Train the demo model and write its weights. On a CPU the clips are smaller."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..attention import rectified_attention
-from ..config import SparseConfig
-from ..layout import TokenLayout
-from .attention_error import block_of_tokens, full_attention
-from .capture import AttentionCall
+from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
+from rectified_spaattn.lab.calls.capture import AttentionCall
+from rectified_spaattn.lab.calls.error import block_of_tokens, full_attention
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,16 +18,16 @@ class Exact:
     """Full attention on one call.
 
     call    with the values that probe the masses behind the real ones, as further heads; where blocks are sorted by
-            content, with the tokens in that order, so that one layout in space holds for all heads
-    order   that was asked for
-    layout  of its tokens
+            content, with the tokens in that order, so that one set of blocks in space holds for all heads
+    config  whose order and block size these are
+    blocks  of the call's tokens
     out     [B, S, H, D]
     masses  [B, nb, b, H, nb], weight of every tiled query on every key block; the rest is on isolated tokens
     """
 
     call: AttentionCall
-    layout: TokenLayout
-    order: str
+    config: SparseConfig
+    blocks: TokenLayout
     out: torch.Tensor
     masses: torch.Tensor
 
@@ -53,48 +51,52 @@ class Allocation:
     density: float
 
 
-def exact(call: AttentionCall, block_size: int, order: str = "gilbert") -> Exact:
-    """Full attention and its masses on `call`, to compute once for many configs. Raises as TokenLayout.build does."""
-    call, placed = call.in_order(block_size, order)
-    layout = call.layout(block_size, placed).on(call.q.device)
-    probed = _probed(call, layout)
-    out = full_attention(probed)
+def exact(call: AttentionCall, config: SparseConfig) -> Exact:
+    """Full attention and its masses on the blocks of `config`, once for many modes and sparsities.
+
+    Raises as TokenLayout.build does.
+    """
     heads = call.q.shape[2]
-    return Exact(call=probed, layout=layout, order=order, out=out[:, :, :heads], masses=_masses(out, layout, heads))
+    call, in_space = call.in_order(config)
+    blocks = call.blocks(in_space)
+    probed = _probed(call, blocks)
+    out = full_attention(probed)
+    masses = _masses(out, blocks, heads)
+    return Exact(call=probed, config=config, blocks=blocks, out=out[:, :, :heads], masses=masses)
 
 
 def allocation(full: Exact, config: SparseConfig, *, backend: str = "auto") -> Allocation:
     """Compare rectified_attention under `config` with full attention. Raises as rectified_attention does."""
-    call, layout, heads = full.call, full.layout, full.out.shape[2]
-    if (config.block_size, config.order) != (layout.block_size, full.order):
+    call, blocks, heads = full.call, full.blocks, full.out.shape[2]
+    if (config.block_size, config.order) != (full.config.block_size, full.config.order):
         raise ValueError(
             f"config: got blocks of {config.block_size} in {config.order!r} order; allowed: those of full, "
-            f"{layout.block_size} in {full.order!r}."
+            f"{full.config.block_size} in {full.config.order!r}."
         )
+    in_space = config.replace(order="gilbert") if config.order == "content" else config
     both, stats = rectified_attention(
-        call.q, call.k, call.v, layout, config, text_mask=call.text_mask, backend=backend, return_stats=True
+        call.q, call.k, call.v, blocks, in_space, text_mask=call.text_mask, backend=backend, return_stats=True
     )
-    start = layout.text if layout.text_first else 0
-    video = slice(start, start + layout.video)
-    wrong = (both[:, video, :heads] - full.out[:, video]).flatten(1).norm(dim=1)
+    exact_out = full.out[:, call.video]
+    wrong = (both[:, call.video, :heads] - exact_out).flatten(1).norm(dim=1)
     kept = stats.block_mask[:, :heads].transpose(1, 2)[:, :, None]  # [B, nb, 1, H, nb]
-    given, true = (_kept(masses, kept) for masses in (_masses(both, layout, heads), full.masses))  # [B, nb, b, H]
+    sparse, true = (_kept(masses, kept) for masses in (_masses(both, blocks, heads), full.masses))  # [B, nb, b, H]
     return Allocation(
-        relative_error=wrong / full.out[:, video].flatten(1).norm(dim=1),
-        mass_error=(given - true).abs().mean((1, 2, 3)),
-        block_mass_error=(given.mean(2) - true.mean(2)).abs().mean((1, 2)),
+        relative_error=wrong / exact_out.flatten(1).norm(dim=1),
+        mass_error=(sparse - true).abs().mean((1, 2, 3)),
+        block_mass_error=(sparse.mean(2) - true.mean(2)).abs().mean((1, 2)),
         kept_mass=true.mean((1, 2, 3)),
         density=stats.density,
     )
 
 
-def _probed(call: AttentionCall, layout: TokenLayout) -> AttentionCall:
+def _probed(call: AttentionCall, blocks: TokenLayout) -> AttentionCall:
     """The call with groups of further heads: the same q and k, and one column of v a block, as many as v has."""
     dim = call.v.shape[3]
-    block = block_of_tokens(layout)
-    groups = -(-layout.num_blocks // dim)
-    columns = torch.arange(groups * dim, device=block.device)
-    probes = (block[:, None] == columns).to(call.v.dtype).view(1, -1, groups, 1, dim)
+    block_of = block_of_tokens(blocks)
+    groups = -(-blocks.num_blocks // dim)
+    columns = torch.arange(groups * dim, device=block_of.device)
+    probes = (block_of[:, None] == columns).to(call.v.dtype).view(1, -1, groups, 1, dim)
     probes = probes.expand(call.v.shape[0], -1, -1, call.v.shape[2], -1).flatten(2, 3)
     return replace(
         call,
@@ -104,11 +106,11 @@ def _probed(call: AttentionCall, layout: TokenLayout) -> AttentionCall:
     )
 
 
-def _masses(out: torch.Tensor, layout: TokenLayout, heads: int) -> torch.Tensor:
+def _masses(out: torch.Tensor, blocks: TokenLayout, heads: int) -> torch.Tensor:
     """What the heads behind the first `heads` hold: [B, nb, b, H, nb]."""
-    tiled = out[:, layout.tiled, heads:].unflatten(1, (layout.num_blocks, layout.block_size))
+    tiled = out[:, blocks.tiled, heads:].unflatten(1, (blocks.num_blocks, blocks.block_size))
     by_group = tiled.unflatten(3, (-1, heads)).transpose(3, 4)  # [B, nb, b, H, groups, D]
-    return by_group.flatten(4)[..., : layout.num_blocks]
+    return by_group.flatten(4)[..., : blocks.num_blocks]
 
 
 def _kept(masses: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

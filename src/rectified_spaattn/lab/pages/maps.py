@@ -9,8 +9,8 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..curve import CONTENT
-from ..evaluation.maps import HeadResult, HeadStudy
+from ...curve import CONTENT
+from ..calls.maps import HeadResult, HeadStudy
 from .figures import KIND_COLOURS, MODE_LABELS, CallName, kind_map, mass_map, mass_norm
 
 _DPI = 110

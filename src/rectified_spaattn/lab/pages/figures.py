@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ..benchmark.panels import Panel, spread
-from ..layout import TokenLayout
+from ...benchmark.panels import Panel, spread
+from ...layout import TokenLayout
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"

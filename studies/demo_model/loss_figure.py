@@ -1,6 +1,6 @@
 """Draw the training log of the packaged weights.
 
-python -m rectified_spaattn.demo.loss_figure --out docs/images/loss.png
+    python -m studies.demo_model.loss_figure --out docs/images/loss.png
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ from typing import Annotated
 
 import typer
 
-from .pipeline import WEIGHTS
-
-LOG = WEIGHTS / "loss.csv"
+LOG = Path(__file__).with_name("loss.csv")
 
 
 def main(

@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..attention import rectified_attention
-from ..config import RECTIFY_MODES, SparseConfig
-from ..layout import TokenLayout
-from .attention_error import attention_error, block_masses, block_of_tokens, full_attention, misplaced
+from ...attention import rectified_attention
+from ...config import RECTIFY_MODES, SparseConfig
+from ...layout import TokenLayout
 from .capture import AttentionCall
-from .selection import captured_mass
+from .error import attention_error, block_masses, block_of_tokens, full_attention, kept_mass, misplaced
 
-OnResult = Callable[[str], None]  # what was done, once a result
+OnResult = Callable[[str], None]  # what is finished, once a result
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +28,8 @@ class HeadResult:
     misplaced         share of the mass that lies on other blocks than under full attention: half the L1 distance
     masses            float32 [nb, nb + 1], how the output weighs the values of every block and of the isolated tokens
     probability       float32 [nb, nb + 1], the estimate P the plan was made from
-    critical, given_back  bool [nb, nb], the critical blocks and the compensated ones; all others are rejected
+    block_mask        bool [nb, nb], the critical blocks
+    compensated_mask  bool [nb, nb], the compensated ones; all others are rejected
     """
 
     sparsity: float
@@ -43,22 +43,26 @@ class HeadResult:
     misplaced: float
     masses: torch.Tensor
     probability: torch.Tensor
-    critical: torch.Tensor
-    given_back: torch.Tensor
+    block_mask: torch.Tensor
+    compensated_mask: torch.Tensor
 
     def kinds(self) -> torch.Tensor:
         """int64 [nb, nb]: 0 for a critical block, 1 for a compensated one, 2 for a rejected one."""
-        return torch.where(self.critical, 0, torch.where(self.given_back, 1, 2))
+        return torch.where(self.block_mask, 0, torch.where(self.compensated_mask, 1, 2))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeadStudy:
-    """order: that was asked for; layout: of the blocks, in space even where they are sorted by content; full: float32
-    [nb, nb + 1], the block masses of full attention; results: sparsity by sparsity, mode by mode.
+    """One head under every mode and sparsity.
+
+    order    the config's
+    blocks   the tokens' blocks, in space even where they are sorted by content
+    full     float32 [nb, nb + 1], the block masses of full attention
+    results  sparsity by sparsity, mode by mode
     """
 
     order: str
-    layout: TokenLayout
+    blocks: TokenLayout
     full: torch.Tensor
     results: tuple[HeadResult, ...]
 
@@ -79,22 +83,22 @@ def one_head(call: AttentionCall, head: int, device: torch.device | str = "cpu")
     return replace(call, **alone, text_mask=call.text_mask[:1].to(device))
 
 
-def output_masses(call: AttentionCall, layout: TokenLayout, config: SparseConfig) -> torch.Tensor:
+def output_masses(call: AttentionCall, config: SparseConfig) -> torch.Tensor:
     """How the output of a call weighs the values of every block, whatever the rectify mode: float32 [nb, nb + 1].
 
-    call: one head. An output is linear in the values, so it is computed for values that tell their block: column m is
-    the mean over a query block of the output for v = 1 on block m and 0 elsewhere. The last column is all isolated
-    tokens. Rows sum to 1.
+    call: one head; config: with an order in space. An output is linear in the values, so it is computed for values that
+    tell their block: column m is the mean over a query block of the output for v = 1 on block m and 0 elsewhere. The
+    last column is all isolated tokens. Rows sum to 1.
     """
-    num_blocks, size = layout.num_blocks, layout.block_size
-    channels = call.v.shape[-1]
-    block_of = block_of_tokens(layout).to(call.v.device)
+    blocks = call.blocks(config)
+    num_blocks, channels = blocks.num_blocks, call.v.shape[-1]
+    block_of = block_of_tokens(blocks)
     columns = []
     for first in range(0, num_blocks + 1, channels):
         wanted = torch.arange(first, first + channels, device=block_of.device)
         values = (block_of[:, None] == wanted).to(call.v)[None, :, None]  # [1, S, 1, D]
-        out = rectified_attention(call.q, call.k, values, layout, config, text_mask=call.text_mask)
-        columns.append(out[0, layout.tiled, 0].view(num_blocks, size, channels).mean(1))
+        out = rectified_attention(call.q, call.k, values, blocks, config, text_mask=call.text_mask)
+        columns.append(out[0, blocks.tiled, 0].view(num_blocks, blocks.block_size, channels).mean(1))
     return torch.cat(columns, dim=1)[:, : num_blocks + 1]
 
 
@@ -103,56 +107,52 @@ def study_head(
     config: SparseConfig,
     sparsities: Sequence[float],
     modes: Sequence[str] = RECTIFY_MODES,
-    on_result: OnResult = lambda done: None,
+    on_result: OnResult = lambda name: None,
 ) -> HeadStudy:
     """Every rectify mode at every sparsity on one head; all else as in `config`.
 
     Raises ValueError for a grid that is smaller than one block, and as rectified_attention does.
     """
-    asked = config.order
-    call, order = call.in_order(config.block_size, asked)
-    config = config.replace(order=order)
-    layout = call.layout(config.block_size, order).on(call.q.device)
-    if not layout.num_blocks:
+    order = config.order
+    call, config = call.in_order(config)
+    blocks = call.blocks(config)
+    if not blocks.num_blocks:
         raise ValueError(
-            f"block_size: got {config.block_size} for a grid of {layout.grid}; allowed: at most {layout.video} tokens, "
+            f"block_size: got {config.block_size} for a grid of {call.grid}; allowed: at most {blocks.video} tokens, "
             "as a smaller grid has no block and runs full attention."
         )
     exact = full_attention(call)
     on_result("full attention")
-    full = block_masses(call, layout, 0)
+    full = block_masses(call, blocks, 0)
     on_result("block masses of full attention")
     results = []
     for sparsity in sparsities:
         for mode in modes:
-            chosen = config.replace(sparsity=sparsity, rectify=mode)
-            results.append(_result(call, layout, chosen, exact, full))
+            results.append(_result(call, config.replace(sparsity=sparsity, rectify=mode), exact, full))
             on_result(f"{mode} at {sparsity:.4g}")
-    return HeadStudy(order=asked, layout=layout, full=full.cpu(), results=tuple(results))
+    return HeadStudy(order=order, blocks=blocks, full=full.cpu(), results=tuple(results))
 
 
-def _result(
-    call: AttentionCall, layout: TokenLayout, config: SparseConfig, exact: torch.Tensor, full: torch.Tensor
-) -> HeadResult:
+def _result(call: AttentionCall, config: SparseConfig, exact: torch.Tensor, full: torch.Tensor) -> HeadResult:
     error = attention_error(call, config, full=exact)
-    critical, given_back = error.stats.block_mask[0, 0], error.stats.compensated[0, 0]
-    masses = output_masses(call, layout, config)
+    critical, compensated = error.stats.block_mask[0, 0], error.stats.compensated[0, 0]
+    masses = output_masses(call, config)
     apart = masses - full  # rows sum to 0
     on_kept = (apart[:, :-1] * critical).sum(1) + apart[:, -1]
-    on_given_back = (apart[:, :-1] * given_back).sum(1)  # what is too much here is too little in R
+    on_compensated = (apart[:, :-1] * compensated).sum(1)  # what is too much here is too little in R
     dropped = int((~critical).sum())
     return HeadResult(
         sparsity=config.sparsity,
         rectify=config.rectify,
         relative_error=error.relative_error,
         density=error.density,
-        kept_mass=captured_mass(critical, full),
-        compensated=int(given_back.sum()) / dropped if dropped else 0.0,
+        kept_mass=kept_mass(critical, full),
+        compensated=int(compensated.sum()) / dropped if dropped else 0.0,
         mass_error=on_kept.abs().mean().item(),
-        r_error=on_given_back.abs().mean().item(),
+        r_error=on_compensated.abs().mean().item(),
         misplaced=misplaced(masses, full),
         masses=masses.cpu(),
         probability=error.stats.probability[0, 0].float().cpu(),
-        critical=critical.cpu(),
-        given_back=given_back.cpu(),
+        block_mask=critical.cpu(),
+        compensated_mask=compensated.cpu(),
     )

@@ -1,6 +1,6 @@
 """Draw a contact sheet of the demo model: one row a prompt, one column a frame.
 
-python -m rectified_spaattn.demo.contact_sheet --out docs/images/contact-sheet.png
+    python -m studies.demo_model.contact_sheet --out docs/images/contact-sheet.png
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 import typer
 from torch import Tensor
 
-from .pipeline import DEFAULT_STEPS, WEIGHTS, load_demo_pipeline
-from .prompts import PROMPTS
+from rectified_spaattn.demo.pipeline import DEFAULT_STEPS, WEIGHTS, load_demo_pipeline
+from rectified_spaattn.demo.prompts import PROMPTS
 
 
 def draw_sheet(videos: Tensor, captions: list[str], path: Path, columns: int = 8) -> None:
@@ -43,7 +43,7 @@ def main(
     steps: Annotated[int, typer.Option(help="denoising steps")] = DEFAULT_STEPS,
     guidance: Annotated[float, typer.Option(help="guidance scale; above 1 costs a second forward a step")] = 1.0,
     seed: Annotated[int, typer.Option(help="of the starting noise")] = 0,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; found if not given")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; the better one if left out")] = None,
 ) -> None:
     """Generate the fixed prompts and draw them."""
     pipe = load_demo_pipeline(device or ("cuda" if torch.cuda.is_available() else "cpu"), weights=weights)

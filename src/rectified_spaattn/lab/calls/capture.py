@@ -1,0 +1,207 @@
+"""Take q, k and v out of a running pipeline: what its self-attention layers see at some denoising steps."""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...config import SparseConfig
+from ...evaluation.paired import Pair, Settings, full_mode, generate_batch
+from ...layout import TokenLayout
+from ...method.arrange import arrange, content_order
+from ...pipelines.adapters import adapter_for
+from ...pipelines.processor import check_processor, dense_backend, wrap
+from ...pipelines.state import LayerState, RunClock, TransformerState, key_text_mask
+
+
+class _EndRun(Exception):
+    """Leaves a pipeline early."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AttentionCall:
+    """One full-attention call, copied to the CPU unless `capture_attention` got another device.
+
+    q, k, v    [B, S, H, D], float32, after QK-norm and RoPE, in the model's token order
+    text_mask  bool [B, text], True = valid
+    grid       (T, H, W) in tokens
+    layer      index among the video self-attention layers, and its name
+    step       denoising step, counted from 0
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    text_mask: torch.Tensor
+    grid: tuple[int, int, int]
+    text_first: bool
+    layer: int
+    name: str
+    step: int
+
+    def blocks(self, config: SparseConfig) -> TokenLayout:
+        """How `config` cuts this call's tokens into blocks, on the call's device. ValueError as TokenLayout.build."""
+        layout = TokenLayout.build(
+            self.grid, self.text_mask.shape[1], self.text_first, config.block_size, config.order
+        )
+        return layout.on(self.q.device)
+
+    @property
+    def video(self) -> slice:
+        """The places of the video tokens."""
+        text = self.text_mask.shape[1]
+        return slice(text, None) if self.text_first else slice(0, self.q.shape[1] - text)
+
+    @property
+    def valid(self) -> torch.Tensor:
+        """bool [B, S], the keys that may be attended to."""
+        valid = self.text_mask.new_ones(self.q.shape[:2])
+        text = slice(0, self.video.start) if self.text_first else slice(self.video.stop, None)
+        valid[:, text] = self.text_mask
+        return valid
+
+    def in_order(self, config: SparseConfig) -> tuple["AttentionCall", SparseConfig]:
+        """A call and a config with one set of blocks for all heads, and they are those that `config` gives this call.
+
+        Where blocks are sorted by content the tokens of every head are put in that order, so that the places of Gilbert
+        blocks hold them; elsewhere both are as they were. Raises ValueError as TokenLayout.build does.
+        """
+        blocks = self.blocks(config)
+        if not blocks.by_content:
+            return self, config
+        scale = self.q.shape[-1] ** -0.5
+        order = content_order(self.q, self.k, blocks.tiled, block_size=config.block_size, scale=scale)
+        q, k, v = (arrange(x, blocks.tiled, order) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v), config.replace(order="gilbert")
+
+
+@dataclass(kw_only=True)
+class _Recorder(LayerState):
+    """A layer that attends as before and keeps a copy of its first call at each of the wanted steps."""
+
+    wanted: set[int]
+    device: torch.device
+    calls: list[AttentionCall]
+    seen: set[int] = field(default_factory=set)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> torch.Tensor:
+        step = self.owner.step
+        # as many keys as queries: not an IP-Adapter's cross-attention from the same processor
+        if step is not None and step in self.wanted - self.seen and k.shape[1] == q.shape[1]:
+            self.seen.add(step)
+            self.calls.append(self._call(q, k, v, mask, step))
+        return self._dense(q, k, v, mask, scale)
+
+    def _call(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, step: int
+    ) -> AttentionCall:
+        layout = self._layout(q.shape[1])
+        valid = key_text_mask(mask, layout)
+        if valid is None:
+            valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
+        return AttentionCall(
+            **{name: x.detach().float().to(self.device, copy=True) for name, x in (("q", q), ("k", k), ("v", v))},
+            text_mask=valid.to(self.device, copy=True),
+            grid=layout.grid,
+            text_first=layout.text_first,
+            layer=self.index,
+            name=self.name,
+            step=step,
+        )
+
+
+@contextmanager
+def capture_attention(
+    pipe: Any, *, steps: Sequence[int], layers: Sequence[int] | None = None, device: torch.device | str = "cpu"
+) -> Iterator[list[AttentionCall]]:
+    """Run the pipeline inside, once: the list that is yielded fills with one full-attention call a step and layer.
+
+    pipe: a diffusers pipeline with a supported transformer, not enabled. steps: which denoising steps, from 0. layers:
+    indices of the self-attention layers, None for all. device: where the copies go. The calls come in the order of
+    the run. Attention runs in full, and on exit every processor is back. With classifier-free guidance in two calls the
+    first of them is kept.
+
+    Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, RuntimeError where
+    the model is enabled already or a step never ran.
+    """
+    calls: list[AttentionCall] = []
+    recorder = partial(_Recorder, wanted=set(steps), device=torch.device(device), calls=calls)
+    with attending(pipe, SparseConfig(block_size=16), recorder, layers):
+        yield calls
+    missing = sorted(set(steps) - {call.step for call in calls})
+    if missing:
+        raise RuntimeError(f"capture_attention: steps {missing} never ran inside; allowed: steps of the run, from 0.")
+
+
+def capture_calls(
+    pipe: Any,
+    pairs: Sequence[Pair],
+    settings: Settings,
+    *,
+    steps: Sequence[int],
+    layers: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int], None] = lambda count: None,
+) -> list[AttentionCall]:
+    """What `capture_attention` fills its list with, from one generation of all pairs that ends after the last step.
+
+    on_step gets how many steps have run. Raises as `capture_attention` and `generate` do.
+    """
+
+    def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(index + 1)
+        if index >= max(steps):
+            raise _EndRun
+        return tensors
+
+    with capture_attention(pipe, steps=steps, layers=layers, device=device) as calls, suppress(_EndRun):
+        generate_batch(pipe, full_mode(), pairs, settings, after_step=after_step)
+    return calls
+
+
+@contextmanager
+def attending(
+    pipe: Any, config: SparseConfig, make: Callable[..., LayerState], layers: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Inside, self-attention of the pipeline's transformer is that of layers of the caller's own.
+
+    make(index=, name=, owner=, dense_backend=) gives a layer; config: what its layout is built from; layers: indices,
+    None for all. On exit every processor is back. Raises TypeError, ValueError and RuntimeError as capture_attention.
+    """
+    model = pipe.transformer
+    adapter = adapter_for(model)
+    attentions: list[tuple[str, Any]] = adapter.attentions(model)
+    chosen = range(len(attentions)) if layers is None else sorted(set(layers))
+    beyond = [index for index in chosen if not 0 <= index < len(attentions)]
+    if beyond:
+        raise ValueError(f"layers: got {beyond}; allowed: 0 to {len(attentions) - 1}.")
+    if any(hasattr(module.processor, "rectified_layer") for _, module in attentions):
+        raise RuntimeError("attention of this pipeline: the model is enabled; call disable() of its handle first.")
+
+    state = TransformerState(config=config, backend="auto", clock=RunClock(pipe), text_first=adapter.text_first)
+    originals = []
+    signature = inspect.signature(type(model).forward)
+
+    def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = signature.bind_partial(module, *args, **kwargs).arguments
+        state.begin_forward(adapter.grid(module, inputs), text=adapter.text(inputs))
+
+    hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    try:
+        for index in chosen:
+            name, module = attentions[index]
+            check_processor(module.processor, name)
+            layer = make(index=index, name=name, owner=state, dense_backend=dense_backend(module.processor))
+            originals.append((module, module.processor))
+            module.set_processor(wrap(module.processor, layer))
+        yield
+    finally:
+        hook.remove()
+        for module, processor in originals:
+            module.set_processor(processor)
