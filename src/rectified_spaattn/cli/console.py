@@ -1,27 +1,46 @@
-"""What every command shows in the terminal alike: text in full width, and bars."""
+"""What every command shows in the terminal alike: text in full width, tables that can be pasted, and bars."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..benchmark.op import Watch
 
 _WIDTH = 200  # tables are meant to be pasted, so they are not squeezed into a narrow terminal
 
 
+def plain_console() -> Console:
+    """Text is printed as it is: prompts and paths may hold what looks like markup."""
+    return Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
 def print_wide(console: Console, what: Table | str) -> None:
     """In full width and without colour codes in the text, wherever it goes."""
-    wide = Console(file=console.file, width=max(console.width, _WIDTH))
-    wide.print(what, crop=False, soft_wrap=isinstance(what, str), markup=False, highlight=False)
+    wide = Console(file=console.file, width=max(console.width, _WIDTH), markup=False, emoji=False)
+    wide.print(what, crop=False, soft_wrap=isinstance(what, str), highlight=False)
+
+
+def markdown_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, left: Sequence[str] = ()
+) -> Table:
+    """A Markdown table; the columns in `left` are set flush left, the others right."""
+    table = Table(title=None if title is None else Text(title), box=box.MARKDOWN)
+    for column in columns:
+        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def progress_bars(console: Console, *more: ProgressColumn, disable: bool = False, transient: bool = False) -> Progress:
     """Bars with a description, a count, the time that has passed and `more`. transient: they go away when done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *more)
-    return Progress(*columns, console=console, disable=disable, transient=transient)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, *more, console=console, disable=disable, transient=transient)
 
 
 @contextmanager

@@ -41,7 +41,14 @@ def attention_error(
     """
     full = full_attention(call) if full is None else full
     out, stats = rectified_attention(
-        call.q, call.k, call.v, call.blocks(config), config, text_mask=call.text_mask, backend=backend, return_stats=True
+        call.q,
+        call.k,
+        call.v,
+        call.blocks(config),
+        config,
+        text_mask=call.text_mask,
+        backend=backend,
+        return_stats=True,
     )
     error = (out - full)[:, call.video].norm() / full[:, call.video].norm()
     return AttentionError(relative_error=error.item(), density=stats.density, stats=stats)

@@ -169,9 +169,7 @@ class EvaluateOptions(ModelOptions):
     block_size: tuple[int, ...] = option("Tokens a block.", ())
     order: tuple[str, ...] = option("How blocks are made.", (), choices=tuple(ORDERS))
     top_p: float | None = option("Least attention mass the kept blocks hold.", None)
-    neighbours: bool | None = option(
-        "Always keep blocks that touch in 3-D; needs an --order other than content.", None
-    )
+    neighbours: bool | None = option("Always keep blocks that touch in 3-D; needs an --order other than content.", None)
     fps: int | None = option("Frames a second in the videos.", None, unset="8 for demo, else 16")
     dense_kernel: str = option("SDPA kernel of every mode.", "default", choices=KERNELS)
     floor_kernel: str | None = option(

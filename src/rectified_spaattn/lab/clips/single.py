@@ -184,7 +184,7 @@ def file_hash(path: str | None) -> str | None:
 
 
 def _check_writable(folder: Path) -> None:
-    """Raises OSError unless a file can be made in the folder, or where that is missing, in the one it will be made in."""
+    """Raises OSError unless a file can be made in the folder, or in the one it will be made in."""
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent
     if not folder.is_dir():
