@@ -27,7 +27,7 @@ def column_label(summary: ModeSummary) -> str:
     if summary.mode.name == FULL:
         return f"{summary.mode.label}\nreference, {summary.seconds:.1f} s"
     psnr = score_text(summary.scores["psnr"], "psnr").split(" [")[0]
-    return f"{summary.mode.label}\n{psnr} dB, SSIM {summary.scores['ssim'].mean:.2f}, {summary.seconds:.1f} s"
+    return f"{summary.mode.label}\n{psnr} dB, {summary.seconds:.1f} s"
 
 
 def score_text(value: Interval, score: str) -> str:
