@@ -7,8 +7,13 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..lab.clips.options import ClipError, DemoOptions, EvaluateOptions, GenerateOptions
-from ..lab.machine import device_of
-from .bench import bench_app
+from ..lab.bench.doctor import DoctorSettings
+from ..lab.bench.model import ModelSettings
+from ..lab.bench.op import OpSettings
+from ..lab.bench.shapes import BenchError
+from .bench import op
+from .bench_model import model
+from .doctor import doctor
 from .inspect import InspectOptions
 from .options import command
 
@@ -36,7 +41,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(bench_app, name="bench")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed; results are checked before anything is timed.")
+bench.command()(command(OpSettings, op, (BenchError,)))
+bench.command()(command(ModelSettings, model, (BenchError,)))
+app.add_typer(bench, name="bench")
+app.command()(command(DoctorSettings, doctor))
 
 
 def _version(wanted: bool) -> None:
@@ -53,24 +62,6 @@ def root(
     debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
 ) -> None:
     """Rectified SpaAttn: training-free block-sparse attention for video diffusion transformers."""
-
-
-@app.command()
-def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
-) -> None:
-    """What every backend would do on this machine and why not, and a check of those that run.
-
-    Exit code 0: at least one backend is right and none is wrong; 1 otherwise.
-    """
-    from .doctor import run
-
-    try:
-        chosen = device_of(device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    raise typer.Exit(0 if run(chosen, as_json) else 1)
 
 
 def generate(options: GenerateOptions) -> None:

@@ -1,15 +1,15 @@
 """What every command shows in the terminal alike: text in full width, tables that can be pasted, and bars."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from rich.text import Text
 
-from ..benchmark.op import Watch
+from ..lab.bench.shapes import Watch
 
 _WIDTH = 200  # tables are meant to be pasted, so they are not squeezed into a narrow terminal
 
@@ -25,13 +25,12 @@ def print_wide(console: Console, what: Table | str) -> None:
     wide.print(what, crop=False, soft_wrap=isinstance(what, str), highlight=False)
 
 
-def markdown_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None, left: Sequence[str] = ()
-) -> Table:
-    """A Markdown table; the columns in `left` are set flush left, the others right."""
-    table = Table(title=None if title is None else Text(title), box=box.MARKDOWN)
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
+    """A Markdown table; columns whose cells all begin with a figure (or are empty) are set flush right."""
+    table = Table(title=title, box=box.MARKDOWN)
+    for place, column in enumerate(columns):
+        figures = all(re.match(r"[-+]?\d|$", row[place]) for row in rows)
+        table.add_column(column, justify="right" if figures else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
@@ -44,8 +43,8 @@ def progress_bars(console: Console, *more: ProgressColumn, disable: bool = False
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Watch]:
-    """One bar that goes away when it is done; none where the output is not a terminal."""
-    with progress_bars(console, transient=True, disable=not console.is_terminal) as bar:
+def progress(console: Console, quiet: bool = False) -> Iterator[Watch]:
+    """One bar that goes away when it is finished; none where the output is not a terminal, or quiet is asked for."""
+    with progress_bars(console, transient=True, disable=quiet or not console.is_terminal) as bar:
         task = bar.add_task("starting")
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        yield lambda what, finished, total: bar.update(task, description=what, completed=finished, total=total)

@@ -93,7 +93,7 @@ def summary_table(summaries: Sequence[ModeSummary], title: str) -> Table:
         ]
         times = [f"{each.seconds:.2f}", f"{each.step_seconds:.3f}", f"{each.speedup:.2f}x"]
         rows.append([each.mode.label, percent(each.computed), *scores, *times, each.backend or "dense"])
-    return markdown_table(columns, rows, title, left=("attention", "backend"))
+    return markdown_table(columns, rows, title)
 
 
 @contextmanager
