@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...attention import SparseStats, rectified_attention
 from ...config import SparseConfig
 from ...evaluation.paired import Pair, Settings, full_mode, generate_batch
 from ...layout import TokenLayout
@@ -49,6 +50,13 @@ class AttentionCall:
             self.grid, self.text_mask.shape[1], self.text_first, config.block_size, config.order
         )
         return layout.on(self.q.device)
+
+    def sparse(self, config: SparseConfig, **options: Any) -> tuple[torch.Tensor, SparseStats]:
+        """rectified_attention on this call: its output [B, S, H, D] and its stats; options, errors: as it has them."""
+        blocks = self.blocks(config)
+        return rectified_attention(
+            self.q, self.k, self.v, blocks, config, text_mask=self.text_mask, return_stats=True, **options
+        )
 
     @property
     def video(self) -> slice:

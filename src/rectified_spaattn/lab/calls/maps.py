@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...attention import rectified_attention
 from ...config import RECTIFY_MODES, SparseConfig
 from ...layout import TokenLayout
 from .capture import AttentionCall
@@ -97,7 +96,7 @@ def output_masses(call: AttentionCall, config: SparseConfig) -> torch.Tensor:
     for first in range(0, num_blocks + 1, channels):
         wanted = torch.arange(first, first + channels, device=block_of.device)
         values = (block_of[:, None] == wanted).to(call.v)[None, :, None]  # [1, S, 1, D]
-        out = rectified_attention(call.q, call.k, values, blocks, config, text_mask=call.text_mask)
+        out, _ = replace(call, v=values).sparse(config)
         columns.append(out[0, blocks.tiled, 0].view(num_blocks, blocks.block_size, channels).mean(1))
     return torch.cat(columns, dim=1)[:, : num_blocks + 1]
 
