@@ -55,11 +55,6 @@ def flicker(video: torch.Tensor) -> torch.Tensor:
     return (video[:, 1:].float() - video[:, :-1].float()).abs().mean((1, 2, 3, 4))
 
 
-def finite_or_none(value: float) -> float | None:
-    """`value`, or None where JSON has no number for it: the PSNR of identical clips, which is infinite."""
-    return value if math.isfinite(value) else None
-
-
 def _check(video: torch.Tensor, reference: torch.Tensor) -> None:
     for name, clip in (("video", video), ("reference", reference)):
         if not isinstance(clip, torch.Tensor) or not clip.is_floating_point():

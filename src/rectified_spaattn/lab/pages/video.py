@@ -1,5 +1,6 @@
 """Videos that people can see: enlarged clips, labelled grids of clips, mp4 and PNG files."""
 
+import subprocess
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
+
+from ..rows import write_atomically
 
 FPS = 8
 CELL = 192  # side of one clip in a grid, in pixels
@@ -93,15 +96,15 @@ def even(frames: np.ndarray) -> np.ndarray:
     return np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
 
 
-def write_clip(path: Path, clip: torch.Tensor, fps: int) -> None:
-    """A clip [T, 3, H, W] in [0, 1] at its own size; see `write_frames`."""
-    write_frames(path, to_uint8(clip), fps)
+def write_clip(path: Path, clip: torch.Tensor, fps: int, width: int | None = None) -> None:
+    """A clip [T, 3, H, W] in [0, 1], `width` pixels wide or at its own size; see `write_frames`."""
+    write_frames(path, to_uint8(clip) if width is None else enlarge(clip, width), fps)
 
 
 def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
     """A .png of the first frame, or else an mp4, where an odd side gains the pixel that H.264 asks for.
 
-    frames: uint8 [T, H, W, 3].
+    frames: uint8 [T, H, W, 3]. Raises OSError where the file cannot be written; then `path` is as it was.
     """
     if path.suffix == ".png":
         write_png(path, frames[0])
@@ -110,30 +113,51 @@ def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
-    """frames: uint8 [T, H, W, 3] with even sides, as H.264 asks. Raises ValueError for another array."""
-    import imageio
+    """frames: uint8 [T, H, W, 3] with even sides, as H.264 asks.
 
+    Raises ValueError for another array, OSError where the encoder fails or its file lacks frames; then `path` is as it
+    was.
+    """
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"frames: got {frames.dtype} {frames.shape}; allowed: uint8 [T, H, W, 3].")
     if frames.shape[1] % 2 or frames.shape[2] % 2:
         raise ValueError(f"frames: got {frames.shape[1]} x {frames.shape[2]} pixels; allowed: even sides. Pad by one.")
-    imageio.mimwrite(
-        path,
-        list(frames),
-        format="FFMPEG",
-        fps=fps,
-        codec="libx264",
-        pixelformat="yuv420p",
-        quality=None,
-        macro_block_size=1,
-        output_params=["-crf", "18", "-preset", "veryfast", "-movflags", "+faststart"],
-        ffmpeg_log_level="error",
-    )
+    write_atomically(path, lambda to: _encode(to, frames, fps, str(path)))
 
 
 def write_png(path: Path, frame: np.ndarray) -> None:
     """frame: uint8 [H, W, 3]."""
-    Image.fromarray(frame).save(path, optimize=True)
+    write_atomically(path, lambda to: Image.fromarray(frame).save(to, optimize=True))
+
+
+def read_mp4(path: Path) -> torch.Tensor:
+    """[T, 3, H, W] in [0, 1]. Raises OSError where it is no video."""
+    import imageio.v3 as iio
+
+    try:
+        frames = iio.imread(path, plugin="FFMPEG")
+    except Exception as error:  # a plugin of imageio raises what it likes
+        raise OSError(f"{path}: got a file that is no video: {error}. Delete it, and run the same again.") from error
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+
+
+def _encode(path: Path, frames: np.ndarray, fps: int, name: str) -> None:
+    from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
+
+    size = f"{frames.shape[2]}x{frames.shape[1]}"
+    given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
+    encoder = ["-vcodec", "libx264", "-pix_fmt", "yuv420p", "-crf", "18", "-preset", "veryfast"]
+    words = [get_ffmpeg_exe(), "-y", "-v", "error", *given, *encoder, "-movflags", "+faststart", str(path.absolute())]
+    process = subprocess.run(words, input=np.ascontiguousarray(frames).data, capture_output=True, check=False)
+    if process.returncode:
+        said = process.stderr.decode(errors="replace").strip().split("\n")[-1]
+        raise OSError(f"{name}: the video was not written: ffmpeg ended with {process.returncode}. {said}")
+    try:
+        count = count_frames_and_secs(str(path.absolute()))[0]
+    except RuntimeError as error:
+        raise OSError(f"{name}: the video was not written: ffmpeg cannot read its own file.") from error
+    if count != len(frames):
+        raise OSError(f"{name}: the video was not written: it has {count} frames of {len(frames)}.")
 
 
 def _check_grid(columns: Sequence[str], rows: Sequence[Row]) -> None:
