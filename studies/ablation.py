@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.config import RECTIFY_MODES
-from rectified_spaattn.evaluation.intervals import bootstrap
-from rectified_spaattn.evaluation.paired import Mode, full_mode, generate_batch
-from rectified_spaattn.evaluation.scores import score
+from rectified_spaattn.lab.clips.clip import Mode, full_mode, generate_batch
+from rectified_spaattn.lab.clips.intervals import bootstrap
+from rectified_spaattn.lab.clips.metrics import psnr, ssim
 from rectified_spaattn.lab.option import option
 from rectified_spaattn.lab.pages.figures import MODE_COLOURS, PALETTE
 
@@ -90,35 +90,33 @@ def attention(pipe: Any, pairs: Any, options: Options) -> dict[tuple[Any, Sparse
 
 def ablation(options: Options) -> None:
     """Every rectify mode at several sparsities and orders."""
-    modes = [full_mode(), Mode(name="floor", label=FLOOR, config=None, kernel="math")]
-    modes += [Mode(name=f"{c.rectify}-{c.order}-{c.sparsity:g}", label=c.rectify, config=c) for c in options.configs]
+    modes = [Mode(name="floor", label=FLOOR, kernel="math")]
+    for config in options.configs:
+        name = f"{config.rectify}-{config.order}-{config.sparsity:g}"
+        modes.append(Mode(name=name, label=config.rectify, configs=(config,)))
 
     def measure(pipe, pairs, say):
         say("attention calls")
         means = attention(pipe, pairs, options)
-        clips = []
+        say("clips, full attention")
+        full = generate_batch(pipe, full_mode(), pairs, options.arguments)
         for mode in modes:
             say(f"clips, {mode.label}")
-            clips += generate_batch(pipe, mode, pairs, options.settings, backend=options.backend)
-        for clip, scores in zip(clips, score(clips), strict=True):
-            config = clip.mode.config
-            if clip.mode.name == "full":
-                continue
-            sparsity, rectify, order = (config.sparsity, config.rectify, config.order) if config else FLOOR_SETTING
-            values = means.get((clip.pair, config), [math.nan] * len(ATTENTION))
-            yield Row(
-                prompt=clip.pair.prompt,
-                seed=clip.pair.seed,
-                split=options.split,
-                sparsity=sparsity,
-                rectify=rectify,
-                order=order,
-                backend=clip.backend,
-                density=clip.density,
-                psnr=scores.psnr,
-                ssim=scores.ssim,
-                **dict(zip(ATTENTION, values, strict=True)),
-            )
+            config = mode.config
+            setting = (config.sparsity, config.rectify, config.order) if config else FLOOR_SETTING
+            clips = generate_batch(pipe, mode, pairs, options.arguments, backend=options.backend)
+            for pair, clip, reference in zip(pairs, clips, full, strict=True):
+                yield Row(
+                    prompt=pair.prompt,
+                    seed=pair.seed,
+                    split=options.split,
+                    **dict(zip(Row.KEYS, setting, strict=True)),
+                    backend=clip.backend,
+                    density=clip.density,
+                    psnr=psnr(clip.video[None], reference.video[None]).item(),
+                    ssim=ssim(clip.video[None], reference.video[None]).item(),
+                    **dict(zip(ATTENTION, means.get((pair, config), [math.nan] * len(ATTENTION)), strict=True)),
+                )
 
     def show(rows):
         first_order = next((row.order for row in rows if row.order), "")

@@ -14,9 +14,9 @@ import torch
 
 import rectified_spaattn as rsa
 from rectified_spaattn import SparseConfig
-from rectified_spaattn.demo.pipeline import load_demo_pipeline
-from rectified_spaattn.evaluation.metrics import psnr, ssim
-from rectified_spaattn.evaluation.paired import Pair
+from rectified_spaattn.lab.clips.clip import Pair
+from rectified_spaattn.lab.clips.metrics import psnr, ssim
+from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
 from rectified_spaattn.lab.option import option
 
 from . import harness

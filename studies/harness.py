@@ -1,8 +1,8 @@
 """What all studies have in common: prompts and seeds, the demo model, rows to CSV, tables with intervals.
 
 A study is a dataclass of options, a dataclass of rows and a function that measures some pairs. `run` does the rest:
-it loads the model, goes through the pairs (shared out where torchrun started several processes), writes a CSV file after
-each batch, so that a stopped run leaves what it measured, and prints a Markdown table.
+it loads the model, goes through the pairs (shared out where torchrun started several processes), writes a CSV file
+after each batch, so that a stopped run leaves what it measured, and prints a Markdown table.
 """
 
 import math
@@ -22,13 +22,13 @@ from rich.progress import Progress
 
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.cli.options import command
-from rectified_spaattn.demo.model import CAPTION_LENGTH
-from rectified_spaattn.demo.pipeline import load_demo_pipeline
-from rectified_spaattn.demo.prompts import PROMPTS
-from rectified_spaattn.evaluation.intervals import bootstrap
-from rectified_spaattn.evaluation.paired import Pair, Settings
-from rectified_spaattn.evaluation.processes import processes
 from rectified_spaattn.lab.calls.capture import AttentionCall, capture_calls
+from rectified_spaattn.lab.clips.clip import Pair
+from rectified_spaattn.lab.clips.evaluate import processes
+from rectified_spaattn.lab.clips.intervals import bootstrap
+from rectified_spaattn.lab.demo_model.model import CAPTION_LENGTH
+from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
+from rectified_spaattn.lab.demo_model.prompts import PROMPTS
 from rectified_spaattn.lab.machine import Origin, device_of, machine
 from rectified_spaattn.lab.option import option
 from rectified_spaattn.lab.rows import read_rows, write_rows
@@ -65,15 +65,15 @@ class Options:
         device_of(self.device)
 
     @property
-    def settings(self) -> Settings:
-        return Settings(height=self.size, width=self.size, num_frames=FRAMES, steps=self.steps)
+    def arguments(self) -> dict[str, Any]:
+        """Of the pipeline's call."""
+        size = {"height": self.size, "width": self.size, "num_frames": FRAMES}
+        return {**size, "num_inference_steps": self.steps}
 
     def calls(self, pipe: Any, pairs: Sequence[Pair], steps: Iterable[int] = ()) -> list[AttentionCall]:
         """Full-attention calls of one run of all pairs; steps: in place of the options' own."""
         wanted = tuple(steps) or self.step
-        return capture_calls(
-            pipe, pairs, self.settings, steps=wanted, layers=self.layer or None, device=pipe.device
-        )
+        return capture_calls(pipe, pairs, self.arguments, steps=wanted, layers=self.layer or None, device=pipe.device)
 
 
 @dataclass(frozen=True, kw_only=True)

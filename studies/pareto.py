@@ -18,8 +18,8 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from rectified_spaattn.benchmark.record import Row as Speed
-from rectified_spaattn.evaluation.intervals import bootstrap
-from rectified_spaattn.evaluation.paired import Pair
+from rectified_spaattn.lab.clips.clip import Pair
+from rectified_spaattn.lab.clips.intervals import bootstrap
 from rectified_spaattn.lab.option import option
 from rectified_spaattn.lab.pages.figures import MODE_COLOURS
 from rectified_spaattn.lab.rows import read_rows

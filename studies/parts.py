@@ -2,8 +2,8 @@
 
     python -m studies.parts --pairs 14 --step 3 --step 6 --step 9
 
-All variants keep the same blocks. `accepted` is the share of dropped blocks that GAPR compensates, `kept_mass` the exact
-mass of critical blocks and isolated tokens, `estimated` what P says of it. --by-layer prints layers and steps apart.
+All variants keep the same blocks. `accepted` is the share of dropped blocks that GAPR compensates, `kept_mass` the
+exact mass of critical blocks and isolated tokens, `estimated` what P says of it. --by-layer parts layers and steps.
 """
 
 import math
@@ -37,7 +37,7 @@ class Options(harness.Options):
 
 @dataclass(frozen=True, kw_only=True)
 class Row(harness.Row):
-    """One call, or with step and layer -1 the mean over the calls of a pair; relative_error is over the tiled tokens."""
+    """One call, or with step and layer -1 the mean over the calls of a pair; the error is over the tiled tokens."""
 
     KEYS: ClassVar[tuple[str, ...]] = ("sparsity", "variant", "layer", "step")
     sparsity: float

@@ -128,9 +128,7 @@ def recall(kept: torch.Tensor, true: torch.Tensor) -> float:
     return ((kept & heaviest).sum(-1) / kept.sum(-1)).mean().item()
 
 
-def study_selection(
-    call: AttentionCall, config: SparseConfig, sparsities: Sequence[float]
-) -> list[SelectionRow]:
+def study_selection(call: AttentionCall, config: SparseConfig, sparsities: Sequence[float]) -> list[SelectionRow]:
     """At every sparsity every selector, on all heads of one call; batch 0 alone. config: block_size, order, rectify."""
     call, config = first_sample(call).in_order(config)
     blocks = call.blocks(config)
@@ -141,8 +139,7 @@ def study_selection(
         for sparsity in sparsities:
             kept = keep_best(scores, blocks, sparsity)
             plain, rectified = (
-                output_error(call, config.replace(rectify=mode), kept, full)
-                for mode in ("none", config.rectify)
+                output_error(call, config.replace(rectify=mode), kept, full) for mode in ("none", config.rectify)
             )
             rows.append(
                 SelectionRow(
@@ -157,9 +154,7 @@ def study_selection(
     return sorted(rows, key=lambda row: row.sparsity)
 
 
-def output_error(
-    call: AttentionCall, config: SparseConfig, kept: torch.Tensor, full: torch.Tensor
-) -> float:
+def output_error(call: AttentionCall, config: SparseConfig, kept: torch.Tensor, full: torch.Tensor) -> float:
     """|out - full| / |full| over the tiled tokens with the critical blocks `kept`, bool [H, nb, nb].
 
     call: one sample; full: what full_attention(call) gave.

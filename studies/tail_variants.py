@@ -2,9 +2,9 @@
 
     python -m studies.tail_variants --pairs 8 --batch 8 [--only "row + s2"] [--calls-only]
 
-Every variant shares the blocks kept (the pooled estimate picks them, but for "sel ..."), with exact sparsity. `error` is
-that of single attention calls that full attention led to. Nothing here is fast: it computes full attention and throws
-parts away.
+Every variant shares the blocks kept (the pooled estimate picks them, but for "sel ..."), with exact sparsity. `error`
+is that of single attention calls that full attention led to. Nothing here is fast: it computes full attention and
+throws parts away.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 
 from rectified_spaattn import TokenLayout
-from rectified_spaattn.evaluation.metrics import psnr, ssim
 from rectified_spaattn.lab.calls.capture import attending
+from rectified_spaattn.lab.clips.metrics import psnr, ssim
 from rectified_spaattn.lab.option import option
 from rectified_spaattn.method.gain import gain
 from rectified_spaattn.method.pool import pool

@@ -12,7 +12,7 @@ from .backends import AUTO_ORDER, BACKENDS, Call
 from .backends.call import KERNEL_BLOCK_SIZES, KERNEL_HEAD_DIMS, installed_version, triton_version
 from .benchmark.check import BenchError, check_small
 from .benchmark.shapes import Case, Shape
-from .evaluation.record import device_name
+from .lab.machine import device_name
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PACKAGES = ("rectified-spaattn", "torch", "triton", "flash-attn-4", "diffusers", "transformers", "accelerate")

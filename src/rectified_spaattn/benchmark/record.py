@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_type_hints
 import torch
 
 from ..backends.call import installed_version, triton_version
-from ..evaluation.record import device_name
+from ..lab.machine import device_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Take q, k and v out of a running pipeline: what its self-attention layers see at some denoising steps."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,12 +11,12 @@ import torch
 
 from ...attention import SparseStats, rectified_attention
 from ...config import SparseConfig
-from ...evaluation.paired import Pair, Settings, full_mode, generate_batch
 from ...layout import TokenLayout
 from ...method.arrange import arrange, content_order
 from ...pipelines.adapters import adapter_for
 from ...pipelines.processor import check_processor, dense_backend, wrap
 from ...pipelines.state import LayerState, RunClock, TransformerState, key_text_mask
+from ..clips.clip import Pair, full_mode, generate_batch
 
 
 class _EndRun(Exception):
@@ -46,9 +46,7 @@ class AttentionCall:
 
     def blocks(self, config: SparseConfig) -> TokenLayout:
         """How `config` cuts this call's tokens into blocks, on the call's device. ValueError as TokenLayout.build."""
-        layout = TokenLayout.build(
-            self.grid, self.text_mask.shape[1], self.text_first, config.block_size, config.order
-        )
+        layout = TokenLayout.build(self.grid, self.text_mask.shape[1], self.text_first, config.block_size, config.order)
         return layout.on(self.q.device)
 
     def sparse(self, config: SparseConfig, **options: Any) -> tuple[torch.Tensor, SparseStats]:
@@ -150,7 +148,7 @@ def capture_attention(
 def capture_calls(
     pipe: Any,
     pairs: Sequence[Pair],
-    settings: Settings,
+    arguments: Mapping[str, Any],
     *,
     steps: Sequence[int],
     layers: Sequence[int] | None = None,
@@ -159,17 +157,17 @@ def capture_calls(
 ) -> list[AttentionCall]:
     """What `capture_attention` fills its list with, from one generation of all pairs that ends after the last step.
 
-    on_step gets how many steps have run. Raises as `capture_attention` and `generate` do.
+    arguments: further ones of the pipeline's call. on_step gets how many steps have run. Raises as `capture_attention`
+    and `generate_batch` do.
     """
 
-    def after_step(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(index + 1)
-        if index >= max(steps):
+    def after_step(count: int, total: int, density: float | None) -> None:
+        on_step(count)
+        if count > max(steps):
             raise _EndRun
-        return tensors
 
     with capture_attention(pipe, steps=steps, layers=layers, device=device) as calls, suppress(_EndRun):
-        generate_batch(pipe, full_mode(), pairs, settings, after_step=after_step)
+        generate_batch(pipe, full_mode(), pairs, arguments, on_step=after_step)
     return calls
 
 

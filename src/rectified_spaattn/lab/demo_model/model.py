@@ -14,12 +14,13 @@ PATCH_SIZE = 4
 CAPTION_LENGTH = 32  # word numbers of a caption; the first is the start token
 START_ID = 1  # 0 is padding; words follow
 # all words of the scenes that the model is trained on; their order is that of the trained embedding
-VOCABULARY: tuple[str, ...] = tuple(
+_WORDS = (
     "a an and at background black blue bottom camera center checkered circle clockwise counterclockwise crescent cross "
     "cyan diamond dotted down green growing in large larger left marbled moving orange out over pans pink purple red "
     "right ring ringed shaded small smaller solid spinning square standing star still striped the top triangle up white "
-    "yellow zigzag zooms".split()
+    "yellow zigzag zooms"
 )
+VOCABULARY: tuple[str, ...] = tuple(_WORDS.split())
 
 
 def _word_ids(caption: str) -> list[int]:
