@@ -19,6 +19,10 @@ from ...pipelines.state import LayerState, RunClock, TransformerState, key_text_
 from ..clips.clip import Pair, full_mode, generate_batch
 
 
+class CaptureError(RuntimeError):
+    """A run did not show what was to be captured, or cannot. The message says why."""
+
+
 class _EndRun(Exception):
     """Leaves a pipeline early."""
 
@@ -133,8 +137,8 @@ def capture_attention(
     the run. Attention runs in full, and on exit every processor is back. With classifier-free guidance in two calls the
     first of them is kept.
 
-    Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, RuntimeError where
-    the model is enabled already or a step never ran.
+    Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, CaptureError where
+    the model is enabled already or a step never ran in it.
     """
     calls: list[AttentionCall] = []
     recorder = partial(_Recorder, wanted=set(steps), device=torch.device(device), calls=calls)
@@ -142,7 +146,10 @@ def capture_attention(
         yield calls
     missing = sorted(set(steps) - {call.step for call in calls})
     if missing:
-        raise RuntimeError(f"capture_attention: steps {missing} never ran inside; allowed: steps of the run, from 0.")
+        raise CaptureError(
+            f"steps: {missing} never ran in {type(pipe.transformer).__name__}; allowed: steps of the run, from 0, that "
+            "the pipeline's first transformer makes."
+        )
 
 
 def capture_calls(
@@ -178,7 +185,7 @@ def attending(
     """Inside, self-attention of the pipeline's transformer is that of layers of the caller's own.
 
     make(index=, name=, owner=, dense_backend=) gives a layer; config: what its layout is built from; layers: indices,
-    None for all. On exit every processor is back. Raises TypeError, ValueError and RuntimeError as capture_attention.
+    None for all. On exit every processor is back. Raises as capture_attention.
     """
     model = pipe.transformer
     adapter = adapter_for(model)
@@ -188,7 +195,7 @@ def attending(
     if beyond:
         raise ValueError(f"layers: got {beyond}; allowed: 0 to {len(attentions) - 1}.")
     if any(hasattr(module.processor, "rectified_layer") for _, module in attentions):
-        raise RuntimeError("attention of this pipeline: the model is enabled; call disable() of its handle first.")
+        raise CaptureError("attention of this pipeline: the model is enabled; call disable() of its handle first.")
 
     state = TransformerState(config=config, backend="auto", clock=RunClock(pipe), text_first=adapter.text_first)
     originals = []
