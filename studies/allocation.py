@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
+from rectified_spaattn import SparseConfig, TokenLayout
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.error import block_of_tokens, full_attention
 
@@ -74,9 +74,7 @@ def allocation(full: Exact, config: SparseConfig, *, backend: str = "auto") -> A
             f"{full.config.block_size} in {full.config.order!r}."
         )
     in_space = config.replace(order="gilbert") if config.order == "content" else config
-    both, stats = rectified_attention(
-        call.q, call.k, call.v, blocks, in_space, text_mask=call.text_mask, backend=backend, return_stats=True
-    )
+    both, stats = call.sparse(in_space, backend=backend)
     exact_out = full.out[:, call.video]
     wrong = (both[:, call.video, :heads] - exact_out).flatten(1).norm(dim=1)
     kept = stats.block_mask[:, :heads].transpose(1, 2)[:, :, None]  # [B, nb, 1, H, nb]

@@ -1,94 +1,101 @@
-"""Why attention error and clip quality part ways on the demo model: when, where and at which block size sparsity hurts.
+"""Why attention error and clip quality part ways on the demo model: when, and at which block size, sparsity hurts.
 
-    python benchmarks/demo_causes.py [--prompts 8] [--device auto] [--out runs/causes]
+    python -m studies.causes --pairs 6
 
-Three studies against full attention, each over the same prompts, seed 0, printed as Markdown and written as CSV:
-steps (sparse in the first or the second half of the steps only), blocks (block size and clip size), and the noise floor
-(full attention with the transformer in bfloat16).
+Clips against full attention: sparse in the first or the second half of the steps only; other sizes of blocks and clips;
+and the noise floor, full attention with the transformer in bfloat16.
 """
 
-import contextlib
-import sys
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-import typer
-from rich.progress import Progress
 
 import rectified_spaattn as rsa
-from demo_quality import table, write
 from rectified_spaattn import SparseConfig
-from rectified_spaattn.demo.pipeline import load_demo_pipeline
-from rectified_spaattn.demo.prompts import PROMPTS
-from rectified_spaattn.evaluation.metrics import psnr, ssim
+from rectified_spaattn.lab.clips.clip import Pair
+from rectified_spaattn.lab.clips.metrics import psnr, ssim
+from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
+from rectified_spaattn.lab.option import option
 
-STEPS = 12
-MODES = ("none", "ipar", "ipar+gapr")
+from . import harness
+from .harness import EXACT
+
+SIZES = ((64, 16), (64, 32), (64, 64), (96, 32), (96, 64), (96, 128))  # pixels, tokens a block
 
 
-def clip(pipe, prompt: str, size: int, config: SparseConfig | None = None, until: int = STEPS):
+@dataclass(frozen=True, kw_only=True)
+class Options(harness.Options):
+    rectify: tuple[str, ...] = option("Modes.", ("none", "ipar", "ipar+gapr"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(harness.Row):
+    KEYS: ClassVar[tuple[str, ...]] = ("sparsity", "variant", "rectify")
+    sparsity: float
+    variant: str
+    rectify: str
+    psnr: float
+    ssim: float
+
+
+def clip(
+    pipe: Any, pair: Pair, steps: int, size: int, config: SparseConfig | None = None, until: int | None = None
+) -> torch.Tensor:
     """One clip [1, T, 3, H, W]; `config` is in force before step `until`."""
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         handle = stack.enter_context(rsa.enable(pipe, config)) if config else None
 
-        def stop(pipe, step, timestep, tensors):
+        def after_step(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             if handle is not None and step + 1 == until:
                 handle.disable()
             return tensors
 
-        noise = torch.Generator().manual_seed(0)
         return pipe(
-            prompt, height=size, width=size, num_inference_steps=STEPS, generator=noise, callback_on_step_end=stop
+            pair.prompt,
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(pair.seed),
+            callback_on_step_end=after_step,
         ).frames.float()
 
 
-def main(prompts: int = 8, device: str = "auto", out: Path = Path("runs/causes")) -> None:
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_demo_pipeline(device)
-    pipe.set_progress_bar_config(disable=True)
-    half = load_demo_pipeline(device, torch.bfloat16)
-    half.set_progress_bar_config(disable=True)
-    out.mkdir(parents=True, exist_ok=True)
-    studies: dict[str, list] = {"steps": [], "blocks": [], "floor": []}
+def causes(options: Options) -> None:
+    """When, and at which block size, sparsity hurts the clips."""
+    steps, size = options.steps, options.size
+    half = steps // 2
 
-    def base(sparsity: float, mode: str, block_size: int, dense_steps: int = 0) -> SparseConfig:
-        return SparseConfig(
-            sparsity=sparsity,
-            rectify=mode,
-            block_size=block_size,
-            order="gilbert",
-            dense_steps=dense_steps,
-            neighbours=False,
-            top_p=0.0,
-        )
+    def measure(pipe, pairs, say):
+        pipe.set_progress_bar_config(disable=True)
+        for pair in pairs:
+            full = {pixels: clip(pipe, pair, steps, pixels) for pixels in {size, *(each for each, _ in SIZES)}}
 
-    with Progress() as progress:
-        for prompt in progress.track(PROMPTS[:prompts], description="prompts"):
-            full = {size: clip(pipe, prompt, size) for size in (64, 96)}
+            def row(sparsity, variant, rectify, video, pixels, pair=pair, full=full):
+                say(f"{variant}, {rectify} at {sparsity:g}")
+                scores = {"psnr": psnr(video, full[pixels]).item(), "ssim": ssim(video, full[pixels]).item()}
+                place = {"prompt": pair.prompt, "seed": pair.seed}
+                return Row(**place, sparsity=sparsity, variant=variant, rectify=rectify, **scores)
 
-            def note(study, variant, sparsity, video, size, prompt=prompt, full=full):
-                scores = {"psnr": psnr(video, full[size]).item(), "ssim": ssim(video, full[size]).item()}
-                row = {"sparsity": sparsity, "variant": variant, "prompt": prompt, "seed": 0, **scores}
-                studies[study].append(row)
+            low = load_demo_pipeline(pipe.device, torch.bfloat16)
+            low.set_progress_bar_config(disable=True)
+            yield row(0.0, "full attention", "bfloat16", clip(low, pair, steps, size), size)
+            for sparsity in options.sparsity:
+                for mode in options.rectify:
+                    config = EXACT.replace(sparsity=sparsity, rectify=mode)
+                    yield row(sparsity, "first half", mode, clip(pipe, pair, steps, size, config, half), size)
+                    second = clip(pipe, pair, steps, size, config.replace(dense_steps=half))
+                    yield row(sparsity, "second half", mode, second, size)
+                    for pixels, tokens in SIZES:
+                        video = clip(pipe, pair, steps, pixels, config.replace(block_size=tokens))
+                        yield row(sparsity, f"{pixels} px, block {tokens}", mode, video, pixels)
 
-            note("floor", "full attention, bfloat16", 0.0, clip(half, prompt, 64), 64)
-            for sparsity in (0.8, 0.9):
-                for mode in MODES:
-                    first = clip(pipe, prompt, 64, base(sparsity, mode, 64), until=STEPS // 2)
-                    second = clip(pipe, prompt, 64, base(sparsity, mode, 64, STEPS // 2))
-                    note("steps", f"first half, {mode}", sparsity, first, 64)
-                    note("steps", f"second half, {mode}", sparsity, second, 64)
-                for size, block_size in ((64, 16), (64, 32), (64, 64), (96, 32), (96, 64), (96, 128)):
-                    for mode in MODES:
-                        video = clip(pipe, prompt, size, base(sparsity, mode, block_size))
-                        note("blocks", f"{size} px, block {block_size}, {mode}", sparsity, video, size)
-    print(f"\n{prompts} prompts, seed 0, {STEPS} steps; torch {torch.__version__} on {device}; {' '.join(sys.argv)}")
-    for name, rows in studies.items():
-        rows.sort(key=lambda row: (row["sparsity"], row["variant"]))
-        write(rows, out / f"{name}.csv")
-        print(f"\n{name}\n\n{table(rows, ('psnr', 'ssim'))}")
+    def show(rows):
+        print(harness.table(rows, ("psnr", "ssim"), {"rectify": "none"}, ("psnr", "ssim")))
+
+    harness.run("causes", Row, options, measure, show)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    harness.main(Options, causes)

@@ -1,44 +1,32 @@
 """Ways to sort the tokens of a head before they are cut into blocks, on attention inputs of the demo model.
 
-    python benchmarks/content_order.py [--prompts 4] [--block-size 64] [--only "in space"] [--out runs/content-order]
+    python -m studies.content_order --pairs 4 --block-size 64 --block-size 128 [--only "in space"]
 
-Attention calls of full-attention runs, all layers at two steps, seed 0. Tokens are moved to the order under test, the
-operator runs on them with a layout in space, and its output is moved back; "content" is what order="content" does.
-"order of N steps earlier" sorts by the same layer's q and k of an earlier step, or of the first where there are fewer
-than N before. A way that cannot make as many blocks as there are is left out. Writes content-order.csv, one line a
-prompt, way, block size and sparsity (means over layers and steps), and prints a Markdown table: mean [95% interval over
-the prompts].
+Tokens are moved to the order under test, the operator runs on them with blocks in space, and its output is moved back;
+"content" is what order="content" does. "order of N steps earlier" sorts by the same layer's q and k of an earlier step,
+or of the first where there are fewer than N before. A way that cannot make as many blocks as there are is left out.
 """
 
-import shlex
-import sys
-from collections import defaultdict
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from statistics import fmean
-from typing import Annotated, Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
-import typer
-from rich.progress import Progress
 
-from rectified_spaattn import SparseConfig, rectified_attention
-from rectified_spaattn.benchmark.record import Machine, machine, read_csv, write_csv
-from rectified_spaattn.demo.pipeline import load_demo_pipeline
-from rectified_spaattn.demo.prompts import PROMPTS
-from rectified_spaattn.evaluation.attention_error import full_attention
-from rectified_spaattn.evaluation.capture import AttentionCall, capture_calls
-from rectified_spaattn.evaluation.intervals import bootstrap
-from rectified_spaattn.evaluation.paired import Pair, Settings
-from rectified_spaattn.evaluation.selection import captured_mass, true_masses
-from rectified_spaattn.layout import TokenLayout
+from rectified_spaattn import SparseConfig, TokenLayout
+from rectified_spaattn.lab.calls.capture import AttentionCall
+from rectified_spaattn.lab.calls.error import full_attention, kept_mass
+from rectified_spaattn.lab.option import option
 from rectified_spaattn.method import arrange as library
 from rectified_spaattn.method.arrange import arrange, content_order, k_d_order, moments, put_back, sample_of
 
-STEPS = 12
+from . import harness
+from .harness import EXACT
+from .selectors import true_masses
+
 IN_USE = "content"
 Orders = tuple[torch.Tensor, torch.Tensor]  # of queries and of keys, each int64 [B, H, nb * b], places in the sequence
 Space = Callable[[AttentionCall, TokenLayout], torch.Tensor]  # the tiled tokens in it: [Z, n, 2D]
@@ -46,18 +34,17 @@ Cut = Callable[[torch.Tensor, int], torch.Tensor]  # features [Z, n, r] and bloc
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """Means over the calls of one prompt.
+class Row(harness.Row):
+    """Means over the calls of one pair.
 
     captured  full-attention mass on the critical blocks and the isolated tokens
     error     |out - full| / |full| over the video tokens
     """
 
-    prompt: str
-    seed: int
-    way: str
-    block_size: int
+    KEYS: ClassVar[tuple[str, ...]] = ("sparsity", "block_size", "way", "rectify")
     sparsity: float
+    block_size: int
+    way: str
     rectify: str
     captured: float
     error: float
@@ -65,53 +52,53 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
-    """sort(call, layout) gives the orders; back: how many steps earlier the call is; blocks: how many it can make."""
+    """sort(call, blocks) gives the orders; back: how many steps earlier the call is; blocks: how many it can make."""
 
     sort: Callable[[AttentionCall, TokenLayout], Orders]
     back: int = 0
     blocks: Callable[[int], bool] = lambda count: True
 
 
-def in_space(call: AttentionCall, layout: TokenLayout) -> Orders:
-    order = layout.tiled.expand(call.q.shape[0], call.q.shape[2], -1)
+def in_space(call: AttentionCall, blocks: TokenLayout) -> Orders:
+    order = blocks.tiled.expand(call.q.shape[0], call.q.shape[2], -1)
     return order, order
 
 
-def by_content(call: AttentionCall, layout: TokenLayout, **constants: int) -> Orders:
+def by_content(call: AttentionCall, blocks: TokenLayout, **constants: int) -> Orders:
     """The order in use; constants: those of method/arrange.py to replace."""
     with patch.dict(vars(library), constants):
-        order = content_order(call.q, call.k, layout.tiled, block_size=layout.block_size, scale=_scale(call))
+        order = content_order(call.q, call.k, blocks.tiled, block_size=blocks.block_size, scale=_scale(call))
     return order, order
 
 
-def by_directions(call: AttentionCall, layout: TokenLayout, *, cut: Cut, rank: int, space: Space) -> Orders:
+def by_directions(call: AttentionCall, blocks: TokenLayout, *, cut: Cut, rank: int, space: Space) -> Orders:
     """One order for queries and keys."""
-    order = _placed(cut(principal(space(call, layout), rank), layout.block_size), call, layout)
+    order = _placed(cut(principal(space(call, blocks), rank), blocks.block_size), call, blocks)
     return order, order
 
 
-def apart(call: AttentionCall, layout: TokenLayout) -> Orders:
+def apart(call: AttentionCall, blocks: TokenLayout) -> Orders:
     """Queries by the features of queries alone, keys by those of keys alone."""
-    q, k = weighted(call, layout).chunk(2, dim=2)
-    order_q, order_k = (_placed(k_d(principal(half, 8), layout.block_size), call, layout) for half in (q, k))
+    q, k = weighted(call, blocks).chunk(2, dim=2)
+    order_q, order_k = (_placed(k_d(principal(half, 8), blocks.block_size), call, blocks) for half in (q, k))
     return order_q, order_k
 
 
-def keys_only(call: AttentionCall, layout: TokenLayout) -> Orders:
-    return in_space(call, layout)[0], apart(call, layout)[1]
+def keys_only(call: AttentionCall, blocks: TokenLayout) -> Orders:
+    return in_space(call, blocks)[0], apart(call, blocks)[1]
 
 
-def weighted(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+def weighted(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     """[q M_k½, k M_q½] of every tiled token: the space in which content_order looks for directions."""
-    weigh = moments(sample_of(call.q, layout.tiled), sample_of(call.k, layout.tiled), _scale(call)).weigh
+    weigh = moments(sample_of(call.q, blocks.tiled), sample_of(call.k, blocks.tiled), _scale(call)).weigh
     values, vectors = torch.linalg.eigh(weigh.double())
     half = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.transpose(1, 2)
-    return _tokens(call, layout) @ half.float()
+    return _tokens(call, blocks) @ half.float()
 
 
-def unweighted(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+def unweighted(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     """[q, k], each over its standard deviation."""
-    halves = _tokens(call, layout).chunk(2, dim=2)
+    halves = _tokens(call, blocks).chunk(2, dim=2)
     return torch.cat([half / half.var(1).sum(1).sqrt()[:, None, None] for half in halves], dim=2)
 
 
@@ -196,126 +183,82 @@ WAYS: dict[str, Way] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(harness.Options):
+    sparsity: tuple[float, ...] = option("Share of blocks to drop.", (0.9,))
+    block_size: tuple[int, ...] = option("Tokens a block.", (64,))
+    only: tuple[str, ...] = option(f"Ways to sort; {IN_USE!r} comes along.", (), choices=tuple(WAYS), unset="all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = sorted(set(self.only) - set(WAYS))
+        if unknown:
+            raise ValueError(f"only: got {unknown}; allowed: {', '.join(WAYS)}.")
+
+
 def judge(
-    call: AttentionCall, full: torch.Tensor, layout: TokenLayout, orders: Orders, configs: list[SparseConfig]
-) -> list[tuple[float, float]]:
-    """(captured, error) of Row under every config. full: full_attention(call); layout: in space."""
-    tiled, (order_q, order_k) = layout.tiled, orders
-    q, k, v = arrange(call.q, tiled, order_q), arrange(call.k, tiled, order_k), arrange(call.v, tiled, order_k)
-    true = true_masses(replace(call, q=q, k=k, v=v), layout)
-    start = layout.text if layout.text_first else 0
-    video = slice(start, start + layout.video)
-    found = []
+    call: AttentionCall, full: torch.Tensor, orders: Orders, configs: Sequence[SparseConfig]
+) -> list[dict[str, float]]:
+    """What Row measures, under every config. full: full_attention(call); configs: of one block size, in space."""
+    blocks, (order_q, order_k) = call.blocks(configs[0]), orders
+    q, k, v = (arrange(x, blocks.tiled, o) for x, o in ((call.q, order_q), (call.k, order_k), (call.v, order_k)))
+    moved = replace(call, q=q, k=k, v=v)
+    true = true_masses(moved, blocks)
+    results = []
     for config in configs:
-        out, stats = rectified_attention(q, k, v, layout, config, text_mask=call.text_mask, return_stats=True)
-        wrong = put_back(out, tiled, order_q)[:, video] - full[:, video]
-        found.append((captured_mass(stats.block_mask[0], true), (wrong.norm() / full[:, video].norm()).item()))
-    return found
+        out, stats = moved.sparse(config)
+        wrong = (put_back(out, blocks.tiled, order_q) - full)[:, call.video]
+        error = (wrong.norm() / full[:, call.video].norm()).item()
+        results.append({"captured": kept_mass(stats.block_mask[0], true), "error": error})
+    return results
 
 
-def rows_of(
-    pipe: Any, pair: Pair, settings: Settings, steps: list[int], names: list[str], configs: list[SparseConfig]
-) -> list[Row]:
-    wanted = {max(0, step - WAYS[name].back) for step in steps for name in names}
-    calls = {step: capture_calls(pipe, pair, settings, step=step) for step in sorted(wanted)}
-    found = defaultdict(list)
-    for step, size in ((step, size) for step in steps for size in dict.fromkeys(each.block_size for each in configs)):
-        some = [config for config in configs if config.block_size == size]
-        for call in calls[step]:
-            layout, full = call.layout(size), full_attention(call)
-            for name in names:
-                way = WAYS[name]
-                if way.blocks(layout.num_blocks):
-                    orders = way.sort(calls[max(0, step - way.back)][call.layer], layout)
-                    for config, values in zip(some, judge(call, full, layout, orders, some), strict=True):
-                        found[size, config.sparsity, name].append(values)
-    return [
-        Row(
-            prompt=pair.prompt,
-            seed=pair.seed,
-            way=name,
-            block_size=size,
-            sparsity=sparsity,
-            rectify=configs[0].rectify,
-            **dict(zip(("captured", "error"), map(fmean, zip(*values, strict=True)), strict=True)),
-        )
-        for (size, sparsity, name), values in found.items()
-    ]
+def judge_all(calls: Sequence[AttentionCall], names: Sequence[str], options: Options) -> Iterator[dict[str, Any]]:
+    """Every way on the calls of one run that the options ask for; of other steps only q and k serve, to sort by."""
+    by_place = {(call.step, call.layer): call for call in calls}
+    for call, size in itertools.product(calls, options.block_size):
+        if call.step not in options.step:
+            continue
+        configs = [EXACT.replace(block_size=size, rectify="row", sparsity=each) for each in options.sparsity]
+        blocks, full = call.blocks(configs[0]), full_attention(call)
+        for name in names:
+            way = WAYS[name]
+            if not way.blocks(blocks.num_blocks):
+                continue
+            orders = way.sort(by_place[max(0, call.step - way.back), call.layer], blocks)
+            for config, values in zip(configs, judge(call, full, orders, configs), strict=True):
+                setting = {"sparsity": config.sparsity, "block_size": size, "way": name, "rectify": config.rectify}
+                yield setting | values
 
 
-def table(rows: list[Row]) -> str:
-    lines = [
-        f"| sort | block | sparsity | captured mass | error | less that of {IN_USE!r}, prompt by prompt |",
-        "|---|---|---|---|---|---|",
-    ]
-    places: dict[tuple[int, float, str], list[Row]] = defaultdict(list)
-    for row in rows:
-        places[row.block_size, row.sparsity, row.way].append(row)
-    for (size, sparsity, way), mine in sorted(places.items(), key=lambda item: item[0][:2]):
-        cells = [bootstrap([row.captured for row in mine]).text(3), bootstrap([row.error for row in mine]).text(3)]
-        in_use = places[size, sparsity, IN_USE]
-        gaps = [row.error - other.error for row, other in zip(mine, in_use, strict=True)]
-        cells.append("" if way == IN_USE else bootstrap(gaps).text(3, "+"))
-        lines.append(f"| {way} | {size} | {sparsity:.0%} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def show(rows: list[Row], made_on: Machine) -> None:
-    print(f"\n{len({row.prompt for row in rows})} prompts, seed 0, rectify {rows[0].rectify!r}; ", end="")
-    print(f"{made_on.device}, torch {made_on.torch}; {made_on.command}")
-    print("mean [95% interval of the mean, percentile bootstrap over the prompts]\n")
-    print(table(rows))
-    for size in dict.fromkeys(row.block_size for row in rows):
-        out = [way for way in WAYS if way not in {row.way for row in rows if row.block_size == size}]
-        print(f"\nNot measured at block size {size}: {', '.join(out) or 'nothing'}")
-
-
-def _tokens(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+def _tokens(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     """[q, k] of every tiled token, centred: [Z, n, 2D]."""
-    both = torch.cat([call.q, call.k], dim=3)[:, layout.tiled].transpose(1, 2).flatten(0, 1)
+    both = torch.cat([call.q, call.k], dim=3)[:, blocks.tiled].transpose(1, 2).flatten(0, 1)
     return both - both.mean(1, keepdim=True)
 
 
-def _placed(order: torch.Tensor, call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
-    return layout.tiled[order].view(call.q.shape[0], call.q.shape[2], -1)
+def _placed(order: torch.Tensor, call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+    return blocks.tiled[order].view(call.q.shape[0], call.q.shape[2], -1)
 
 
 def _scale(call: AttentionCall) -> float:
     return call.q.shape[-1] ** -0.5
 
 
-def main(
-    prompts: int = 4,
-    sparsity: Annotated[list[float] | None, typer.Option(show_default="0.9")] = None,
-    block_size: Annotated[list[int] | None, typer.Option(show_default="64")] = None,
-    step: Annotated[list[int] | None, typer.Option(help="Denoising steps of 12.", show_default="3 9")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Ways to sort; 'content' comes along.")] = None,
-    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 64,
-    out: Path = Path("runs/content-order"),
-    table_of: Annotated[Path | None, typer.Option(help="Print the table of an earlier run; measure nothing.")] = None,
-) -> None:
-    if table_of is not None:
-        show(*read_csv(table_of, Row))  # type: ignore[type-var]
-        return
-    unknown = set(only or ()) - set(WAYS)
-    if unknown:
-        raise typer.BadParameter(f"only: got {sorted(unknown)}; allowed: {', '.join(WAYS)}.")
-    names = [name for name in WAYS if not only or name in only or name == IN_USE]
-    configs = [
-        SparseConfig(block_size=each, sparsity=part, rectify="row", order="gilbert", neighbours=False, top_p=0.0)
-        for each in block_size or (64,)
-        for part in sparsity or (0.9,)
-    ]
-    pipe = load_demo_pipeline("cpu")
-    settings = Settings(height=size, width=size, num_frames=16, steps=STEPS)
-    rows: list[Row] = []
-    made_on = machine(torch.device("cpu"), shlex.join(["python", *sys.argv]))
-    with Progress() as progress:
-        for prompt in progress.track(PROMPTS[:prompts], description="prompts"):
-            rows += rows_of(pipe, Pair(prompt=prompt, seed=0), settings, step or [3, 9], names, configs)
-            write_csv(out / "content-order.csv", rows, made_on)  # a run that is stopped leaves what it measured
-    show(rows, made_on)
+def content_order_study(options: Options) -> None:
+    """Ways to sort the tokens of a head before they are cut into blocks."""
+    names = [name for name in WAYS if not options.only or name in options.only or name == IN_USE]
+    steps = {max(0, step - WAYS[name].back) for step in options.step for name in names}
+
+    def show(rows):
+        print(harness.table(rows, ("captured", "error"), {"way": IN_USE}, ("error",)))
+        for size in dict.fromkeys(row.block_size for row in rows):
+            out = [way for way in WAYS if way not in {row.way for row in rows if row.block_size == size}]
+            print(f"\nNot measured at block size {size}: {', '.join(out) or 'nothing'}")
+
+    measure = harness.on_calls(Row, options, lambda calls: judge_all(calls, names, options), sorted(steps))
+    harness.run("content_order", Row, options, measure, show)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    harness.main(Options, content_order_study)

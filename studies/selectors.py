@@ -10,14 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..attention import rectified_attention
-from ..config import SparseConfig
-from ..layout import TokenLayout
-from ..method.estimate import estimate
-from ..method.pool import Pooled, pool
-from ..method.select import select
-from .attention_error import block_masses, full_attention
-from .capture import AttentionCall
+from rectified_spaattn import SparseConfig, TokenLayout
+from rectified_spaattn.lab.calls.capture import AttentionCall
+from rectified_spaattn.lab.calls.error import block_masses, full_attention, kept_mass
+from rectified_spaattn.method.estimate import estimate
+from rectified_spaattn.method.pool import Pooled, pool
+from rectified_spaattn.method.select import select
 
 Selector = Callable[[AttentionCall, TokenLayout], torch.Tensor]
 IN_USE = "estimate P (in use)"
@@ -42,57 +40,57 @@ class SelectionRow:
     rectified: float
 
 
-def true_masses(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+def true_masses(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     """Exact masses of full attention, one query block at a time: float32 [H, nb, nb + 1], rows of sum 1."""
-    return torch.stack([block_masses(call, layout, head) for head in range(call.q.shape[2])])
+    return torch.stack([block_masses(call, blocks, head) for head in range(call.q.shape[2])])
 
 
-def estimated_masses(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+def estimated_masses(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     """P of the method, from the means of queries and keys: [H, nb, nb + 1], rows of sum 1, isolated tokens last."""
-    pooled = _pooled(call, layout)
-    valid = torch.cat([call.text_mask.new_ones(1, layout.leftover), call.text_mask[:1]], dim=1)
-    alone = call.k[:1, layout.isolated].transpose(1, 2)
-    return estimate(pooled.q, pooled.k, alone, valid, scale=_scale(call), block_size=layout.block_size)[0]
+    pooled = _pooled(call, blocks)
+    valid = torch.cat([call.text_mask.new_ones(1, blocks.leftover), call.text_mask[:1]], dim=1)
+    alone = call.k[:1, blocks.isolated].transpose(1, 2)
+    return estimate(pooled.q, pooled.k, alone, valid, scale=_scale(call), block_size=blocks.block_size)[0]
 
 
-def by_estimate(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+def by_estimate(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     """What the method uses."""
-    return estimated_masses(call, layout)[..., :-1]
+    return estimated_masses(call, blocks)[..., :-1]
 
 
-def by_second_order(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+def by_second_order(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     """P with ½ scale² Σ_d q̄²_nd Var_m,d added to every logit: the next term of the log of a block's mean exp."""
-    pooled, k = _pooled(call, layout), tiles(call.k, layout)[:1]
+    pooled, k = _pooled(call, blocks), tiles(call.k, blocks)[:1]
     spread = pooled.q.square() @ k.var(3, correction=0).transpose(-1, -2) * _scale(call) ** 2 / 2
     to_blocks = _scale(call) * pooled.q @ pooled.k.transpose(-1, -2) + spread
     # shares among the blocks alone: the isolated tokens are kept anyway and move all columns of a row alike
     return to_blocks.softmax(-1)[0]
 
 
-def by_quarter_blocks(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+def by_quarter_blocks(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     """P from means over a quarter of a block, summed over the quarters of a key block: 16 times the estimate's work."""
-    q, k = (tiles(x, layout)[0].unflatten(2, (4, -1)).mean(3).flatten(1, 2) for x in (call.q, call.k))
+    q, k = (tiles(x, blocks)[0].unflatten(2, (4, -1)).mean(3).flatten(1, 2) for x in (call.q, call.k))
     to_quarters = (_scale(call) * q @ k.transpose(-1, -2)).softmax(-1)  # [H, 4 nb, 4 nb]
     return to_quarters.unflatten(2, (-1, 4)).sum(3).unflatten(1, (-1, 4)).mean(2)
 
 
-def by_mean_query(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+def by_mean_query(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     """The masses that the mean query gives to every single key: only the queries are pooled."""
-    logits = _scale(call) * _pooled(call, layout).q @ tiles(call.k, layout)[:1].flatten(2, 3).transpose(-1, -2)
-    return logits.softmax(-1)[0].unflatten(-1, (layout.num_blocks, layout.block_size)).sum(-1)
+    logits = _scale(call) * _pooled(call, blocks).q @ tiles(call.k, blocks)[:1].flatten(2, 3).transpose(-1, -2)
+    return logits.softmax(-1)[0].unflatten(-1, (blocks.num_blocks, blocks.block_size)).sum(-1)
 
 
-def by_output_error(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+def by_output_error(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     """P_nm |v̄_m - out_n|: how far the output moves when block m is left out, out_n being the estimated output."""
-    probability, v = estimated_masses(call, layout), _pooled(call, layout).v[0]
+    probability, v = estimated_masses(call, blocks), _pooled(call, blocks).v[0]
     to_blocks = probability[..., :-1] / probability[..., :-1].sum(-1, keepdim=True)
     return to_blocks * torch.cdist(to_blocks @ v, v)  # [H, nb, nb]
 
 
-def by_chance(call: AttentionCall, layout: TokenLayout) -> torch.Tensor:
+def by_chance(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     """The floor; the same numbers for every call of a shape."""
     generator = torch.Generator().manual_seed(0)
-    shape = (call.q.shape[2], layout.num_blocks, layout.num_blocks)
+    shape = (call.q.shape[2], blocks.num_blocks, blocks.num_blocks)
     return torch.rand(shape, generator=generator).to(call.q.device)
 
 
@@ -106,10 +104,10 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
-def keep_best(scores: torch.Tensor, layout: TokenLayout, sparsity: float) -> torch.Tensor:
+def keep_best(scores: torch.Tensor, blocks: TokenLayout, sparsity: float) -> torch.Tensor:
     """The blocks a selector keeps at a sparsity, and no others: bool [H, nb, nb]. scores: [H, nb, nb], not negative."""
     exact = SparseConfig(sparsity=sparsity, top_p=0.0, neighbours=False)
-    return select(torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)[None], layout, exact)[0]
+    return select(torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)[None], blocks, exact)[0]
 
 
 def best_as_many(scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -130,57 +128,41 @@ def recall(kept: torch.Tensor, true: torch.Tensor) -> float:
     return ((kept & heaviest).sum(-1) / kept.sum(-1)).mean().item()
 
 
-def captured_mass(kept: torch.Tensor, true: torch.Tensor) -> float:
-    """Full-attention mass on the kept blocks and the isolated tokens, mean over rows. kept: bool [..., nb, nb]; true:
-    [..., nb, nb + 1].
-    """
-    return ((true[..., :-1] * kept).sum(-1) + true[..., -1]).mean().item()
-
-
-def study_selection(
-    call: AttentionCall,
-    config: SparseConfig,
-    sparsities: Sequence[float],
-    on_selector: Callable[[str], None] = lambda name: None,
-) -> list[SelectionRow]:
+def study_selection(call: AttentionCall, config: SparseConfig, sparsities: Sequence[float]) -> list[SelectionRow]:
     """At every sparsity every selector, on all heads of one call; batch 0 alone. config: block_size, order, rectify."""
-    call, order = first_sample(call).in_order(config.block_size, config.order)
-    config = config.replace(order=order)
-    layout = call.layout(config.block_size, order).on(call.q.device)
-    true, full = true_masses(call, layout), full_attention(call)
+    call, config = first_sample(call).in_order(config)
+    blocks = call.blocks(config)
+    true, full = true_masses(call, blocks), full_attention(call)
     rows = []
-    for name, selector in {ORACLE: lambda call, layout: true[..., :-1], **SELECTORS}.items():
-        scores = selector(call, layout)
+    for name, selector in {ORACLE: lambda call, blocks: true[..., :-1], **SELECTORS}.items():
+        scores = selector(call, blocks)
         for sparsity in sparsities:
-            kept = keep_best(scores, layout, sparsity)
+            kept = keep_best(scores, blocks, sparsity)
             plain, rectified = (
-                output_error(call, layout, config.replace(rectify=mode), kept, full)
-                for mode in ("none", config.rectify)
+                output_error(call, config.replace(rectify=mode), kept, full) for mode in ("none", config.rectify)
             )
             rows.append(
                 SelectionRow(
                     selector=name,
                     sparsity=sparsity,
                     recall=recall(kept, true),
-                    captured=captured_mass(kept, true),
+                    captured=kept_mass(kept, true),
                     plain=plain,
                     rectified=rectified,
                 )
             )
-        on_selector(name)
     return sorted(rows, key=lambda row: row.sparsity)
 
 
-def output_error(
-    call: AttentionCall, layout: TokenLayout, config: SparseConfig, kept: torch.Tensor, full: torch.Tensor
-) -> float:
+def output_error(call: AttentionCall, config: SparseConfig, kept: torch.Tensor, full: torch.Tensor) -> float:
     """|out - full| / |full| over the tiled tokens with the critical blocks `kept`, bool [H, nb, nb].
 
     call: one sample; full: what full_attention(call) gave.
     """
-    out = rectified_attention(call.q, call.k, call.v, layout, config, text_mask=call.text_mask, block_mask=kept[None])
-    exact = full[:, layout.tiled]
-    return ((out[:, layout.tiled] - exact).norm() / exact.norm()).item()
+    out, _ = call.sparse(config, block_mask=kept[None])
+    tiled = call.blocks(config).tiled
+    exact = full[:, tiled]
+    return ((out[:, tiled] - exact).norm() / exact.norm()).item()
 
 
 def first_sample(call: AttentionCall) -> AttentionCall:
@@ -188,9 +170,9 @@ def first_sample(call: AttentionCall) -> AttentionCall:
     return replace(call, q=call.q[:1], k=call.k[:1], v=call.v[:1], text_mask=call.text_mask[:1])
 
 
-def tiles(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+def tiles(x: torch.Tensor, blocks: TokenLayout) -> torch.Tensor:
     """[B, S, H, D] -> the tiled tokens, [B, H, nb, b, D]."""
-    return x[:, layout.tiled].transpose(1, 2).unflatten(2, (layout.num_blocks, layout.block_size))
+    return x[:, blocks.tiled].transpose(1, 2).unflatten(2, (blocks.num_blocks, blocks.block_size))
 
 
 def _rank(scores: torch.Tensor) -> torch.Tensor:
@@ -198,8 +180,8 @@ def _rank(scores: torch.Tensor) -> torch.Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
-def _pooled(call: AttentionCall, layout: TokenLayout) -> Pooled:
-    q, k, v = (tiles(x, layout)[:1] for x in (call.q, call.k, call.v))
+def _pooled(call: AttentionCall, blocks: TokenLayout) -> Pooled:
+    q, k, v = (tiles(x, blocks)[:1] for x in (call.q, call.k, call.v))
     return pool(q, k, v)
 
 

@@ -1,37 +1,34 @@
 """What to do with dropped blocks: variants of the rectification as dense matrices, judged by calls and by clips.
 
-    python benchmarks/tail_variants.py [--prompts 8] [--block-size 64] [--sparsity 0.9] [--out runs/tail]
+    python -m studies.tail_variants --pairs 8 --batch 8 [--only "row + s2"] [--calls-only]
 
-Every variant shares the blocks kept (the pooled estimate picks them, but for "sel ..."), on the demo model, with exact
-sparsity. Writes tail-ORDER-BLOCK.csv, a line a variant and sparsity: the error of single attention calls that full
-attention led to, and PSNR and SSIM of whole clips made with the variant, means and half widths of their 95% intervals.
-Nothing here is fast: it computes full attention and throws parts away.
+Every variant shares the blocks kept (the pooled estimate picks them, but for "sel ..."), with exact sparsity. `error`
+is that of single attention calls that full attention led to. Nothing here is fast: it computes full attention and
+throws parts away.
 """
 
 import itertools
 import math
-import shlex
-import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from statistics import fmean, stdev
-from typing import Annotated
+from statistics import fmean
+from typing import ClassVar
 
 import torch
-import typer
 
-from rectified_spaattn import SparseConfig, TokenLayout
-from rectified_spaattn.benchmark.record import machine, write_csv
-from rectified_spaattn.demo.pipeline import load_demo_pipeline
-from rectified_spaattn.demo.prompts import PROMPTS
-from rectified_spaattn.evaluation.capture import attending
-from rectified_spaattn.evaluation.metrics import psnr, ssim
+from rectified_spaattn import TokenLayout
+from rectified_spaattn.lab.calls.capture import attending
+from rectified_spaattn.lab.clips.metrics import psnr, ssim
+from rectified_spaattn.lab.option import option
 from rectified_spaattn.method.gain import gain
 from rectified_spaattn.method.pool import pool
 from rectified_spaattn.method.select import top_k_of
 from rectified_spaattn.pipelines.state import LayerState, key_text_mask
+
+from . import harness
+from .harness import EXACT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +93,15 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    layout: TokenLayout,
+    blocks: TokenLayout,
     valid: torch.Tensor,
     sparsity: float,
 ) -> torch.Tensor:
     """q, k, v: [B, S, H, D]; valid: bool [B, text]. Returns [B, S, H, D]; isolated queries attend in full."""
-    scale, b, nb = q.shape[-1] ** -0.5, layout.block_size, layout.num_blocks
-    order = torch.cat([layout.tiled, layout.isolated])
+    scale, b, nb = q.shape[-1] ** -0.5, blocks.block_size, blocks.num_blocks
+    order = torch.cat([blocks.tiled, blocks.isolated])
     q, k, v = (x[:, order].transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
-    sees = torch.cat([valid.new_ones(len(valid), nb * b + layout.leftover), valid], 1)[:, None, None]
+    sees = torch.cat([valid.new_ones(len(valid), nb * b + blocks.leftover), valid], 1)[:, None, None]
     logits = (scale * q @ k.transpose(-1, -2)).masked_fill_(~sees, -math.inf)
     top = logits.amax(-1, keepdim=True)
     weight = (logits - top).exp_()  # [B, H, S, S]
@@ -183,89 +180,85 @@ class Layer(LayerState):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
     ) -> torch.Tensor:
-        layout = self._layout(q.shape[1]).on(q.device)
-        valid = key_text_mask(mask, layout)
+        blocks = self._layout(q.shape[1]).on(q.device)
+        valid = key_text_mask(mask, blocks)
         if valid is None:
-            valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
-        return self.run(self.index, self.owner.step, q, k, v, layout, valid)
+            valid = q.new_ones(q.shape[0], blocks.text, dtype=torch.bool)
+        return self.run(self.index, self.owner.step, q, k, v, blocks, valid)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One variant at one sparsity: means over layers, steps and prompts; clips' columns are None without clips."""
+class Options(harness.Options):
+    sparsity: tuple[float, ...] = option("Share of blocks to drop.", (0.9,))
+    step: tuple[int, ...] = option("Denoising steps whose attention calls are judged, from 0.", (2, 6, 10))
+    block_size: int = option("Tokens a block.", EXACT.block_size)
+    order: str = option("How tokens are put in blocks, in space.", EXACT.order)
+    only: tuple[str, ...] = option("Variants.", (), choices=tuple(VARIANTS), unset="all")
+    calls_only: bool = option("No clips.", False)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = sorted(set(self.only) - set(VARIANTS))
+        if unknown:
+            raise ValueError(f"only: got {unknown}; allowed: {', '.join(VARIANTS)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(harness.Row):
+    """One pair: error is the mean over layers and steps; psnr and ssim of the clip, NaN without clips."""
+
+    KEYS: ClassVar[tuple[str, ...]] = ("sparsity", "variant", "block_size", "order")
     sparsity: float
     variant: str
     block_size: int
     order: str
     error: float
-    psnr: float | None = None
-    ssim: float | None = None
-    psnr_half_width: float | None = None
-    ssim_half_width: float | None = None
+    psnr: float = math.nan
+    ssim: float = math.nan
 
 
-def half_width(values: list[float]) -> float:
-    """Of the 95% interval of the mean."""
-    return 1.96 * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def tail_variants(options: Options) -> None:
+    """What to do with dropped blocks."""
+    config = EXACT.replace(block_size=options.block_size, order=options.order)
+    chosen = {name: VARIANTS[name] for name in (options.only or VARIANTS)}
 
+    def clips(pipe, pairs, attend_by):
+        noise = [torch.Generator().manual_seed(pair.seed) for pair in pairs]
+        run = {"height": options.size, "width": options.size, "num_inference_steps": options.steps}
+        with attending(pipe, config, partial(Layer, run=attend_by)):
+            return pipe([pair.prompt for pair in pairs], **run, generator=noise).frames.float()
 
-@torch.inference_mode()
-def main(
-    prompts: int = 8,
-    block_size: int = 64,
-    order: str = "gilbert",
-    sparsity: Annotated[list[float] | None, typer.Option()] = None,
-    only: Annotated[list[str] | None, typer.Option()] = None,
-    calls_only: bool = False,
-    out: Path = Path("runs/tail"),
-) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = load_demo_pipeline(device)
-    pipe.set_progress_bar_config(disable=True)
-    asked = list(PROMPTS[:prompts])
-    chosen = {name: VARIANTS[name] for name in (only or VARIANTS)}
-    sparsities = sparsity or [0.9]
-    config = SparseConfig(block_size=block_size, order=order)
+    @torch.inference_mode()
+    def measure(pipe, pairs, say):
+        pipe.set_progress_bar_config(disable=True)
+        errors: dict[tuple[float, str], list[list[float]]] = defaultdict(list)  # of calls, of pairs
 
-    def clips(run: Callable[..., torch.Tensor]) -> torch.Tensor:
-        noise = [torch.Generator().manual_seed(0) for _ in asked]
-        with attending(pipe, config, partial(Layer, run=run)):
-            return pipe(asked, generator=noise).frames.float()
+        def judge(layer, step, q, k, v, blocks, valid):
+            exact = attend(Variant(tail="none"), q, k, v, blocks, valid, 0.0)
+            if step in options.step and (not options.layer or layer in options.layer):
+                for sparsity, (name, variant) in itertools.product(options.sparsity, chosen.items()):
+                    apart = (attend(variant, q, k, v, blocks, valid, sparsity) - exact).flatten(1).norm(dim=1)
+                    errors[sparsity, name].append((apart / exact.flatten(1).norm(dim=1)).tolist())
+            return exact
 
-    errors: dict[tuple[str, float, int], list[float]] = {}
+        full = clips(pipe, pairs, judge)
+        for sparsity, (name, variant) in itertools.product(options.sparsity, chosen.items()):
+            say(f"{name} at {sparsity:g}")
+            scores = [{} for _ in pairs]
+            if not options.calls_only:
+                video = clips(pipe, pairs, lambda _, __, *call, s=sparsity, w=variant: attend(w, *call, s))
+                both = zip(psnr(video, full).tolist(), ssim(video, full).tolist(), strict=True)
+                scores = [{"psnr": peak, "ssim": similar} for peak, similar in both]
+            of_pairs = map(fmean, zip(*errors[sparsity, name], strict=True))
+            for pair, error, score in zip(pairs, of_pairs, scores, strict=True):
+                setting = dict(zip(Row.KEYS, (sparsity, name, options.block_size, options.order), strict=True))
+                yield Row(prompt=pair.prompt, seed=pair.seed, **setting, error=error, **score)
 
-    def watch(layer, step, q, k, v, layout, valid):
-        exact = attend(Variant(tail="none"), q, k, v, layout, valid, 0.0)
-        if step in (2, 6, 10):
-            for sparse, (name, variant) in itertools.product(sparsities, chosen.items()):
-                difference = attend(variant, q, k, v, layout, valid, sparse) - exact
-                relative = difference.flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
-                errors.setdefault((name, sparse, layer), []).extend(relative.tolist())
-        return exact
+    def show(rows):
+        print(harness.table(rows, ("error", "psnr", "ssim"), {"variant": "none"}, ("psnr",)))
 
-    full = clips(watch)
-    rows: list[Row] = []
-    made_on = machine(pipe.device, shlex.join(["python", *sys.argv]))
-    print("| sparsity | variant | error | by layer | PSNR, dB | SSIM |\n|---|---|---|---|---|---|")
-    for sparse, (name, variant) in itertools.product(sparsities, chosen.items()):
-        layers = [fmean(values) for place, values in sorted(errors.items()) if place[:2] == (name, sparse)]
-        quality: dict[str, float] = {}
-        told = " | "
-        if not calls_only:
-            video = clips(
-                lambda _, __, q, k, v, layout, valid, s=sparse, w=variant: attend(w, q, k, v, layout, valid, s)
-            )
-            for score in (psnr, ssim):
-                values = [score(a[None], b[None]).item() for a, b in zip(video, full, strict=True)]
-                quality |= {score.__name__: fmean(values), f"{score.__name__}_half_width": half_width(values)}
-            told = " | ".join(f"{quality[each]:.3f} ± {quality[f'{each}_half_width']:.3f}" for each in ("psnr", "ssim"))
-        row = Row(sparsity=sparse, variant=name, block_size=block_size, order=order, error=fmean(layers), **quality)
-        rows.append(row)
-        by_layer = " ".join(f"{each:.3f}" for each in layers)
-        print(f"| {sparse:g} | {name} | {row.error:.3f} | {by_layer} | {told} |", flush=True)
-        write_csv(out / f"tail-{order}-{block_size}.csv", rows, made_on)  # a stopped run leaves what it measured
+    harness.run("tail_variants", Row, options, measure, show)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    harness.main(Options, tail_variants)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rectified_spaattn.demo.model import PATCH_SIZE
+from rectified_spaattn.lab.demo_model.model import PATCH_SIZE
 
 POSITIVE = (
     "minutes",

@@ -1,6 +1,6 @@
 """Draw a contact sheet of the demo model: one row a prompt, one column a frame.
 
-    python -m studies.demo_model.contact_sheet --out docs/images/contact-sheet.png
+python -m studies.demo_model.contact_sheet --out docs/images/contact-sheet.png
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 import typer
 from torch import Tensor
 
-from rectified_spaattn.demo.pipeline import DEFAULT_STEPS, WEIGHTS, load_demo_pipeline
-from rectified_spaattn.demo.prompts import PROMPTS
+from rectified_spaattn.lab.demo_model.pipeline import DEFAULT_STEPS, WEIGHTS, load_demo_pipeline
+from rectified_spaattn.lab.demo_model.prompts import PROMPTS
 
 
 def draw_sheet(videos: Tensor, captions: list[str], path: Path, columns: int = 8) -> None:

@@ -1,6 +1,6 @@
 """Draw the training log of the packaged weights.
 
-    python -m studies.demo_model.loss_figure --out docs/images/loss.png
+python -m studies.demo_model.loss_figure --out docs/images/loss.png
 """
 
 from __future__ import annotations

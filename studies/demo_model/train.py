@@ -1,6 +1,6 @@
 """Train the demo model: flow matching on videos drawn as they are needed. Needs torch 2.9 or newer for Muon.
 
-    python -m studies.demo_model.train --out runs/demo [--config studies/demo_model/train.yaml]
+python -m studies.demo_model.train --out runs/demo [--config studies/demo_model/train.yaml]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rectified_spaattn.demo.model import build_caption_encoder, build_transformer, tokenize
+from rectified_spaattn.lab.demo_model.model import build_caption_encoder, build_transformer, tokenize
 from rectified_spaattn.lab.rows import write_rows
 
 from .config import TrainingConfig

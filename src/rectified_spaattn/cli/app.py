@@ -14,7 +14,7 @@ from ..lab.bench.shapes import BenchError
 from .bench import op
 from .bench_model import model
 from .doctor import doctor
-from .inspect import InspectOptions
+from .inspect import inspect
 from .options import command
 
 
@@ -82,13 +82,6 @@ def evaluate(options: EvaluateOptions) -> None:
     run(options)
 
 
-def inspect(options: InspectOptions) -> None:
-    """Look into one attention head: its error under every rectify mode, and where its attention goes."""
-    from .inspect_run import run
-
-    run(options)
-
-
 def demo(options: DemoOptions) -> None:
     """Generate the same videos with full, sparse and rectified attention, and write a report about them."""
     from .demo import run
@@ -98,5 +91,5 @@ def demo(options: DemoOptions) -> None:
 
 app.command()(command(GenerateOptions, generate))
 app.command()(command(EvaluateOptions, evaluate))
-app.command()(command(InspectOptions, inspect))
+app.command(name="inspect")(inspect)
 app.command()(command(DemoOptions, demo))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...attention import SparseStats, rectified_attention
 from ...config import SparseConfig
 from ...layout import TokenLayout
 from ...method.arrange import arrange, content_order
@@ -16,6 +17,10 @@ from ...pipelines.adapters import adapter_for
 from ...pipelines.processor import check_processor, dense_backend, wrap
 from ...pipelines.state import LayerState, RunClock, TransformerState, key_text_mask
 from ..clips.clip import Pair, full_mode, generate_batch
+
+
+class CaptureError(RuntimeError):
+    """A run did not show what was to be captured, or cannot. The message says why."""
 
 
 class _EndRun(Exception):
@@ -47,6 +52,13 @@ class AttentionCall:
         """How `config` cuts this call's tokens into blocks, on the call's device. ValueError as TokenLayout.build."""
         layout = TokenLayout.build(self.grid, self.text_mask.shape[1], self.text_first, config.block_size, config.order)
         return layout.on(self.q.device)
+
+    def sparse(self, config: SparseConfig, **options: Any) -> tuple[torch.Tensor, SparseStats]:
+        """rectified_attention on this call: its output [B, S, H, D] and its stats; options, errors: as it has them."""
+        blocks = self.blocks(config)
+        return rectified_attention(
+            self.q, self.k, self.v, blocks, config, text_mask=self.text_mask, return_stats=True, **options
+        )
 
     @property
     def video(self) -> slice:
@@ -125,8 +137,8 @@ def capture_attention(
     the run. Attention runs in full, and on exit every processor is back. With classifier-free guidance in two calls the
     first of them is kept.
 
-    Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, RuntimeError where
-    the model is enabled already or a step never ran.
+    Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, CaptureError where
+    the model is enabled already or a step never ran in it.
     """
     calls: list[AttentionCall] = []
     recorder = partial(_Recorder, wanted=set(steps), device=torch.device(device), calls=calls)
@@ -134,7 +146,10 @@ def capture_attention(
         yield calls
     missing = sorted(set(steps) - {call.step for call in calls})
     if missing:
-        raise RuntimeError(f"capture_attention: steps {missing} never ran inside; allowed: steps of the run, from 0.")
+        raise CaptureError(
+            f"steps: {missing} never ran in {type(pipe.transformer).__name__}; allowed: steps of the run, from 0, that "
+            "the pipeline's first transformer makes."
+        )
 
 
 def capture_calls(
@@ -149,8 +164,8 @@ def capture_calls(
 ) -> list[AttentionCall]:
     """What `capture_attention` fills its list with, from one generation of all pairs that ends after the last step.
 
-    arguments: of the pipeline's call. on_step gets how many steps have run. Raises as `capture_attention`
-    and `generate` do.
+    arguments: further ones of the pipeline's call. on_step gets how many steps have run. Raises as `capture_attention`
+    and `generate_batch` do.
     """
 
     def after_step(count: int, total: int, density: float | None) -> None:
@@ -170,7 +185,7 @@ def attending(
     """Inside, self-attention of the pipeline's transformer is that of layers of the caller's own.
 
     make(index=, name=, owner=, dense_backend=) gives a layer; config: what its layout is built from; layers: indices,
-    None for all. On exit every processor is back. Raises TypeError, ValueError and RuntimeError as capture_attention.
+    None for all. On exit every processor is back. Raises as capture_attention.
     """
     model = pipe.transformer
     adapter = adapter_for(model)
@@ -180,7 +195,7 @@ def attending(
     if beyond:
         raise ValueError(f"layers: got {beyond}; allowed: 0 to {len(attentions) - 1}.")
     if any(hasattr(module.processor, "rectified_layer") for _, module in attentions):
-        raise RuntimeError("attention of this pipeline: the model is enabled; call disable() of its handle first.")
+        raise CaptureError("attention of this pipeline: the model is enabled; call disable() of its handle first.")
 
     state = TransformerState(config=config, backend="auto", clock=RunClock(pipe), text_first=adapter.text_first)
     originals = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from ...attention import SparseStats, rectified_attention
+from ...attention import SparseStats
 from ...config import SparseConfig
 from ...layout import TokenLayout
 from .capture import AttentionCall
@@ -40,16 +40,7 @@ def attention_error(
     full: `full_attention(call)`, to compute it once for many configs. Raises as rectified_attention does.
     """
     full = full_attention(call) if full is None else full
-    out, stats = rectified_attention(
-        call.q,
-        call.k,
-        call.v,
-        call.blocks(config),
-        config,
-        text_mask=call.text_mask,
-        backend=backend,
-        return_stats=True,
-    )
+    out, stats = call.sparse(config, backend=backend)
     error = (out - full)[:, call.video].norm() / full[:, call.video].norm()
     return AttentionError(relative_error=error.item(), density=stats.density, stats=stats)
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...attention import rectified_attention
 from ...config import RECTIFY_MODES, SparseConfig
 from ...layout import TokenLayout
 from .capture import AttentionCall
@@ -83,7 +82,7 @@ def one_head(call: AttentionCall, head: int, device: torch.device | str = "cpu")
     return replace(call, **alone, text_mask=call.text_mask[:1].to(device))
 
 
-def output_masses(call: AttentionCall, config: SparseConfig) -> torch.Tensor:
+def output_masses(call: AttentionCall, config: SparseConfig, backend: str = "auto") -> torch.Tensor:
     """How the output of a call weighs the values of every block, whatever the rectify mode: float32 [nb, nb + 1].
 
     call: one head; config: with an order in space. An output is linear in the values, so it is computed for values that
@@ -97,7 +96,7 @@ def output_masses(call: AttentionCall, config: SparseConfig) -> torch.Tensor:
     for first in range(0, num_blocks + 1, channels):
         wanted = torch.arange(first, first + channels, device=block_of.device)
         values = (block_of[:, None] == wanted).to(call.v)[None, :, None]  # [1, S, 1, D]
-        out = rectified_attention(call.q, call.k, values, blocks, config, text_mask=call.text_mask)
+        out, _ = replace(call, v=values).sparse(config, backend=backend)
         columns.append(out[0, blocks.tiled, 0].view(num_blocks, blocks.block_size, channels).mean(1))
     return torch.cat(columns, dim=1)[:, : num_blocks + 1]
 
@@ -107,6 +106,8 @@ def study_head(
     config: SparseConfig,
     sparsities: Sequence[float],
     modes: Sequence[str] = RECTIFY_MODES,
+    *,
+    backend: str = "auto",
     on_result: OnResult = lambda name: None,
 ) -> HeadStudy:
     """Every rectify mode at every sparsity on one head; all else as in `config`.
@@ -128,15 +129,17 @@ def study_head(
     results = []
     for sparsity in sparsities:
         for mode in modes:
-            results.append(_result(call, config.replace(sparsity=sparsity, rectify=mode), exact, full))
+            results.append(_result(call, config.replace(sparsity=sparsity, rectify=mode), exact, full, backend))
             on_result(f"{mode} at {sparsity:.4g}")
     return HeadStudy(order=order, blocks=blocks, full=full.cpu(), results=tuple(results))
 
 
-def _result(call: AttentionCall, config: SparseConfig, exact: torch.Tensor, full: torch.Tensor) -> HeadResult:
-    error = attention_error(call, config, full=exact)
+def _result(
+    call: AttentionCall, config: SparseConfig, exact: torch.Tensor, full: torch.Tensor, backend: str
+) -> HeadResult:
+    error = attention_error(call, config, full=exact, backend=backend)
     critical, compensated = error.stats.block_mask[0, 0], error.stats.compensated[0, 0]
-    masses = output_masses(call, config)
+    masses = output_masses(call, config, backend)
     apart = masses - full  # rows sum to 0
     on_kept = (apart[:, :-1] * critical).sum(1) + apart[:, -1]
     on_compensated = (apart[:, :-1] * compensated).sum(1)  # what is too much here is too little in R

@@ -48,7 +48,7 @@ def outputs_of(options: GenerateOptions, source: Source) -> Outputs:
     outputs = Outputs(clip=out, json=out.with_suffix(".json"), full=full, side_by_side=both)
     written = [outputs.clip, outputs.json, *((full, both) if options.compare else stale(outputs))]
     try:
-        _check_writable(out.parent)
+        check_writable(out.parent)
         for path in written:
             if path.is_symlink() and not path.exists():
                 raise ClipError(f"--out: got {path}, a link to what is not there; allowed: a file. Remove the link.")
@@ -183,7 +183,7 @@ def file_hash(path: str | None) -> str | None:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Raises OSError unless a file can be made in the folder, or in the one it will be made in."""
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent

@@ -42,6 +42,11 @@ class DemoVideoPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, caption_encoder=caption_encoder, scheduler=scheduler)
 
+    @property
+    def num_timesteps(self) -> int:
+        """Denoising steps of the current or last call, as pipelines of diffusers have it."""
+        return len(self.scheduler.timesteps)
+
     def encode_prompt(self, prompt: str | list[str], device: torch.device) -> dict[str, Tensor]:
         """The transformer's text arguments: embeddings [B, 32, E], mask bool [B, 32], pooled [B, E]."""
         ids, mask = (tensor.to(device) for tensor in tokenize(prompt))
