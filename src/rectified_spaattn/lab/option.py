@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
-from ..config import PRESET_NAMES, RECTIFY_MODES, SparseConfig, preset
-from ..curve import ORDERS
+from ..config import ORDERS, RECTIFY, SparseConfig
+from ..presets import PRESET_NAMES, preset
 
 DEFAULT = SparseConfig()
 
@@ -26,8 +26,8 @@ class ConfigOptions:
     """The method's settings, as a command takes them. What is None stays as the preset or SparseConfig() has it."""
 
     preset: str | None = option(f"Settings of a model: {PRESET_NAMES}.", None, unset="SparseConfig()")
-    rectify: str | None = option("Mode.", None, choices=RECTIFY_MODES, unset=f"the preset's; {DEFAULT.rectify}")
-    order: str | None = option("Of the tokens.", None, choices=tuple(ORDERS), unset=f"the preset's; {DEFAULT.order}")
+    rectify: str | None = option("Mode.", None, choices=tuple(RECTIFY), unset=f"the preset's; {DEFAULT.rectify}")
+    order: str | None = option("Of the tokens.", None, choices=ORDERS, unset=f"the preset's; {DEFAULT.order}")
     block_size: int | None = option("Tokens a block.", None, unset=f"the preset's; {DEFAULT.block_size}")
 
     def config(self, **more: Any) -> SparseConfig:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ...config import preset as preset_of
 from ...pipelines.adapters import default_configs
+from ...presets import preset as preset_of
 from ..machine import machine
 from ..rows import write_atomically
 from .clip import Clip, Mode

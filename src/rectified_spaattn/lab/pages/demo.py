@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...config import RECTIFY_MODES
+from ...config import RECTIFY
 from ..calls.capture import AttentionCall
 from ..calls.error import attention_error, full_attention
 from ..calls.maps import one_head, study_head
@@ -144,7 +144,7 @@ def _errors(calls: Sequence[AttentionCall], options: DemoOptions) -> dict[float,
                 attention_error(call, options.paper(sparsity).replace(rectify=mode), full=full).relative_error
                 for call, full in zip(calls, exact, strict=True)
             ]
-            for mode in RECTIFY_MODES
+            for mode in RECTIFY
         }
         for sparsity in options.sparsity
     }
