@@ -2,7 +2,7 @@
 
 import torch
 
-from rectified_spaattn.evaluation.capture import AttentionCall
+from rectified_spaattn.lab.calls.capture import AttentionCall
 
 
 def smooth_call(

@@ -1,20 +1,16 @@
 """The dense-matrix variants of the tail study against the reference backend, where both know the mode."""
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from studies.tail_variants import VARIANTS, Layer, attend
 
 from cases import video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
-from rectified_spaattn.demo.pipeline import load_demo_pipeline
-from rectified_spaattn.demo.prompts import PROMPTS
-from rectified_spaattn.evaluation.capture import attending
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from tail_variants import VARIANTS, Layer, attend
+from rectified_spaattn.lab.calls.capture import attending
+from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
+from rectified_spaattn.lab.demo_model.prompts import PROMPTS
 
 MODES = {"none": "none", "ipar": "ipar", "ipar+gapr": "ipar+gapr", "row + s2, cap 2": "row"}
 
