@@ -97,19 +97,17 @@ class ResultRow:
 
 def run(options: InspectOptions) -> None:
     """Look into one attention head: its error under every rectify mode, and where its attention goes."""
-    from rich.console import Console
-
     from ..lab.calls.capture import CaptureError
     from ..lab.clips.evaluate import base_configs
-    from ..lab.clips.generate import check_writable
+    from ..lab.clips.single import check_writable
     from ..lab.clips.models import call_arguments, call_defaults, load, source_of
     from ..lab.machine import device_of, machine
     from ..lab.pages.html import write_inspection
     from ..lab.pages.maps import maps_figure
     from ..lab.rows import write_rows
-    from .console import print_wide, progress
+    from .console import plain_console, print_wide, progress
 
-    console, device = Console(), device_of(options.device)
+    console, device = plain_console(), device_of(options.device)
     try:
         check_writable(options.out)
     except OSError as error:

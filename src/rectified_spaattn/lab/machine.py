@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..backends.call import installed_version, triton_version
+from ..backends.calls import installed_version, triton_version
 
 DEVICES = ("auto", "cpu", "cuda")
 _PACKAGES = ("flash-attn-4", "diffusers", "transformers", "accelerate")

@@ -141,9 +141,7 @@ def missing(folder: Folder, modes: Sequence[Mode], pairs: Sequence[Pair]) -> dic
     return {pair: modes for pair, modes in todo.items() if modes}
 
 
-def complete(
-    pipe: Any, evaluation: Evaluation, folder: Folder, todo: dict[Pair, list[Mode]], on_step: OnClip
-) -> None:
+def complete(pipe: Any, evaluation: Evaluation, folder: Folder, todo: dict[Pair, list[Mode]], on_step: OnClip) -> None:
     """Generate and measure what is missing, pair after pair, so that a busy machine disturbs all modes alike.
 
     todo: what `missing` gave. on_step(mode, pair, steps done) is called before a clip and after each of its steps.

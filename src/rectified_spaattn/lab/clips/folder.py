@@ -31,6 +31,18 @@ _SAYS = "Made by rectified-spaattn, which replaces and removes its own files her
 _NAME_BYTES = 200  # of a prompt in a file name; file systems allow 255 in all
 
 
+def check_ours(root: Path) -> None:
+    """Raises ClipError where there is something that is not of this package."""
+    if root.exists() and not root.is_dir():
+        raise ClipError(f"{root}: got a file; allowed: a folder.")
+    there = {path.name for path in root.iterdir()} - {LOCK} if root.is_dir() else set()
+    if there and MARK not in there:
+        raise ClipError(
+            f"{root}: got a folder with files that are not of this command (it has no {MARK}); allowed: an empty or a "
+            "new folder, or one that this command made."
+        )
+
+
 class Folder:
     """root: the folder, made where it is missing. prompts: all of the evaluation, in their order.
 
@@ -46,8 +58,8 @@ class Folder:
     ) -> None:
         self.root = root
         self._place = {prompt: place for place, prompt in enumerate(prompts)}
-        self._settings = plain(settings)
-        self._digest = _digest(json.dumps(self._settings, sort_keys=True))
+        self.settings = plain(settings)
+        self._digest = _digest(json.dumps(self.settings, sort_keys=True))
         self._say = say
 
     @contextmanager
@@ -58,7 +70,7 @@ class Folder:
         root. anew: remove everything of an earlier run. Raises ClipError where the folder holds something else, clips
         of other settings, or where another run is at work in it.
         """
-        self._check_ours()
+        check_ours(self.root)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.root / LOCK, timeout=0)
@@ -78,8 +90,8 @@ class Folder:
                 self._clear(manifest)
             else:
                 self._check_settings(manifest)
-            if anew or manifest.get("settings") != self._settings:
-                text = json.dumps(plain({"settings": self._settings, "files": files, **facts}), indent=2) + "\n"
+            if anew or manifest.get("settings") != self.settings:
+                text = json.dumps(plain({"settings": self.settings, "files": files, **facts}), indent=2) + "\n"
                 write_atomically(self.root / MANIFEST, lambda to: to.write_text(text, encoding="utf-8"))
             yield
 
@@ -96,12 +108,15 @@ class Folder:
             record = ClipRecord(**{**values, "step_seconds": tuple(values["step_seconds"])})
             _check_types(record)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            return self._again(path, f"cannot be read ({type(error).__name__}: {error})")
+            self._again(path, f"cannot be read ({type(error).__name__}: {error})")
+            return None
         if digest != self._digest or record.pair != pair or record.mode != mode:
-            return self._again(path, "is of other settings")
+            self._again(path, "is of other settings")
+            return None
         video = self.video(mode, pair)
         if not video.is_file() or video.stat().st_size != size:
-            return self._again(video, "is missing" if not video.is_file() else "has another size than when it was made")
+            self._again(video, "is missing" if not video.is_file() else "has another size than when it was made")
+            return None
         return record
 
     def write_record(self, record: ClipRecord) -> None:
@@ -128,8 +143,10 @@ class Folder:
             if len(tensors[self._digest].shape) == 4:
                 return tensors[self._digest]
         except (OSError, ValueError, SafetensorError, KeyError) as error:
-            return self._again(path, f"cannot be read ({type(error).__name__}: {error})")
-        return self._again(path, "holds no clip")
+            self._again(path, f"cannot be read ({type(error).__name__}: {error})")
+            return None
+        self._again(path, "holds no clip")
+        return None
 
     def write_reference(self, pair: Pair, video: torch.Tensor) -> None:
         from safetensors.torch import save  # save_file has a temporary file of its own, which a kill would leave
@@ -139,17 +156,6 @@ class Folder:
 
     def drop_reference(self, pair: Pair) -> None:
         self._reference_path(pair).unlink(missing_ok=True)
-
-    def _check_ours(self) -> None:
-        if self.root.exists() and not self.root.is_dir():
-            raise ClipError(f"{self.root}: got a file; allowed: a folder.")
-        if self.root.is_dir():
-            there = {path.name for path in self.root.iterdir()} - {LOCK}
-            if there and MARK not in there:
-                raise ClipError(
-                    f"{self.root}: got a folder with files that are not of this command (it has no {MARK}); "
-                    "allowed: an empty or a new folder, or one that this command made."
-                )
 
     def _manifest(self) -> dict[str, Any]:
         """What the manifest holds, nothing where it is missing or cannot be read."""
@@ -167,7 +173,7 @@ class Folder:
 
     def _check_settings(self, manifest: dict[str, Any]) -> None:
         """Other settings are an error once a clip is finished; before, the new ones take their place."""
-        changes = list(_differences("", manifest.get("settings", self._settings), self._settings))
+        changes = list(_differences("", manifest.get("settings", self.settings), self.settings))
         finished = len(list(self.root.glob("clips/*/*.json")))
         if changes and finished:
             raise ClipError(

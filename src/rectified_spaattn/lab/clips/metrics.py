@@ -2,8 +2,6 @@
 clip. LPIPS is in perceptual.py.
 """
 
-import math
-
 import torch
 
 _FRAMES_AT_ONCE = 8  # the windows of a frame take ten times its memory

@@ -218,7 +218,9 @@ def place(pipe: Any, device: torch.device, offload: str) -> None:
             raise ClipError(f"--offload {offload}: there is no GPU to offload from. Leave it out.")
         return
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    check_memory({name: weight_bytes(part) for name, part in parts.items()}, torch.cuda.mem_get_info(device)[0], offload)
+    check_memory(
+        {name: weight_bytes(part) for name, part in parts.items()}, torch.cuda.mem_get_info(device)[0], offload
+    )
     if offload == "none":
         pipe.to(device)
     elif offload == "model":

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ...backends import BACKENDS
-from ...config import PRESET_NAMES, RECTIFY_MODES, SparseConfig, check_choice
-from ...config import preset as preset_of
-from ...curve import ORDERS
+from ...config import ORDERS, RECTIFY, SparseConfig, check_choice, parse_yaml
+from ...presets import PRESET_NAMES
+from ...presets import preset as preset_of
 from ..machine import DEVICES, device_of
 from ..option import option
 
@@ -164,14 +164,12 @@ class EvaluateOptions(ModelOptions):
     prompts: Path | None = option("Text file, one prompt a line.", None, unset="the demo's captions")
     seeds: int = option("Clips a prompt, from seeds 0, 1, ...", 1)
     config: tuple[Path, ...] = option("YAML file with fields of SparseConfig; may be repeated.", ())
-    rectify: tuple[str, ...] = option("This and the next three may be repeated.", (), choices=RECTIFY_MODES)
+    rectify: tuple[str, ...] = option("This and the next three may be repeated.", (), choices=tuple(RECTIFY))
     sparsity: tuple[float, ...] = option("Share of blocks to drop.", ())
     block_size: tuple[int, ...] = option("Tokens a block.", ())
-    order: tuple[str, ...] = option("How blocks are made.", (), choices=tuple(ORDERS))
+    order: tuple[str, ...] = option("How blocks are made.", (), choices=ORDERS)
     top_p: float | None = option("Least attention mass the kept blocks hold.", None)
-    neighbours: bool | None = option(
-        "Always keep blocks that touch in 3-D; needs an --order other than content.", None
-    )
+    neighbours: bool | None = option("Always keep blocks that touch in 3-D; needs an --order other than content.", None)
     fps: int | None = option("Frames a second in the videos.", None, unset="8 for demo, else 16")
     dense_kernel: str = option("SDPA kernel of every mode.", "default", choices=KERNELS)
     floor_kernel: str | None = option(
@@ -241,7 +239,9 @@ class DemoOptions:
 
     def paper(self, sparsity: float) -> SparseConfig:
         """The paper's settings on this small grid."""
-        return self.default(sparsity).replace(rectify="ipar+gapr", order="gilbert", neighbours=self.neighbours)
+        return SparseConfig.paper(
+            sparsity=sparsity, block_size=self.block_size, top_p=self.top_p, neighbours=self.neighbours
+        )
 
     def default(self, sparsity: float) -> SparseConfig:
         """The package's."""
@@ -255,8 +255,6 @@ def _check_files(paths: tuple[Path, ...]) -> None:
 
 
 def _pairs(name: str, texts: tuple[str, ...]) -> dict[str, Any]:
-    import yaml
-
     parsed = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -265,7 +263,7 @@ def _pairs(name: str, texts: tuple[str, ...]) -> dict[str, Any]:
         if key in parsed:
             raise ValueError(f"{name}: got {key} twice; allowed: once.")
         try:
-            parsed[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            parsed[key] = parse_yaml(value)
+        except ValueError as error:
             raise ValueError(f"{name}: got {text!r}; allowed: a YAML value behind the '='. {error}") from error
     return parsed

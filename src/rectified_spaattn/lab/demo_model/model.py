@@ -17,8 +17,8 @@ START_ID = 1  # 0 is padding; words follow
 _WORDS = (
     "a an and at background black blue bottom camera center checkered circle clockwise counterclockwise crescent cross "
     "cyan diamond dotted down green growing in large larger left marbled moving orange out over pans pink purple red "
-    "right ring ringed shaded small smaller solid spinning square standing star still striped the top triangle up white "
-    "yellow zigzag zooms"
+    "right ring ringed shaded small smaller solid spinning square standing star still striped the top triangle up "
+    "white yellow zigzag zooms"
 )
 VOCABULARY: tuple[str, ...] = tuple(_WORDS.split())
 

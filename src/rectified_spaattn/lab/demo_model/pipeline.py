@@ -74,6 +74,11 @@ class DemoVideoPipeline(DiffusionPipeline):
                 return_dict=False,
             )[0].float()
 
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the last run."""
+        return len(self.scheduler.timesteps)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -148,7 +153,7 @@ def load_demo_pipeline(
     root = Path(weights)
     if not (root / "transformer" / "config.json").is_file():
         raise RuntimeError(f"no demo weights in {root}: reinstall the package, or train them with studies/demo_model")
-    options = {"torch_dtype": dtype, "local_files_only": True, "low_cpu_mem_usage": False}
+    options = {"dtype": dtype, "local_files_only": True, "low_cpu_mem_usage": False, "use_safetensors": True}
     return DemoVideoPipeline(
         transformer=HunyuanVideoTransformer3DModel.from_pretrained(root / "transformer", **options).eval(),
         caption_encoder=CaptionEncoder.from_pretrained(root / "caption_encoder", **options).eval(),

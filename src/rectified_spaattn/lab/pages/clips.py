@@ -1,17 +1,14 @@
-"""Clips of several modes beside each other: the video, and the table that can be pasted."""
+"""Clips of several modes beside each other: the video, and what is written above it."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.table import Table
 
 from ..clips.clip import FULL, Pair
 from ..clips.intervals import Interval
-from ..clips.summary import SCORES, ModeSummary
-from .html import percent
+from ..clips.summary import ModeSummary
 from .video import CELL, Row, labelled_grid, write_frames
 
 HEADS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "flicker": "flicker"}
@@ -30,30 +27,7 @@ def column_label(summary: ModeSummary) -> str:
     if summary.mode.name == FULL:
         return f"{summary.mode.label}\nreference, {summary.seconds:.1f} s"
     psnr = score_text(summary.scores["psnr"], "psnr").split(" [")[0]
-    return f"{summary.mode.label}\n{psnr} dB, SSIM {summary.scores['ssim'].mean:.2f}, {summary.seconds:.1f} s"
-
-
-def summary_table(summaries: Sequence[ModeSummary], title: str) -> Table:
-    """The means as a Markdown table that can be pasted."""
-    names = [name for name in SCORES if name in summaries[0].scores]
-    table = Table(title=title, box=box.MARKDOWN)
-    heads = [HEADS[name] for name in names]
-    for name in ("attention", "computed pairs", *heads, "s per clip", "s per step", "speed-up", "backend"):
-        table.add_column(name, justify="left" if name in ("attention", "backend") else "right", no_wrap=True)
-    for each in summaries:
-        table.add_row(
-            each.mode.label,
-            percent(each.computed),
-            *(
-                "reference" if each.mode.name == FULL and name != "flicker" else score_text(each.scores[name], name)
-                for name in names
-            ),
-            f"{each.seconds:.2f}",
-            f"{each.step_seconds:.3f}",
-            f"{each.speedup:.2f}x",
-            each.backend or "dense",
-        )
-    return table
+    return f"{summary.mode.label}\n{psnr} dB, {summary.seconds:.1f} s"
 
 
 def score_text(value: Interval, score: str) -> str:

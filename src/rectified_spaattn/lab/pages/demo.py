@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...config import RECTIFY_MODES
+from ...config import RECTIFY
 from ..calls.capture import AttentionCall
 from ..calls.error import attention_error, full_attention
 from ..calls.maps import one_head, study_head
@@ -21,7 +21,6 @@ from .figures import CallName, curve_figure, error_figure, plan_figure
 from .html import data_uri, render
 from .video import FPS, Row, difference, labelled_grid, read_mp4, write_png
 
-WIDTH = 384  # of a clip's video, in pixels
 _FIGURES = ("curve", "plan", "error")
 _METRICS, _REPORT, _VIDEO, _STILL = "metrics.json", "report.html", "side-by-side.mp4", "side-by-side.png"
 FILES = (_METRICS, _REPORT, _VIDEO, _STILL, *(f"figures/{name}.png" for name in _FIGURES))
@@ -70,13 +69,13 @@ def comparisons(summaries: Sequence[ModeSummary], records: Sequence[ClipRecord])
     psnr_gain: difference of the mean PSNRs in dB, infinite or NaN where one is infinite; ssim_gain: of the mean SSIMs;
     psnr_won, ssim_won: pairs in which the rectified clip has the higher value.
     """
-    sparse = [each for each in summaries if each.mode.config]
+    configs = [(each, each.mode.config) for each in summaries if each.mode.config is not None]
+    plain_sparse = {config.sparsity: each for each, config in configs if config.rectify == "none"}
     rows = []
-    for each in sparse:
-        config = each.mode.config
-        if config is None or config.rectify == "none":
+    for each, config in configs:
+        if config.rectify == "none":
             continue
-        other = next(o for o in sparse if o.mode.config == config.replace(**_plain_block_sparse(o)))
+        other = plain_sparse[config.sparsity]
         psnr_won, pairs = wins(records, each.mode.name, other.mode.name, "psnr")
         rows.append(
             {
@@ -114,7 +113,7 @@ def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> dic
     shown, errors = {}, _errors(calls, options)
 
     def plan(to: Path) -> None:
-        masks = (rectified.probability, rectified.critical, rectified.given_back)
+        masks = (rectified.probability, rectified.block_mask, rectified.compensated_mask)
         shown.update(plan_figure(to, study.full, *masks, name, highest))
 
     distances: dict[str, float] = {}
@@ -145,7 +144,7 @@ def _errors(calls: Sequence[AttentionCall], options: DemoOptions) -> dict[float,
                 attention_error(call, options.paper(sparsity).replace(rectify=mode), full=full).relative_error
                 for call, full in zip(calls, exact, strict=True)
             ]
-            for mode in RECTIFY_MODES
+            for mode in RECTIFY
         }
         for sparsity in options.sparsity
     }

@@ -1,15 +1,18 @@
-"""Transformers with random weights, made where they are to run, and copies that share them."""
+"""Transformers with random weights, made where they are to run, and copies that share them, each with its attention."""
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...config import SparseConfig
+from .baselines import BASELINES
 from .models import Grid, Model
+from .shapes import Variant
 
 
 def build(model: Model, units: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> nn.Module:
@@ -64,6 +67,33 @@ _BLOCKS = {  # argument of the class -> where the model keeps these layers
     "CogVideoXTransformer3DModel": {"num_layers": "transformer_blocks"},
     "FluxTransformer2DModel": {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"},
 }
+
+
+def enable(transformer: Any, variant: Variant, config: SparseConfig) -> Any:
+    """Enables rectified attention on a transformer; a variant that is not sparse puts its attention in its place.
+
+    The others leave the text mask out: every text token is valid here, and without a mask dense attention is fastest.
+    Returns the Handle.
+    """
+    from ...integrations.diffusers import enable as enable_attention
+
+    config = config.replace(sparsity=variant.sparsity or 0.0)
+    handle = enable_attention(transformer, config, backend=variant.name if variant.kind == "sparse" else "auto")
+    if variant.kind != "sparse":
+        _replace_attention(transformer, BASELINES[variant.name].run if variant.kind == "dense" else _copy_v)
+    return handle
+
+
+def _replace_attention(transformer: Any, run: Callable[..., torch.Tensor]) -> None:
+    layers = [getattr(processor, "rectified_layer", None) for processor in transformer.attn_processors.values()]
+    for layer in layers:
+        if layer is not None:
+            layer.attend = lambda q, k, v, *mask_and_scale: run(q, k, v)
+            layer.called = True  # or a warning would say that it calls no attention
+
+
+def _copy_v(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return v.clone()
 
 
 def compile_blocks(transformer: Any, model: Model, compiler: str) -> None:

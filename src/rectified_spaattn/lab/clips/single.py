@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ...config import preset as preset_of
 from ...pipelines.adapters import default_configs
+from ...presets import preset as preset_of
 from ..machine import machine
 from ..rows import write_atomically
 from .clip import Clip, Mode
@@ -184,7 +184,7 @@ def file_hash(path: str | None) -> str | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises OSError unless a file can be made in the folder, or where that is missing, where it will be made."""
+    """Raises OSError unless a file can be made in the folder, or in the one it will be made in."""
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent
     if not folder.is_dir():

@@ -5,12 +5,13 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+K = TypeVar("K", bound=Hashable)
 WARM_UP = 2  # rounds that are not counted
 _MOST_SETS = 16
 _SCRATCH_BYTES, _SCRATCH_FILLS = 256 << 20, 8  # half a millisecond or more on today's GPUs
@@ -33,10 +34,10 @@ class Timing(NamedTuple):
     high: float
     repeats: int
 
-
-def ignoring_set(run: Callable[[], object]) -> Callable[[int], object]:
-    """For Timed: a call that has its inputs already."""
-    return lambda _: run()
+    def columns(self) -> dict[str, Any]:
+        """As rows have them."""
+        names = ("ms", "ms_q1", "ms_q3", "ms_min", "ms_max", "repeats")
+        return dict(zip(names, self, strict=True))
 
 
 def summary(seconds: Sequence[float]) -> Timing:
@@ -47,80 +48,67 @@ def summary(seconds: Sequence[float]) -> Timing:
 
 
 def interleaved(
-    calls: Mapping[str, Timed], sets: int, device: torch.device, on_round: Callable[[int, int], None]
-) -> dict[str, Timing]:
+    calls: Mapping[K, Timed], sets: int, device: torch.device, on_round: Callable[[int, int], None]
+) -> dict[K, Timing]:
     """Times all calls after a warm-up; see durations."""
     return {name: summary(seconds) for name, seconds in durations(calls, sets, device, on_round).items()}
 
 
 def durations(
-    calls: Mapping[str, Timed],
+    calls: Mapping[K, Timed],
     sets: int,
     device: torch.device,
     on_round: Callable[[int, int], None],
     warm_up: int = WARM_UP,
-) -> dict[str, list[float]]:
+) -> dict[K, list[float]]:
     """Seconds of every call in every round that counts.
 
     Every round has another (but reproducible) order: a call that follows a long one finds a hotter, slower GPU.
     Neighbouring calls get different ones of the `sets` input sets, so that none finds its inputs in the cache.
-    on_round(done, total) is told after every round.
+    on_round(finished, total) is told after every round.
     """
-    clock: Callable[[Mapping[str, Callable[[], object]]], dict[str, Callable[[], float]]] = _cpu_round
+    clock: Clock = _cpu_clock
     if device.type == "cuda":
-        clock = partial(_cuda_round, torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device=device))
+        clock = partial(_cuda_clock, torch.empty(_SCRATCH_BYTES, dtype=torch.uint8, device=device))
     most = max(timed.repeats for timed in calls.values())
     call_number, order = itertools.count(), random.Random(0)
-    waiting: list[dict[str, Callable[[], float]]] = []
+    rounds: list[dict[K, Callable[[], float]]] = []
     for turn in range(-warm_up, most):
         due = [name for name in calls if turn < calls[name].repeats]
         order.shuffle(due)
-        bound = {name: _bind(calls[name].call, next(call_number) % sets) for name in due}
-        waiting.append(clock(bound))
-        if len(waiting) > 1:  # the round before; this one is queued already, so the GPU is never idle
-            for seconds in waiting[-2].values():
+        rounds.append({name: clock(partial(calls[name].call, next(call_number) % sets)) for name in due})
+        if len(rounds) > 1:  # the round before; this one is queued already, so the GPU is never idle
+            for seconds in rounds[-2].values():
                 seconds()
         on_round(turn + warm_up + 1, most + warm_up)
-    counted = waiting[warm_up:]
+    counted = rounds[warm_up:]
     return {name: [each[name]() for each in counted if name in each] for name in calls}
 
 
-def _bind(call: Callable[[int], object], place: int) -> Callable[[], object]:
-    return lambda: call(place)
+# runs (or queues) a call and gives a function that tells, or waits for, its seconds
+Clock = Callable[[Callable[[], object]], Callable[[], float]]
 
 
-def _cpu_round(calls: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], float]]:
-    done = {}
-    for name, call in calls.items():
-        start = time.perf_counter()
-        call()
-        done[name] = _constant(time.perf_counter() - start)
-    return done
-
-
-def _constant(seconds: float) -> Callable[[], float]:
+def _cpu_clock(call: Callable[[], object]) -> Callable[[], float]:
+    start = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - start
     return lambda: seconds
 
 
-def _cuda_round(scratch: torch.Tensor, calls: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], float]]:
-    """Queues all calls with an event before and after each; reading a duration waits for its event.
+def _cuda_clock(scratch: torch.Tensor, call: Callable[[], object]) -> Callable[[], float]:
+    """Queues a call with an event before and after it; reading the duration waits for the second one.
 
     Before the first event `scratch` is overwritten: that clears the cache, and keeps the GPU busy until the host has
     queued the call, even where the call before made the host wait.
     """
-    done = {}
-    for name, call in calls.items():
-        for _ in range(_SCRATCH_FILLS):
-            scratch.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        done[name] = _between(start, end)
-    return done
+    for _ in range(_SCRATCH_FILLS):
+        scratch.zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
 
-
-def _between(start: torch.cuda.Event, end: torch.cuda.Event) -> Callable[[], float]:
     def seconds() -> float:
         end.synchronize()
         return start.elapsed_time(end) / 1000

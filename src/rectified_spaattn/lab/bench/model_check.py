@@ -3,18 +3,17 @@
 import torch
 from torch import nn
 
-from .check import BenchError, Checked, require
+from .check import Check, require
 from .model_rows import Key
 from .models import Model
-from .modes import REMOVED, Mode, enable
-from .shapes import Case
-from .weights import exact, inputs_for, output, shallow_copy
+from .shapes import REMOVED, BenchError, Case, Variant
+from .weights import enable, exact, inputs_for, output, shallow_copy
 
 _FLOAT32_NOISE = 1e-5  # what another order of summation does, through all layers
 
 
-def check_model(weights: nn.Module, model: Model, modes: list[Mode], case: Case) -> list[Checked]:
-    """One unit on the small form of the shape: every dense mode, and every backend with all blocks kept.
+def check_model(weights: nn.Module, model: Model, variants: list[Variant], case: Case) -> list[Check]:
+    """One unit on the small form of the shape: every dense variant, and every backend with all blocks kept.
 
     The error allowed is twice that of the untouched model in its own dtype, and rounding. Raises BenchError where one
     is larger, and where removing attention is not: then nothing would be noticed.
@@ -25,15 +24,15 @@ def check_model(weights: nn.Module, model: Model, modes: list[Mode], case: Case)
     own = relative_error(output(untouched, inputs), want)
     budget = 2 * own + torch.finfo(case.dtype).eps + _FLOAT32_NOISE
 
-    def error(mode: Mode) -> float:
+    def error(variant: Variant) -> float:
         twin = shallow_copy(weights, model, 1)
-        enable(twin, mode, case)
+        enable(twin, variant, case.config)
         return relative_error(output(twin, inputs), want)
 
-    attended = [mode for mode in modes if mode != REMOVED]
-    whole = dict.fromkeys(mode if mode.kind == "dense" else mode._replace(sparsity=0.0) for mode in attended)
+    attended = (each if each.kind == "dense" else each._replace(sparsity=0.0) for each in variants if each != REMOVED)
     checks = [
-        require(Checked(mode.name, f"{model.name} with {mode.kind} attention", error(mode), budget)) for mode in whole
+        require(Check(each.name, f"{model.name} with {each.kind} attention", error(each), budget))
+        for each in dict.fromkeys(attended)
     ]
     if not error(REMOVED) > budget:
         raise BenchError(
@@ -42,7 +41,7 @@ def check_model(weights: nn.Module, model: Model, modes: list[Mode], case: Case)
     return checks
 
 
-def check_first_runs(name: str, outputs: dict[Key, torch.Tensor], budget: float) -> list[Checked]:
+def check_first_runs(name: str, outputs: dict[Key, torch.Tensor], budget: float) -> list[Check]:
     """At full size: nothing is infinite or NaN, and compiled forwards of one unit equal eager ones.
 
     Each of the two may be off by the budget of check_model. Sparse ones may also choose other blocks where rounding
@@ -50,15 +49,15 @@ def check_first_runs(name: str, outputs: dict[Key, torch.Tensor], budget: float)
     """
     for key, got in outputs.items():
         if not bool(got.isfinite().all()):
-            raise BenchError(f"{name}: got infinite values or NaN from {key.mode}, {key.how}. Nothing was timed.")
+            raise BenchError(f"{name}: got infinite values or NaN from {key.variant}, {key.how}. Nothing was timed.")
     dense = next(got for key, got in outputs.items() if key.units == 1)
     checks = []
     for key, got in outputs.items():
         if key.how == "compiled" and key.units == 1:
             eager = outputs[key._replace(how="eager")]
-            more = relative_error(eager, dense) if key.mode.kind == "sparse" else 0.0
-            what = f"{name} with {key.mode.kind} attention compiled"
-            checks.append(require(Checked(str(key.mode), what, relative_error(got, eager), 2 * budget + more)))
+            more = relative_error(eager, dense) if key.variant.kind == "sparse" else 0.0
+            what = f"{name} with {key.variant.kind} attention compiled"
+            checks.append(require(Check(str(key.variant), what, relative_error(got, eager), 2 * budget + more)))
     return checks
 
 

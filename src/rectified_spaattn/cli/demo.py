@@ -1,0 +1,53 @@
+"""`rectified-spaattn demo`: an evaluation of the demo model, and a page that explains it."""
+
+import time
+
+from ..lab.calls.capture import capture_calls
+from ..lab.clips.demo import evaluation_of, time_steps
+from ..lab.clips.evaluate import records_of
+from ..lab.clips.folder import Folder, check_ours
+from ..lab.clips.models import load
+from ..lab.clips.options import DemoOptions
+from ..lab.clips.summary import summarise
+from ..lab.machine import device_of, load_average, machine
+from ..lab.pages.demo import FILES, results, study_attention, write_report, write_side_by_side
+from .console import plain_console, print_wide
+from .evaluate import fill, summary_table, usage_errors
+from .options import command_line
+
+
+def run(options: DemoOptions) -> None:
+    """The whole command."""
+    console, start, device = plain_console(), time.perf_counter(), device_of(options.device)
+    check_ours(options.out)
+    with usage_errors():
+        evaluation = evaluation_of(options, device)
+    pipe = load(evaluation.source, evaluation.options, device)
+    where = machine(device).to_dict()
+    folder = Folder(options.out, evaluation.prompts, evaluation.settings(), console.print)
+    first, call = evaluation.pairs[0], evaluation.call()
+    with folder.claim(evaluation.facts(command_line()), FILES, anew=True):
+        console.print("Reading the attention calls of one step.")
+        calls = capture_calls(pipe, [first], evaluation.arguments, steps=[call["num_inference_steps"] // 2])
+        fill(pipe, evaluation, folder, evaluation.pairs, console)
+        console.print("Studying the attention calls, and timing steps.")
+        attention = study_attention(calls, options)
+        speed = [] if options.quick else time_steps(pipe, evaluation, first)
+        records = records_of(evaluation, folder)
+        summaries = summarise(evaluation.modes, records)
+        write_side_by_side(folder, summaries, evaluation.pairs)
+        metrics = {
+            "command": command_line(),
+            **where,
+            "load_average_after": load_average(),
+            "settings": folder.settings,
+            **results(summaries, records),
+            "attention": attention,
+            "speed": speed,
+            "seconds_total": time.perf_counter() - start,
+        }
+        report = write_report(folder, metrics)
+    pairs = f"{len(evaluation.pairs)} prompt-seed pair{'s' * (len(evaluation.pairs) != 1)}"
+    size = f"{call['height']} x {call['width']} x {call['num_frames']}, {call['num_inference_steps']} steps"
+    print_wide(console, summary_table(summaries, f"{pairs}, {size}, {where['device']['name']}"))
+    console.print(f"Report: {report.resolve()}")
