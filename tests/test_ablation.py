@@ -11,8 +11,8 @@ from studies.allocation import allocation, exact
 from studies.harness import split_pairs
 from studies.pareto import Point, at_time
 
-from rectified_spaattn import SparseConfig
-from rectified_spaattn.config import RECTIFY_MODES
+from rectified_spaattn import SparseConfig, TokenLayout
+from rectified_spaattn.config import RECTIFY
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.error import attention_error, block_masses
 from rectified_spaattn.lab.clips.clip import Mode, Pair, generate, generate_batch
@@ -20,6 +20,7 @@ from rectified_spaattn.lab.clips.intervals import bootstrap
 from rectified_spaattn.lab.demo_model.model import tokenize
 from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
 from rectified_spaattn.lab.demo_model.prompts import PROMPTS
+from rectified_spaattn.lab.pages.clips import score_text
 from rectified_spaattn.lab.rows import read_rows
 from study_runs import run_study, table_lines
 
@@ -37,7 +38,8 @@ def call(batch: int = 1, head_dim: int = 8) -> AttentionCall:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, batch, 96, 2, head_dim)
     text = torch.arange(6) < torch.tensor([6, 3])[:batch, None]
-    return AttentionCall(q=2 * q, k=k, v=v, text_mask=text, grid=(2, 5, 9), text_first=False, layer=0, name="0", step=0)
+    layout = TokenLayout.build((2, 5, 9), 6)
+    return AttentionCall(q=2 * q, k=k, v=v, text_mask=text, layout=layout, layer=0, name="0", step=0)
 
 
 @pytest.mark.parametrize("head_dim", [4, 8])
@@ -49,7 +51,7 @@ def test_probed_masses_are_those_of_full_attention(head_dim: int) -> None:
         torch.testing.assert_close(full.masses[0, :, :, head].mean(1), expected[:, :-1])
 
 
-@pytest.mark.parametrize("rectify", RECTIFY_MODES)
+@pytest.mark.parametrize("rectify", RECTIFY)
 def test_nothing_is_misallocated_where_nothing_is_dropped(rectify: str) -> None:
     config = SparseConfig(sparsity=0.0, rectify=rectify, block_size=BLOCK, order="gilbert", neighbours=True)
     got = allocation(exact(call(batch=2), config), config)
@@ -58,7 +60,7 @@ def test_nothing_is_misallocated_where_nothing_is_dropped(rectify: str) -> None:
     torch.testing.assert_close(got.kept_mass, torch.ones(2))
 
 
-@pytest.mark.parametrize("rectify", RECTIFY_MODES)
+@pytest.mark.parametrize("rectify", RECTIFY)
 def test_errors_are_those_of_the_single_call(rectify: str) -> None:
     both = call(batch=2)
     config = SparseConfig(sparsity=0.6, top_p=0.0, rectify=rectify, block_size=BLOCK, order="gilbert", neighbours=True)
@@ -118,8 +120,8 @@ def test_bootstrap_interval() -> None:
     assert found.mean - found.low == pytest.approx(half, rel=0.1)
     assert math.isnan(bootstrap([1.0]).low)
     some, every = bootstrap([math.inf, 1.0]), bootstrap([math.inf])
-    assert (some.mean, interval(some, "psnr")) == (math.inf, "some identical")
-    assert (every.mean, interval(every, "psnr")) == (math.inf, "identical")
+    assert (some.mean, score_text(some, "psnr")) == (math.inf, "some identical")
+    assert (every.mean, score_text(every, "psnr")) == (math.inf, "identical")
     with pytest.raises(ValueError, match="one or more"):
         bootstrap([])
 
@@ -161,7 +163,7 @@ def test_the_study_writes_a_row_for_every_pair_and_mode_and_prints_them_again(tm
 def test_masses_of_blocks_by_content() -> None:
     """What the operator makes of the call itself is what is measured on the call with its tokens moved."""
     one = call(batch=2)
-    for mode in RECTIFY_MODES:
+    for mode in RECTIFY:
         config = SparseConfig(
             sparsity=0.6, rectify=mode, block_size=BLOCK, order="content", neighbours=False, top_p=0.0
         )

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from attention_calls import smooth_call
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.cli.app import app
-from rectified_spaattn.config import RECTIFY_MODES
+from rectified_spaattn.config import RECTIFY
 from rectified_spaattn.lab.calls.capture import AttentionCall, capture_calls
 from rectified_spaattn.lab.calls.error import attention_error, block_masses
 from rectified_spaattn.lab.calls.maps import HeadStudy, one_head, output_masses, study_head
@@ -69,7 +69,7 @@ def test_masses_of_every_mode_sum_to_one(study: HeadStudy) -> None:
     assert study.full.shape == (16, 17)
     torch.testing.assert_close(study.full.sum(1), torch.ones(16))
     assert [(each.sparsity, each.rectify) for each in study.results] == [
-        (sparsity, mode) for sparsity in SPARSITIES for mode in RECTIFY_MODES
+        (sparsity, mode) for sparsity in SPARSITIES for mode in RECTIFY
     ]
     for each in study.results:
         torch.testing.assert_close(each.masses.sum(1), torch.ones(16), atol=1e-5, rtol=1e-5)
@@ -139,7 +139,7 @@ def test_capture_takes_all_steps_from_one_run_and_stops_after_the_last() -> None
     calls = capture_calls(pipe, pairs, arguments, steps=[2, 0], layers=[1, 2], on_step=seen.append)
     assert seen == [1, 2, 3]
     places = [(layer, step, (3, 8, 8)) for step in (0, 2) for layer in (1, 2)]
-    assert [(call.layer, call.step, call.grid) for call in calls] == places
+    assert [(call.layer, call.step, call.layout.grid) for call in calls] == places
     again = capture_calls(pipe, pairs, arguments, steps=[2], layers=[2])  # as in a run of its own
     torch.testing.assert_close(calls[-1].q, again[0].q, rtol=0, atol=0)
 
@@ -164,7 +164,7 @@ def test_inspect_the_demo_model_from_end_to_end(tmp_path: Path) -> None:
     assert (told["call"]["layer"], told["call"]["head"], told["call"]["step"], told["seed"]) == (4, 2, 1, 7)
     assert (told["call"]["grid"], told["call"]["num_blocks"]) == ([16, 8, 8], 16)
     assert [(row["sparsity"], row["rectify"]) for row in told["results"]] == [
-        (sparsity, mode) for sparsity in (0.75, 0.9) for mode in RECTIFY_MODES
+        (sparsity, mode) for sparsity in (0.75, 0.9) for mode in RECTIFY
     ]
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -202,17 +202,17 @@ def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
     assert row["kept_mass"] == pytest.approx(kept, abs=1e-4)
 
 
-@pytest.mark.parametrize("mode", RECTIFY_MODES)
+@pytest.mark.parametrize("mode", RECTIFY)
 def test_a_head_sorted_by_content_is_studied_in_that_order(call: AttentionCall, mode: str) -> None:
     config = CONFIG.replace(rectify=mode, order="content")
     study = study_head(call, config, (0.8,), (mode,))
     (result,) = study.results
     error = attention_error(call, config)
     assert error.stats.token_order is not None
-    assert study.order == "content"
+    assert study.blocks.by_content
     assert result.relative_error == pytest.approx(error.relative_error, rel=1e-4)
     assert torch.equal(result.block_mask, error.stats.block_mask[0, 0])
-    blocks, order = call.blocks(CONFIG), error.stats.token_order[0, 0]
+    blocks, order = call.blocks(config), error.stats.token_order[0, 0]
     valid = torch.cat([torch.ones(256, dtype=torch.bool), call.text_mask[0]])
     logits = call.q[0, order, 0].double() @ call.k[0, :, 0].double().T / 4
     weights = logits.masked_fill(~valid, -math.inf).softmax(-1).view(16, 16, -1).mean(1)

@@ -14,7 +14,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ...benchmark.panels import Panel, spread
-from ...layout import TokenLayout
+from ...layout import Grid
+from ...orders import CURVES
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
@@ -46,7 +47,7 @@ class CallName:
         return f"layer {self.layer}, head {self.head}, denoising step {self.step}"
 
 
-def curve_figure(path: Path, grid: tuple[int, int, int] = (8, 8, 8), block_size: int = 64) -> dict[str, float]:
+def curve_figure(path: Path, grid: Grid = (8, 8, 8), block_size: int = 64) -> dict[str, float]:
     """Raster order and Gilbert curve through a small grid, blocks coloured, one block drawn solid.
 
     Returns the mean distance between two tokens of a block under each order, in tokens.
@@ -56,10 +57,9 @@ def curve_figure(path: Path, grid: tuple[int, int, int] = (8, 8, 8), block_size:
     spread = {}
     names = {"raster": "Raster order", "gilbert": "Gilbert curve"}
     for place, (order, name) in enumerate(names.items(), start=1):
-        layout = TokenLayout.build(grid, 0, False, block_size, order)
-        spread[order] = mean_distance(layout)
+        spread[order] = mean_distance(grid, block_size, order)
         axes: Any = figure.add_subplot(1, 2, place, projection="3d")
-        _draw_curve(axes, layout)
+        _draw_curve(axes, grid, block_size, order)
         axes.set_title(f"{name}: two tokens of a block are\n{spread[order]:.2f} tokens apart on average", fontsize=10)
     figure.suptitle(
         f"{block_size} consecutive tokens: {_shape_of(grid, block_size, 'raster')} in raster order, "
@@ -71,11 +71,11 @@ def curve_figure(path: Path, grid: tuple[int, int, int] = (8, 8, 8), block_size:
     return spread
 
 
-def mean_distance(layout: TokenLayout) -> float:
-    """Mean Euclidean distance between two tokens of the same block, over all blocks, in tokens."""
-    points = _points(layout)
-    blocks = points[: layout.num_blocks * layout.block_size].view(layout.num_blocks, layout.block_size, 3)
-    pairs = layout.block_size * (layout.block_size - 1)
+def mean_distance(grid: Grid, block_size: int, order: str) -> float:
+    """Mean Euclidean distance between two tokens of the same block, over all whole blocks, in tokens."""
+    points = _points(grid, block_size, order)
+    blocks = points[: len(points) // block_size * block_size].view(-1, block_size, 3)
+    pairs = block_size * (block_size - 1)
     return (torch.cdist(blocks, blocks).sum((1, 2)) / pairs).mean().item()
 
 
@@ -270,22 +270,23 @@ def kind_map(axis: Axes, kinds: torch.Tensor) -> None:
     axis.imshow(kinds.numpy(), cmap=ListedColormap(list(KIND_COLOURS.values())), vmin=0, vmax=2, **PIXELS)
 
 
-def _points(layout: TokenLayout) -> torch.Tensor:
+def _points(grid: Grid, block_size: int, order: str) -> torch.Tensor:
     """float [N, 3]: (t, h, w) of every token along the curve."""
-    _, h, w = layout.grid
-    return torch.stack([layout.order // (h * w), layout.order // w % h, layout.order % w], dim=1).float()
+    _, h, w = grid
+    curve = torch.tensor(CURVES[order](grid, block_size))
+    return torch.stack([curve // (h * w), curve // w % h, curve % w], dim=1).float()
 
 
-def _draw_curve(axes: Any, layout: TokenLayout) -> None:
-    t, y, x = _points(layout).numpy().T
-    size = layout.block_size
-    for block in range(layout.num_blocks):
-        span = slice(block * size, (block + 1) * size + 1)  # one more: the step into the next block
+def _draw_curve(axes: Any, grid: Grid, block_size: int, order: str) -> None:
+    t, y, x = _points(grid, block_size, order).numpy().T
+    for block in range(len(t) // block_size):
+        # one more: the step into the next block
+        span = slice(block * block_size, (block + 1) * block_size + 1)
         colour = PALETTE[block % len(PALETTE)]
         axes.plot(t[span], x[span], -y[span], color=colour, linewidth=1.6, alpha=0.9)
-    t_side, y_side, x_side = layout.grid
+    t_side, y_side, x_side = grid
     filled = np.zeros((t_side, x_side, y_side), dtype=bool)
-    solid = slice(0, size)
+    solid = slice(0, block_size)
     filled[t[solid].astype(int), x[solid].astype(int), (y_side - 1 - y[solid]).astype(int)] = True
     corners = np.indices((t_side + 1, x_side + 1, y_side + 1)).astype(float)
     axes.voxels(
@@ -302,8 +303,8 @@ def _draw_curve(axes: Any, layout: TokenLayout) -> None:
     axes.view_init(elev=22, azim=-58)
 
 
-def _shape_of(grid: tuple[int, int, int], block_size: int, order: str) -> str:
+def _shape_of(grid: Grid, block_size: int, order: str) -> str:
     """The bounding box of the first block in words."""
-    points = _points(TokenLayout.build(grid, 0, False, block_size, order))[:block_size]
+    points = _points(grid, block_size, order)[:block_size]
     t, h, w = (points.amax(0) - points.amin(0) + 1).int().tolist()
     return f"a {t} × {h} × {w} {'slice' if min(t, h, w) == 1 else 'patch'}"
