@@ -12,9 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...attention import SparseStats, rectified_attention
 from ...config import SparseConfig
-from ...layout import TokenLayout
-from ...method.select import top_k_of
 from ...method.tail import CAP
+from ...orders import Blocks
 from .baselines import BASELINES, sdpa
 from .shapes import BenchError, Case, Tensors, Variant
 
@@ -44,18 +43,19 @@ def check_small(case: Case, name: str) -> list[Check]:
     Raises BenchError where it is wrong.
     """
     small = case.small()
-    layout, config, qkv = small.layout(), case.config, small.inputs(0)[0]
+    layout, blocks, config, qkv = small.layout(), small.blocks(), case.config, small.inputs(0)[0]
     whole = rectified_attention(*qkv, layout, config.replace(sparsity=0.0), backend=name)
     dense = require(_against_sdpa(name, "sparsity 0 is dense attention", whole, qkv))
 
-    qkv = _blockwise(qkv, layout)
+    qkv = _blockwise(qkv, blocks)
     got, stats = rectified_attention(*qkv, layout, config, backend=name, return_stats=True)
+    order, mask = _order_of(name, stats, blocks), stats.block_mask
     want, oracle = rectified_attention(
-        *qkv, layout, config, block_mask=stats.block_mask, backend="reference", return_stats=True
+        *qkv, layout, config, block_mask=mask, token_order=stats.token_order, backend="reference", return_stats=True
     )
-    _require_choices(name, stats, oracle, layout, config)
+    _require_choices(name, stats, oracle, blocks, config)
     same = (stats.compensated == oracle.compensated).all(-1)  # [1, H, nb]
-    compared = _tokens_of(same, layout, _order_of(stats, layout))  # bool [1, S, H]
+    compared = _tokens_of(same, blocks, order)  # bool [1, S, H]
     budget = _against_sdpa(name, "", sdpa(*qkv), qkv).allowed
     error = _largest((got.double() - want)[compared]) / _largest(want)
     return [dense, require(Check(name, f"{config.sparsity:.4g} sparse is the reference", error, budget))]
@@ -66,10 +66,10 @@ def check_sample(case: Case, variant: Variant, qkv: Tensors, generator: torch.Ge
 
     qkv: [1, S, H, D]; generator: on the CPU. Also returns the density. Raises BenchError where the backend is wrong.
     """
-    name, config, layout = str(variant), case.config_of(variant), case.layout()
-    out, stats = rectified_attention(*qkv, layout, config, backend=variant.name, return_stats=True)
-    layout = layout.on(case.device)
+    name, config, blocks = str(variant), case.config_of(variant), case.blocks()
+    out, stats = rectified_attention(*qkv, case.layout(), config, backend=variant.name, return_stats=True)
     heads, nb = stats.r.shape[1:]
+    order = _order_of(name, stats, blocks)
     compensation = (stats.probability[..., :-1] * stats.compensated).sum(-1)
     off = _largest(stats.r - (1 - compensation))
     checks = [Check(name, "R", off, _R_TOLERANCE)]
@@ -77,13 +77,14 @@ def check_sample(case: Case, variant: Variant, qkv: Tensors, generator: torch.Ge
     errors = []
     for _ in range(_SAMPLED_BLOCKS):
         h, n = (int(torch.randint(high, (), generator=generator)) for high in (heads, nb))
-        errors.append(_block_errors(h, n, out, stats, qkv, layout, config.rectify))
+        places = order.view(heads, nb, -1)[h]
+        errors.append(_block_errors(h, n, out, stats, qkv, places, blocks.isolated, config.rectify))
     checks.append(_worst(name, "sampled blocks", errors, case.dtype))
-    if layout.isolated.numel():
+    if blocks.isolated.numel():
         h = int(torch.randint(heads, (), generator=generator))
-        every = torch.cat([layout.tiled, layout.isolated])
-        exact, own = _attend(layout.isolated, every, h, qkv)
-        error = (out[0, layout.isolated, h].double() - exact, own - exact, exact)
+        every = torch.cat([blocks.tiled, blocks.isolated])
+        exact, own = _attend(blocks.isolated, every, h, qkv)
+        error = (out[0, blocks.isolated, h].double() - exact, own - exact, exact)
         checks.append(_worst(name, "isolated queries", [error], case.dtype))
     return [require(each) for each in checks], stats.density
 
@@ -93,20 +94,26 @@ _Errors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _block_errors(
-    h: int, n: int, out: torch.Tensor, stats: SparseStats, qkv: Tensors, layout: TokenLayout, rectify: str
+    h: int,
+    n: int,
+    out: torch.Tensor,
+    stats: SparseStats,
+    qkv: Tensors,
+    places: torch.Tensor,
+    isolated: torch.Tensor,
+    rectify: str,
 ) -> _Errors:
-    """Query block n of head h in float64, from the stats' choices."""
-    blocks = _order_of(stats, layout)[h].view(layout.num_blocks, layout.block_size)
-    keys = torch.cat([blocks[stats.block_mask[0, h, n]].flatten(), layout.isolated])
-    exact, own = _attend(blocks[n], keys, h, qkv)
+    """Query block n of head h in float64, from the stats' choices. places: [nb, b], of the head's tiled tokens."""
+    keys = torch.cat([places[stats.block_mask[0, h, n]].flatten(), isolated])
+    exact, own = _attend(places[n], keys, h, qkv)
     if rectify == "row":
-        want = _with_pooled_keys(blocks[n], keys, blocks[stats.compensated[0, h, n]], h, qkv)
-        return out[0, blocks[n], h].double() - want, own - exact, want
+        want = _with_pooled_keys(places[n], keys, places[stats.compensated[0, h, n]], h, qkv)
+        return out[0, places[n], h].double() - want, own - exact, want
     weights = stats.probability[0, h, n, :-1].double() * stats.compensated[0, h, n]
-    v_mean = qkv[2][0, blocks.flatten(), h].double().view(*blocks.shape, -1).mean(1)  # [nb, D]
+    v_mean = qkv[2][0, places.flatten(), h].double().view(*places.shape, -1).mean(1)  # [nb, D]
     r = stats.r[0, h, n].double()
     want = r * exact + weights @ v_mean
-    return out[0, blocks[n], h].double() - want, r * (own - exact), want
+    return out[0, places[n], h].double() - want, r * (own - exact), want
 
 
 def _attend(queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,14 +152,9 @@ def _budget(sdpa_error: float, dtype: torch.dtype) -> float:
     return 2 * sdpa_error + torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
 
 
-def _require_choices(
-    name: str, stats: SparseStats, oracle: SparseStats, layout: TokenLayout, config: SparseConfig
-) -> None:
-    """The order holds every tiled token once; stages 3 and 4 made the reference's choices, up to ties."""
-    order = _order_of(stats, layout)
-    if not bool((order.sort(-1).values == layout.on(order.device).tiled.sort().values).all()):
-        raise BenchError(f"{name}: got an order that is none of the tiled tokens. Nothing was timed.")
-    best = _best_blocks(oracle.probability, layout, config)
+def _require_choices(name: str, stats: SparseStats, oracle: SparseStats, blocks: Blocks, config: SparseConfig) -> None:
+    """Stages 3 and 4 made the reference's choices, up to ties."""
+    best = _best_blocks(oracle.probability, blocks, config)
     sizes, wanted = stats.block_mask.sum(-1), best.sum(-1)
     same = float((sizes == wanted).float().mean())
     if not same >= (_SAME_CHOICES if config.top_p else 1.0):
@@ -175,18 +177,18 @@ def _require_choices(
         )
 
 
-def _best_blocks(probability: torch.Tensor, layout: TokenLayout, config: SparseConfig) -> torch.Tensor:
+def _best_blocks(probability: torch.Tensor, blocks: Blocks, config: SparseConfig) -> torch.Tensor:
     """bool [1, H, nb, nb]: stage 3 in its own words. probability: [1, H, nb, nb + 1]."""
     by_mass = probability[..., :-1].double().sort(-1, descending=True)
-    reached = probability[..., -1:].double() + by_mass.values.cumsum(-1) - by_mass.values  # without the block itself
-    rank = torch.arange(layout.num_blocks, device=probability.device)
-    kept = (rank < top_k_of(config.sparsity, layout.num_blocks)) | (reached < config.top_p)
+    before = probability[..., -1:].double() + by_mass.values.cumsum(-1) - by_mass.values  # mass without the block
+    top_k = max(1, math.floor((1.0 - config.sparsity) * blocks.num_blocks))
+    rank = torch.arange(blocks.num_blocks, device=probability.device)
+    kept = (rank < top_k) | (before < config.top_p) | (config.top_p == 1)
     best = torch.zeros_like(kept).scatter(-1, by_mass.indices, kept)
-    layout = layout.on(probability.device)
     if config.neighbours:
-        best |= layout.neighbours
+        best |= blocks.neighbours
     if config.first_frame:
-        best |= layout.first_frame[:, None] & layout.first_frame
+        best |= blocks.first_frame[:, None] & blocks.first_frame
     return best
 
 
@@ -200,25 +202,28 @@ def require(check: Check) -> Check:
     return check
 
 
-def _blockwise(qkv: Tensors, layout: TokenLayout) -> Tensors:
+def _blockwise(qkv: Tensors, blocks: Blocks) -> Tensors:
     """[1, S, H, D] with tokens of a block near their mean, so that some blocks are worth compensating."""
-    tiled = layout.on(qkv[0].device).tiled
-    first = tiled.view(layout.num_blocks, layout.block_size)[:, :1].expand(-1, layout.block_size).flatten()
-    q, k, v = (x.index_copy(1, tiled, x[:, first] + 0.5 * x[:, tiled]) for x in qkv)
+    b = blocks.block_size
+    first = blocks.tiled[::b].repeat_interleave(b)
+    q, k, v = (x.index_copy(1, blocks.tiled, x[:, first] + 0.5 * x[:, blocks.tiled]) for x in qkv)
     return q, k, v
 
 
-def _order_of(stats: SparseStats, layout: TokenLayout) -> torch.Tensor:
+def _order_of(name: str, stats: SparseStats, blocks: Blocks) -> torch.Tensor:
     """int64 [H, nb * b]: places of the tiled tokens of the one sample, block after block."""
-    if stats.token_order is not None:
-        return stats.token_order[0]
-    return layout.on(stats.r.device).tiled.expand(stats.r.shape[1], -1)
+    if stats.token_order is None:
+        return blocks.tiled.expand(stats.r.shape[1], -1)
+    order = stats.token_order[0]
+    if not bool((order.sort(-1).values == blocks.tiled.sort().values).all()):
+        raise BenchError(f"{name}: got an order that does not hold every tiled token once. Nothing was timed.")
+    return order
 
 
-def _tokens_of(same: torch.Tensor, layout: TokenLayout, order: torch.Tensor) -> torch.Tensor:
+def _tokens_of(same: torch.Tensor, blocks: Blocks, order: torch.Tensor) -> torch.Tensor:
     """bool [1, H, nb] -> bool [1, S, H]: the tokens of these query blocks, and every isolated one."""
-    tokens = same.new_ones(1, same.shape[1], layout.sequence)
-    tokens.scatter_(2, order[None], same.repeat_interleave(layout.block_size, dim=-1))
+    tokens = same.new_ones(1, same.shape[1], blocks.sequence)
+    tokens.scatter_(2, order[None], same.repeat_interleave(blocks.block_size, dim=-1))
     return tokens.transpose(1, 2)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...backends import BACKENDS, Call, choose
-from ...backends.call import KERNEL_HEAD_DIMS
+from ...backends.triton import HEAD_DIMS
 from ...config import SparseConfig
 from ..machine import DEVICES, device_of
 from ..option import ConfigOptions, option
@@ -56,7 +56,7 @@ class SelfCheck(NamedTuple):
 
 def verdicts(device: torch.device, config: SparseConfig) -> list[Verdict]:
     """For every dtype, with the head dims of the supported models."""
-    calls = [Call(device, dtype, dim, config.block_size) for dtype in DTYPES.values() for dim in KERNEL_HEAD_DIMS]
+    calls = [Call(device, dtype, dim, config.block_size) for dtype in DTYPES.values() for dim in HEAD_DIMS]
     reasons = [{name: backend.why_not(call) for name, backend in BACKENDS.items()} for call in calls]
     return [Verdict(call, why_not, choose("auto", call)) for call, why_not in zip(calls, reasons, strict=True)]
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ...backends import choose
-from ...config import check_choice, preset
+from ...config import check_choice
+from ...presets import preset
 from ..option import option
 from .baselines import BASELINES
 from .check import Check

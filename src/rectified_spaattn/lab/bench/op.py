@@ -14,6 +14,7 @@ from .check import Check, check_dense, check_sample, check_small
 from .rows import Row, StageRow, case_columns, config_columns
 from .settings import FEWEST_REPEATS, BenchSettings, check_names, runnable
 from .shapes import DTYPES, MODEL_SHAPES, SHAPES, Case, Tensors, Variant, Watch
+from .stages import stages_of
 from .timing import Timed, Timing, extra_memory, input_sets, interleaved
 
 BACKEND_NAMES = tuple(name for name in BACKENDS if name != "reference")  # the oracle is not timed
@@ -135,13 +136,11 @@ def _timed(variant: Variant, case: Case, sets: list[Tensors], repeats: int) -> T
 def _stage_rows(
     variant: Variant, case: Case, qkv: Tensors, repeats: int, whole: Timing, watch: Watch
 ) -> list[StageRow]:
-    """For a backend that offers its stages: functions, each of which runs one stage again."""
-    offered = BACKENDS[variant.name].stages
-    if offered is None or variant.sparsity is None:
+    """The stages one by one, each again and again on the same intermediate results."""
+    if variant.sparsity is None:
         return []
-    text_valid = torch.ones(1, case.shape.text, dtype=torch.bool, device=case.device)
     config = case.config_of(variant)
-    stages = offered(*qkv, case.layout(), config, text_valid, case.shape.head_dim**-0.5)
+    stages = stages_of(variant.name, case._replace(config=config), qkv)
     calls = {name: Timed(lambda _, run=run: run(), repeats) for name, run in stages.items()}  # type: ignore[misc]
     times = interleaved(calls, 1, case.device, partial(watch, f"{case.shape.name}: stages of {variant.name}"))
     total = sum(timing.median for timing in times.values())

@@ -9,6 +9,7 @@ import torch
 from ...backends import Call
 from ...config import SparseConfig
 from ...layout import TokenLayout
+from ...orders import Blocks, blocks_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _SMALL = 4096  # video tokens of a shape's small form
@@ -83,8 +84,11 @@ class Case(NamedTuple):
         return self.config if variant.sparsity is None else self.config.replace(sparsity=variant.sparsity)
 
     def layout(self) -> TokenLayout:
-        shape = self.shape
-        return TokenLayout.build(shape.grid, shape.text, shape.text_first, self.config.block_size, self.config.order)
+        return TokenLayout.build(self.shape.grid, self.shape.text, self.shape.text_first)
+
+    def blocks(self) -> Blocks:
+        """With their tensors on the case's device."""
+        return blocks_of(self.layout(), self.config).on(self.device)
 
     def call(self) -> Call:
         size = self.config.block_size
