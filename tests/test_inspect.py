@@ -112,7 +112,7 @@ def test_kinds_tell_the_three_sets_apart(study: HeadStudy) -> None:
 
 
 def test_a_grid_below_one_block_is_refused(call: AttentionCall) -> None:
-    with pytest.raises(ValueError, match="block_size: got 512 for a grid of"):
+    with pytest.raises(ValueError, match="block_size: got 512 for 256 video tokens"):
         study_head(call, CONFIG.replace(block_size=512), SPARSITIES)
 
 
@@ -251,7 +251,7 @@ def test_inspect_reads_the_folder_of_any_pipeline(tmp_path: Path) -> None:
     assert all(math.isfinite(row["relative_error"]) for row in told["results"])
     code, printed = invoke(*common, "--steps", 2, "--out", tmp_path / "none", "--device", "cpu", "--block-size", 256)
     assert code == 1
-    assert "block_size: got 256 for a grid of (3, 8, 8)" in printed
+    assert "block_size: got 256 for 192 video tokens" in printed
     assert not (tmp_path / "none").exists()
 
 

@@ -92,7 +92,7 @@ def test_every_selector_keeps_exactly_as_many_blocks_as_asked_for(name: str, cal
     assert (scores >= 0).all()
     for sparsity in SPARSITIES:
         kept = keep_best(scores, blocks, sparsity)
-        assert (kept.sum(-1) == top_k_of(sparsity, 16)).all()
+        assert (kept.sum(-1) == top_k_of(CONFIG.replace(sparsity=sparsity), 16)).all()
 
 
 def test_recall_and_kept_mass_by_hand() -> None:
@@ -128,7 +128,7 @@ def test_the_oracle_finds_all_and_captures_most_and_chance_finds_its_share(call:
         oracle, in_use, chance = (by_place[name, sparsity] for name in (ORACLE, "estimate P (in use)", "random"))
         assert oracle.recall == 1
         assert all(row.captured <= oracle.captured + 1e-6 for row in rows if row.sparsity == sparsity)
-        assert chance.recall == pytest.approx(top_k_of(sparsity, 16) / 16, abs=0.12)  # 32 rows
+        assert chance.recall == pytest.approx(top_k_of(CONFIG.replace(sparsity=sparsity), 16) / 16, abs=0.12)  # 32 rows
         assert chance.recall < in_use.recall
         assert chance.captured < in_use.captured
         assert chance.plain > in_use.plain

@@ -11,9 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ...benchmark.panels import Panel, spread
 from ...layout import Grid
 from ...orders import CURVES
 
@@ -165,64 +163,6 @@ def error_figure(
         f"Where the attention mass goes at {sparsity:.0%} sparsity ({call})", fontsize=11, fontweight="bold"
     )
     figure.savefig(path, dpi=_DPI)
-
-
-def speed_figure(path: Path, panels: Sequence[Panel], machine: str) -> None:
-    """Speed-up over dense attention against sparsity, one panel a shape; a logarithmic speed axis.
-
-    machine: what the figure's last line says about where it was measured.
-    """
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(7 * columns, 4.8 * rows + 0.3), layout="constrained")
-    axes: Any = figure.subplots(rows, columns, squeeze=False)
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    colours = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(names)}
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        _draw_speed(axis, panel, colours)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    figure.supxlabel(f"{machine}. Points: medians; bars: quartiles of the sparse call's time.", fontsize=8, color=GREY)
-    figure.savefig(path, dpi=_DPI)
-
-
-def _draw_speed(axis: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
-    sparsities, ideal = zip(*panel.ideal, strict=True)
-    first, last = min(sparsities), max(sparsities)
-    width = max(last - first, 0.02)
-    axis.set_yscale("log")
-    axis.plot(sparsities, ideal, color=GREY, linestyle="--", linewidth=1.2)
-    ends = [(f"ideal {ideal[-1]:.1f}x", ideal[-1], GREY)]
-    for (name, points), marker in zip(panel.lines.items(), "osD^vPX" * len(panel.lines), strict=False):
-        x, y = [point.sparsity for point in points], [point.speedup for point in points]
-        bars = [[point.speedup - point.low for point in points], [point.high - point.speedup for point in points]]
-        axis.errorbar(x, y, yerr=bars, color=colours[name], marker=marker, markersize=5, linewidth=1.8, capsize=3)
-        ends.append((f"{name} {y[-1]:.1f}x", y[-1], colours[name]))
-    for level in panel.levels.values():
-        axis.axhline(level, color="#222222", linewidth=0.9, linestyle=":")
-    shown = [*ideal, *panel.levels.values(), *(y for points in panel.lines.values() for p in points for y in p[2:])]
-    low, high = min(shown) / 1.15, max(shown) * 1.15
-    axis.set(ylim=(low, high), xlim=(first - 0.3 * width, last + 0.28 * width))
-    gap = float(np.log(high / low)) * 0.05  # the height of a line of text
-    for (text, _, colour), place in zip(ends, _spread_log([y for _, y, _ in ends], gap), strict=True):
-        axis.text(last + 0.03 * width, place, text, color=colour, va="center", fontsize=9, fontweight="bold")
-    names = [f"dense {name}" for name in panel.levels]
-    for text, place in zip(names, _spread_log(list(panel.levels.values()), gap), strict=True):
-        axis.text(first - 0.28 * width, place, text, color="#222222", va="bottom", fontsize=8)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_xticks(sparsities, [f"{sparsity:.4g}" for sparsity in sparsities], fontsize=8)
-    axis.set_xlabel("sparsity (share of blocks dropped)")
-    axis.set_ylabel(f"speed-up over dense {panel.dense}")
-    axis.set_title(panel.title(), fontsize=10, fontweight="bold", loc="left")
-    axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _spread_log(values: Sequence[float], gap: float) -> list[float]:
-    return [float(np.exp(value)) for value in spread([float(np.log(value)) for value in values], gap)]
 
 
 def _draw_errors(axis: Axes, errors: Mapping[float, Mapping[str, Sequence[float]]]) -> None:
