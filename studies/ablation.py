@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from matplotlib.figure import Figure
 
 from rectified_spaattn import SparseConfig
-from rectified_spaattn.config import RECTIFY_MODES
+from rectified_spaattn.config import RECTIFY
 from rectified_spaattn.lab.clips.clip import Mode, full_mode, generate_batch
 from rectified_spaattn.lab.clips.intervals import bootstrap
 from rectified_spaattn.lab.clips.metrics import psnr, ssim
@@ -38,7 +38,7 @@ ATTENTION = ("attention_error", "mass_error", "block_mass_error", "kept_mass")
 @dataclass(frozen=True, kw_only=True)
 class Options(harness.Options):
     sparsity: tuple[float, ...] = option("Share of blocks to drop.", (0.7, 0.8, 0.9, 0.95))
-    rectify: tuple[str, ...] = option("Modes.", tuple(RECTIFY_MODES))
+    rectify: tuple[str, ...] = option("Modes.", tuple(RECTIFY))
     order: tuple[str, ...] = option("How tokens are put in blocks.", ("gilbert",))
     block_size: int = option("Tokens a block.", EXACT.block_size)
     top_p: float = option("Least attention mass the kept blocks hold.", EXACT.top_p)

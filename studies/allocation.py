@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rectified_spaattn import SparseConfig, TokenLayout
+from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.error import block_of_tokens, full_attention
+from rectified_spaattn.orders import Blocks
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -18,7 +19,7 @@ class Exact:
     """Full attention on one call.
 
     call    with the values that probe the masses behind the real ones, as further heads; where blocks are sorted by
-            content, with the tokens in that order, so that one set of blocks in space holds for all heads
+            content, with the tokens in that order, so that one set of blocks holds for all heads
     config  whose order and block size these are
     blocks  of the call's tokens
     out     [B, S, H, D]
@@ -27,7 +28,7 @@ class Exact:
 
     call: AttentionCall
     config: SparseConfig
-    blocks: TokenLayout
+    blocks: Blocks
     out: torch.Tensor
     masses: torch.Tensor
 
@@ -54,11 +55,11 @@ class Allocation:
 def exact(call: AttentionCall, config: SparseConfig) -> Exact:
     """Full attention and its masses on the blocks of `config`, once for many modes and sparsities.
 
-    Raises as TokenLayout.build does.
+    Raises as blocks_of does.
     """
     heads = call.q.shape[2]
-    call, in_space = call.in_order(config)
-    blocks = call.blocks(in_space)
+    call = call.in_order(config)
+    blocks = call.blocks(config)
     probed = _probed(call, blocks)
     out = full_attention(probed)
     masses = _masses(out, blocks, heads)
@@ -73,8 +74,7 @@ def allocation(full: Exact, config: SparseConfig, *, backend: str = "auto") -> A
             f"config: got blocks of {config.block_size} in {config.order!r} order; allowed: those of full, "
             f"{full.config.block_size} in {full.config.order!r}."
         )
-    in_space = config.replace(order="gilbert") if config.order == "content" else config
-    both, stats = call.sparse(in_space, backend=backend)
+    both, stats = call.sparse(config, backend=backend)
     exact_out = full.out[:, call.video]
     wrong = (both[:, call.video, :heads] - exact_out).flatten(1).norm(dim=1)
     kept = stats.block_mask[:, :heads].transpose(1, 2)[:, :, None]  # [B, nb, 1, H, nb]
@@ -88,7 +88,7 @@ def allocation(full: Exact, config: SparseConfig, *, backend: str = "auto") -> A
     )
 
 
-def _probed(call: AttentionCall, blocks: TokenLayout) -> AttentionCall:
+def _probed(call: AttentionCall, blocks: Blocks) -> AttentionCall:
     """The call with groups of further heads: the same q and k, and one column of v a block, as many as v has."""
     dim = call.v.shape[3]
     block_of = block_of_tokens(blocks)
@@ -104,7 +104,7 @@ def _probed(call: AttentionCall, blocks: TokenLayout) -> AttentionCall:
     )
 
 
-def _masses(out: torch.Tensor, blocks: TokenLayout, heads: int) -> torch.Tensor:
+def _masses(out: torch.Tensor, blocks: Blocks, heads: int) -> torch.Tensor:
     """What the heads behind the first `heads` hold: [B, nb, b, H, nb]."""
     tiled = out[:, blocks.tiled, heads:].unflatten(1, (blocks.num_blocks, blocks.block_size))
     by_group = tiled.unflatten(3, (-1, heads)).transpose(3, 4)  # [B, nb, b, H, groups, D]

@@ -76,9 +76,10 @@ def measured(call: AttentionCall, options: Options) -> Iterator[dict[str, Any]]:
 
         for sparsity, neighbours, top_p in itertools.product(options.sparsity, (False, True), (0.0, TOP_P)):
             setting = {"sparsity": sparsity, "neighbours": neighbours, "top_p": top_p}
-            kept = select(estimated[None], blocks, config.replace(**setting))[0]
+            wanted = config.replace(**setting)
+            kept = select(estimated[None], blocks, wanted)[0]
             as_many = best_as_many(estimated[..., :-1], kept)
-            values = [density(kept[None], blocks, call.text_mask).item(), *judge(kept), *judge(as_many)]
+            values = [density(kept[None], call.layout, wanted, call.text_mask).item(), *judge(kept), *judge(as_many)]
             names = ("density", "captured", "error", "equal_captured", "equal_error")
             yield {
                 **setting,

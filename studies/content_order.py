@@ -16,12 +16,13 @@ from unittest.mock import patch
 
 import torch
 
-from rectified_spaattn import SparseConfig, TokenLayout
-from rectified_spaattn.lab.calls.capture import AttentionCall
+from rectified_spaattn import SparseConfig
+from rectified_spaattn.lab.calls.capture import AttentionCall, arrange
 from rectified_spaattn.lab.calls.error import full_attention, kept_mass
 from rectified_spaattn.lab.option import option
 from rectified_spaattn.method import arrange as library
-from rectified_spaattn.method.arrange import arrange, content_order, k_d_order, moments, put_back, sample_of
+from rectified_spaattn.method.arrange import content_order, k_d_order, moments, sample_of
+from rectified_spaattn.orders import Blocks
 
 from . import harness
 from .harness import EXACT
@@ -29,7 +30,7 @@ from .selectors import true_masses
 
 IN_USE = "content"
 Orders = tuple[torch.Tensor, torch.Tensor]  # of queries and of keys, each int64 [B, H, nb * b], places in the sequence
-Space = Callable[[AttentionCall, TokenLayout], torch.Tensor]  # the tiled tokens in it: [Z, n, 2D]
+Space = Callable[[AttentionCall, Blocks], torch.Tensor]  # the tiled tokens in it: [Z, n, 2D]
 Cut = Callable[[torch.Tensor, int], torch.Tensor]  # features [Z, n, r] and block size -> order, int64 [Z, n]
 
 
@@ -54,41 +55,41 @@ class Row(harness.Row):
 class Way:
     """sort(call, blocks) gives the orders; back: how many steps earlier the call is; blocks: how many it can make."""
 
-    sort: Callable[[AttentionCall, TokenLayout], Orders]
+    sort: Callable[[AttentionCall, Blocks], Orders]
     back: int = 0
     blocks: Callable[[int], bool] = lambda count: True
 
 
-def in_space(call: AttentionCall, blocks: TokenLayout) -> Orders:
+def in_space(call: AttentionCall, blocks: Blocks) -> Orders:
     order = blocks.tiled.expand(call.q.shape[0], call.q.shape[2], -1)
     return order, order
 
 
-def by_content(call: AttentionCall, blocks: TokenLayout, **constants: int) -> Orders:
+def by_content(call: AttentionCall, blocks: Blocks, **constants: int) -> Orders:
     """The order in use; constants: those of method/arrange.py to replace."""
     with patch.dict(vars(library), constants):
         order = content_order(call.q, call.k, blocks.tiled, block_size=blocks.block_size, scale=_scale(call))
     return order, order
 
 
-def by_directions(call: AttentionCall, blocks: TokenLayout, *, cut: Cut, rank: int, space: Space) -> Orders:
+def by_directions(call: AttentionCall, blocks: Blocks, *, cut: Cut, rank: int, space: Space) -> Orders:
     """One order for queries and keys."""
     order = _placed(cut(principal(space(call, blocks), rank), blocks.block_size), call, blocks)
     return order, order
 
 
-def apart(call: AttentionCall, blocks: TokenLayout) -> Orders:
+def apart(call: AttentionCall, blocks: Blocks) -> Orders:
     """Queries by the features of queries alone, keys by those of keys alone."""
     q, k = weighted(call, blocks).chunk(2, dim=2)
     order_q, order_k = (_placed(k_d(principal(half, 8), blocks.block_size), call, blocks) for half in (q, k))
     return order_q, order_k
 
 
-def keys_only(call: AttentionCall, blocks: TokenLayout) -> Orders:
+def keys_only(call: AttentionCall, blocks: Blocks) -> Orders:
     return in_space(call, blocks)[0], apart(call, blocks)[1]
 
 
-def weighted(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def weighted(call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     """[q M_k½, k M_q½] of every tiled token: the space in which content_order looks for directions."""
     weigh = moments(sample_of(call.q, blocks.tiled), sample_of(call.k, blocks.tiled), _scale(call)).weigh
     values, vectors = torch.linalg.eigh(weigh.double())
@@ -96,7 +97,7 @@ def weighted(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     return _tokens(call, blocks) @ half.float()
 
 
-def unweighted(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def unweighted(call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     """[q, k], each over its standard deviation."""
     halves = _tokens(call, blocks).chunk(2, dim=2)
     return torch.cat([half / half.var(1).sum(1).sqrt()[:, None, None] for half in halves], dim=2)
@@ -160,7 +161,7 @@ def hilbert_index(cells: torch.Tensor, bits: int) -> torch.Tensor:
     return place
 
 
-def sort_by(rank: int, cut: Cut, space: Space = weighted) -> Callable[[AttentionCall, TokenLayout], Orders]:
+def sort_by(rank: int, cut: Cut, space: Space = weighted) -> Callable[[AttentionCall, Blocks], Orders]:
     return partial(by_directions, cut=cut, rank=rank, space=space)
 
 
@@ -231,13 +232,19 @@ def judge_all(calls: Sequence[AttentionCall], names: Sequence[str], options: Opt
                 yield setting | values
 
 
-def _tokens(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def put_back(x: torch.Tensor, tiled: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """What `arrange` moved, back at its places."""
+    index = order.transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[-1])
+    return x.scatter(1, index, x[:, tiled])
+
+
+def _tokens(call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     """[q, k] of every tiled token, centred: [Z, n, 2D]."""
     both = torch.cat([call.q, call.k], dim=3)[:, blocks.tiled].transpose(1, 2).flatten(0, 1)
     return both - both.mean(1, keepdim=True)
 
 
-def _placed(order: torch.Tensor, call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def _placed(order: torch.Tensor, call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     return blocks.tiled[order].view(call.q.shape[0], call.q.shape[2], -1)
 
 

@@ -40,7 +40,7 @@ DEV_PAIRS, HELD_OUT_PAIRS = 24, 16
 SPLITS = ("dev", "held-out")
 # The paper's method on blocks that fit the demo model, with as many blocks kept as the sparsity says and no more: on
 # grids this small the 26 neighbours alone would be a quarter of all blocks.
-EXACT = SparseConfig(rectify="ipar+gapr", order="gilbert", block_size=64, top_p=0.0, neighbours=False)
+EXACT = SparseConfig.paper(block_size=64, top_p=0.0, neighbours=False)
 
 
 @dataclass(frozen=True, kw_only=True)

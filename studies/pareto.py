@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
-from rectified_spaattn.benchmark.record import Row as Speed
+from rectified_spaattn.lab.bench.rows import Row as Speed
 from rectified_spaattn.lab.clips.clip import Pair
 from rectified_spaattn.lab.clips.intervals import bootstrap
 from rectified_spaattn.lab.option import option

@@ -13,14 +13,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from rectified_spaattn import TokenLayout
+from rectified_spaattn.config import RECTIFY
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.error import full_attention, kept_mass
 from rectified_spaattn.lab.option import option
-from rectified_spaattn.method.estimate import estimate, estimate_pooled
+from rectified_spaattn.method.estimate import estimate
 from rectified_spaattn.method.gain import gain
 from rectified_spaattn.method.pool import pool
 from rectified_spaattn.method.rectify import rectify
+from rectified_spaattn.orders import Blocks
 
 from . import harness
 from .harness import EXACT
@@ -55,33 +56,32 @@ def variants(call: AttentionCall, sparsity: float, block_size: int) -> Iterator[
     config = EXACT.replace(sparsity=sparsity, rectify="none", block_size=block_size)
     blocks, scale = call.blocks(config), call.q.shape[-1] ** -0.5
     q, k, v = (tiles(x, blocks) for x in (call.q, call.k, call.v))
-    valid = torch.cat([call.text_mask.new_ones(len(call.text_mask), blocks.leftover), call.text_mask], dim=1)
-    pooled = pool(q, k, v)
-    keys = {
-        "q_mean": pooled.q,
-        "k_mean": pooled.k,
-        "k_isolated": call.k[:, blocks.isolated].transpose(1, 2),
-        "valid": valid,
-        "scale": scale,
-    }
+    ipar, paper = RECTIFY["ipar"], RECTIFY["ipar+gapr"]
+    pooled = pool(q, k, v, paper)
+
+    def estimated(rule):
+        alone, valid = call.k[:, blocks.isolated].transpose(1, 2), call.valid[:, blocks.isolated]
+        sizes = {"block_size": block_size, "leftover": blocks.leftover}
+        return estimate(pooled.q, pooled.k, alone, valid, rule=rule, scale=scale, **sizes)
+
     exact = tiles(full_attention(call), blocks)
     plain, stats = call.sparse(config)
     sparse, critical = tiles(plain, blocks), stats.block_mask
-    every, gated = ~critical, gain(pooled, critical, "ipar+gapr")
-    ipar = rectify(estimate(**keys, block_size=block_size), every, pooled.v)
-    no_log_b = rectify(estimate(**keys, block_size=1), every, pooled.v)
-    text_pooled = rectify(estimate_pooled(**keys, block_size=block_size, leftover=blocks.leftover), every, pooled.v)
-    paper = rectify(estimate(**keys, block_size=block_size), gated, pooled.v)
+    every, gated = ~critical, gain(pooled, critical, paper)
+    both = rectify(estimated(ipar), every, pooled.v)
+    no_log_b = rectify(estimated(ipar._replace(log_b=False)), every, pooled.v)
+    text_pooled = rectify(estimated(RECTIFY["pooled"]), every, pooled.v)
+    with_gain = rectify(estimated(paper), gated, pooled.v)
     exact_r = row_masses(call, blocks, critical)
     outputs = {
         "none": sparse,
         "pooled: text pooled, no log b": _apply(sparse, text_pooled.r, text_pooled.c),
         "text isolated, no log b": _apply(sparse, no_log_b.r, no_log_b.c),
-        "ipar": _apply(sparse, ipar.r, ipar.c),
-        "ipar, R only": _apply(sparse, ipar.r, 0 * ipar.c),
-        "ipar, C only": _apply(sparse, torch.ones_like(ipar.r), ipar.c),
-        "ipar+gapr": _apply(sparse, paper.r, paper.c),
-        "exact mass of every row for R, C as in ipar": exact_r * sparse + ipar.c[..., None, :],
+        "ipar": _apply(sparse, both.r, both.c),
+        "ipar, R only": _apply(sparse, both.r, 0 * both.c),
+        "ipar, C only": _apply(sparse, torch.ones_like(both.r), both.c),
+        "ipar+gapr": _apply(sparse, with_gain.r, with_gain.c),
+        "exact mass of every row for R, C as in ipar": exact_r * sparse + both.c[..., None, :],
     }
     shared = {
         "kept_mass": kept_mass(critical[0], true_masses(call, blocks)),
@@ -93,7 +93,7 @@ def variants(call: AttentionCall, sparsity: float, block_size: int) -> Iterator[
         yield {"sparsity": sparsity, "variant": name, "relative_error": error, **shared}
 
 
-def row_masses(call: AttentionCall, blocks: TokenLayout, critical: torch.Tensor) -> torch.Tensor:
+def row_masses(call: AttentionCall, blocks: Blocks, critical: torch.Tensor) -> torch.Tensor:
     """Exact mass that every single query gives to its critical blocks and the isolated tokens: [B, H, nb, b, 1]."""
     q, k = (x.transpose(1, 2) for x in (call.q, call.k))
     logits = q[:, :, blocks.tiled] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # [B, H, nb * b, S]

@@ -10,14 +10,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rectified_spaattn import SparseConfig, TokenLayout
+from rectified_spaattn import SparseConfig
+from rectified_spaattn.config import RECTIFY
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.error import block_masses, full_attention, kept_mass
 from rectified_spaattn.method.estimate import estimate
 from rectified_spaattn.method.pool import Pooled, pool
 from rectified_spaattn.method.select import select
+from rectified_spaattn.orders import Blocks
 
-Selector = Callable[[AttentionCall, TokenLayout], torch.Tensor]
+Selector = Callable[[AttentionCall, Blocks], torch.Tensor]
 IN_USE = "estimate P (in use)"
 ORACLE = "true mass (oracle)"  # no selector of as many blocks captures more mass
 
@@ -40,25 +42,33 @@ class SelectionRow:
     rectified: float
 
 
-def true_masses(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def true_masses(call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     """Exact masses of full attention, one query block at a time: float32 [H, nb, nb + 1], rows of sum 1."""
     return torch.stack([block_masses(call, blocks, head) for head in range(call.q.shape[2])])
 
 
-def estimated_masses(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def estimated_masses(call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     """P of the method, from the means of queries and keys: [H, nb, nb + 1], rows of sum 1, isolated tokens last."""
     pooled = _pooled(call, blocks)
-    valid = torch.cat([call.text_mask.new_ones(1, blocks.leftover), call.text_mask[:1]], dim=1)
     alone = call.k[:1, blocks.isolated].transpose(1, 2)
-    return estimate(pooled.q, pooled.k, alone, valid, scale=_scale(call), block_size=blocks.block_size)[0]
+    return estimate(
+        pooled.q,
+        pooled.k,
+        alone,
+        call.valid[:1, blocks.isolated],
+        rule=RECTIFY["ipar"],
+        scale=_scale(call),
+        block_size=blocks.block_size,
+        leftover=blocks.leftover,
+    )[0]
 
 
-def by_estimate(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def by_estimate(call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     """What the method uses."""
     return estimated_masses(call, blocks)[..., :-1]
 
 
-def by_second_order(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def by_second_order(call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     """P with ½ scale² Σ_d q̄²_nd Var_m,d added to every logit: the next term of the log of a block's mean exp."""
     pooled, k = _pooled(call, blocks), tiles(call.k, blocks)[:1]
     spread = pooled.q.square() @ k.var(3, correction=0).transpose(-1, -2) * _scale(call) ** 2 / 2
@@ -67,27 +77,27 @@ def by_second_order(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
     return to_blocks.softmax(-1)[0]
 
 
-def by_quarter_blocks(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def by_quarter_blocks(call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     """P from means over a quarter of a block, summed over the quarters of a key block: 16 times the estimate's work."""
     q, k = (tiles(x, blocks)[0].unflatten(2, (4, -1)).mean(3).flatten(1, 2) for x in (call.q, call.k))
     to_quarters = (_scale(call) * q @ k.transpose(-1, -2)).softmax(-1)  # [H, 4 nb, 4 nb]
     return to_quarters.unflatten(2, (-1, 4)).sum(3).unflatten(1, (-1, 4)).mean(2)
 
 
-def by_mean_query(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def by_mean_query(call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     """The masses that the mean query gives to every single key: only the queries are pooled."""
     logits = _scale(call) * _pooled(call, blocks).q @ tiles(call.k, blocks)[:1].flatten(2, 3).transpose(-1, -2)
     return logits.softmax(-1)[0].unflatten(-1, (blocks.num_blocks, blocks.block_size)).sum(-1)
 
 
-def by_output_error(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def by_output_error(call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     """P_nm |v̄_m - out_n|: how far the output moves when block m is left out, out_n being the estimated output."""
     probability, v = estimated_masses(call, blocks), _pooled(call, blocks).v[0]
     to_blocks = probability[..., :-1] / probability[..., :-1].sum(-1, keepdim=True)
     return to_blocks * torch.cdist(to_blocks @ v, v)  # [H, nb, nb]
 
 
-def by_chance(call: AttentionCall, blocks: TokenLayout) -> torch.Tensor:
+def by_chance(call: AttentionCall, blocks: Blocks) -> torch.Tensor:
     """The floor; the same numbers for every call of a shape."""
     generator = torch.Generator().manual_seed(0)
     shape = (call.q.shape[2], blocks.num_blocks, blocks.num_blocks)
@@ -104,7 +114,7 @@ SELECTORS: dict[str, Selector] = {
 }
 
 
-def keep_best(scores: torch.Tensor, blocks: TokenLayout, sparsity: float) -> torch.Tensor:
+def keep_best(scores: torch.Tensor, blocks: Blocks, sparsity: float) -> torch.Tensor:
     """The blocks a selector keeps at a sparsity, and no others: bool [H, nb, nb]. scores: [H, nb, nb], not negative."""
     exact = SparseConfig(sparsity=sparsity, top_p=0.0, neighbours=False)
     return select(torch.cat([scores, torch.zeros_like(scores[..., :1])], dim=-1)[None], blocks, exact)[0]
@@ -130,7 +140,7 @@ def recall(kept: torch.Tensor, true: torch.Tensor) -> float:
 
 def study_selection(call: AttentionCall, config: SparseConfig, sparsities: Sequence[float]) -> list[SelectionRow]:
     """At every sparsity every selector, on all heads of one call; batch 0 alone. config: block_size, order, rectify."""
-    call, config = first_sample(call).in_order(config)
+    call = first_sample(call).in_order(config)
     blocks = call.blocks(config)
     true, full = true_masses(call, blocks), full_attention(call)
     rows = []
@@ -170,7 +180,7 @@ def first_sample(call: AttentionCall) -> AttentionCall:
     return replace(call, q=call.q[:1], k=call.k[:1], v=call.v[:1], text_mask=call.text_mask[:1])
 
 
-def tiles(x: torch.Tensor, blocks: TokenLayout) -> torch.Tensor:
+def tiles(x: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     """[B, S, H, D] -> the tiled tokens, [B, H, nb, b, D]."""
     return x[:, blocks.tiled].transpose(1, 2).unflatten(2, (blocks.num_blocks, blocks.block_size))
 
@@ -180,9 +190,9 @@ def _rank(scores: torch.Tensor) -> torch.Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
-def _pooled(call: AttentionCall, blocks: TokenLayout) -> Pooled:
+def _pooled(call: AttentionCall, blocks: Blocks) -> Pooled:
     q, k, v = (tiles(x, blocks)[:1] for x in (call.q, call.k, call.v))
-    return pool(q, k, v)
+    return pool(q, k, v, RECTIFY["ipar"])
 
 
 def _scale(call: AttentionCall) -> float:

@@ -18,13 +18,14 @@ from typing import ClassVar
 
 import torch
 
-from rectified_spaattn import TokenLayout
+from rectified_spaattn.config import RECTIFY
 from rectified_spaattn.lab.calls.capture import attending
 from rectified_spaattn.lab.clips.metrics import psnr, ssim
 from rectified_spaattn.lab.option import option
 from rectified_spaattn.method.gain import gain
 from rectified_spaattn.method.pool import pool
 from rectified_spaattn.method.select import top_k_of
+from rectified_spaattn.orders import Blocks, blocks_of
 from rectified_spaattn.pipelines.state import LayerState, key_text_mask
 
 from . import harness
@@ -93,7 +94,7 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    blocks: TokenLayout,
+    blocks: Blocks,
     valid: torch.Tensor,
     sparsity: float,
 ) -> torch.Tensor:
@@ -108,7 +109,7 @@ def attend(
     alone = weight[:, :, nb * b :] @ v / weight[:, :, nb * b :].sum(-1, keepdim=True)
     weight, top, q = weight[:, :, : nb * b], top[:, :, : nb * b], q[:, :, : nb * b]
     qb, kb, vb = (x[:, :, : nb * b].unflatten(2, (nb, b)) for x in (q, k, v))
-    pooled = pool(qb, kb, vb)
+    pooled = pool(qb, kb, vb, RECTIFY["ipar+gapr"])
     var = kb.var(3, unbiased=False)
     s2 = scale**2 * pooled.q.square() @ var.transpose(-1, -2)  # [B, H, nb, nb]
     mass = weight[..., : nb * b].unflatten(-1, (nb, b)).sum(-1)  # [B, H, nb * b, nb]
@@ -119,7 +120,7 @@ def attend(
     elif variant.select == "second":
         score = estimated + s2 / 2
     kept = torch.zeros_like(estimated, dtype=torch.bool)
-    kept.scatter_(-1, score.topk(top_k_of(sparsity, nb), -1).indices, True)
+    kept.scatter_(-1, score.topk(top_k_of(EXACT.replace(sparsity=sparsity), nb), -1).indices, True)
 
     by_row = kept.repeat_interleave(b, 2)
     part = torch.cat([weight[..., : nb * b] * by_row.repeat_interleave(b, 3), weight[..., nb * b :]], -1)
@@ -128,7 +129,7 @@ def attend(
         return _back(out / total, alone, order)
     dropped = ~kept
     if variant.gate == "gapr":
-        dropped = gain(pooled, kept, "ipar+gapr")
+        dropped = gain(pooled, kept, RECTIFY["ipar+gapr"])
     elif variant.gate.startswith("s2<"):
         dropped = dropped & (s2 < float(variant.gate[3:]))
     if variant.tail == "block":
@@ -180,10 +181,11 @@ class Layer(LayerState):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
     ) -> torch.Tensor:
-        blocks = self._layout(q.shape[1]).on(q.device)
-        valid = key_text_mask(mask, blocks)
+        layout = self._layout(q.shape[1])
+        blocks = blocks_of(layout, self.owner.config).on(q.device)
+        valid = key_text_mask(mask, layout)
         if valid is None:
-            valid = q.new_ones(q.shape[0], blocks.text, dtype=torch.bool)
+            valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
         return self.run(self.index, self.owner.step, q, k, v, blocks, valid)
 
 

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import RECTIFY_MODES, SparseConfig, check_choice
-from ..curve import ORDERS
+from ..config import ORDERS, RECTIFY, SparseConfig, check_choice
 from ..lab.clips.options import ClipError, ModelOptions
 from ..lab.demo_model.prompts import PROMPTS
 from ..lab.option import option
@@ -21,6 +20,7 @@ if TYPE_CHECKING:  # what runs is imported when it runs
     from ..lab.calls.maps import HeadResult, HeadStudy
     from ..lab.pages.figures import CallName
 
+_SHOWN = tuple(name for name in RECTIFY if name != "none")
 _THE_PRESETS = {"unset": "the preset's"}
 
 
@@ -38,11 +38,9 @@ class InspectOptions(ModelOptions):
     seed: int = option("Seed of the noise.", 0)
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.8, 0.9))
     config: Path | None = option("YAML file with fields of SparseConfig, instead of a preset.", None, **_THE_PRESETS)
-    rectify: str | None = option(
-        "The mode that the pictures show beside none.", None, choices=RECTIFY_MODES[1:], **_THE_PRESETS
-    )
+    rectify: str | None = option("The mode that the pictures show beside none.", None, choices=_SHOWN, **_THE_PRESETS)
     block_size: int | None = option("Tokens a block.", None, **_THE_PRESETS)
-    order: str | None = option("How blocks are made.", None, choices=tuple(ORDERS), **_THE_PRESETS)
+    order: str | None = option("How blocks are made.", None, choices=ORDERS, **_THE_PRESETS)
     top_p: float | None = option("Least attention mass the kept blocks hold.", None, **_THE_PRESETS)
     neighbours: bool | None = option(
         "Always keep blocks that touch in 3-D; needs an --order other than content.", None, **_THE_PRESETS
@@ -73,7 +71,7 @@ class InspectOptions(ModelOptions):
         names = ("rectify", "block_size", "order", "top_p", "neighbours")
         values = {name: getattr(self, name) for name in names}
         config = start.replace(**{name: value for name, value in values.items() if value is not None})
-        check_choice("rectify", config.rectify, tuple(RECTIFY_MODES[1:]))
+        check_choice("rectify", config.rectify, _SHOWN)
         return config
 
 
@@ -99,8 +97,8 @@ def run(options: InspectOptions) -> None:
     """Look into one attention head: its error under every rectify mode, and where its attention goes."""
     from ..lab.calls.capture import CaptureError
     from ..lab.clips.evaluate import base_configs
-    from ..lab.clips.single import check_writable
     from ..lab.clips.models import call_arguments, call_defaults, load, source_of
+    from ..lab.clips.single import check_writable
     from ..lab.machine import device_of, machine
     from ..lab.pages.html import write_inspection
     from ..lab.pages.maps import maps_figure
@@ -173,7 +171,7 @@ def _study(
     layer = layers // 2 if options.layer is None else options.layer
     if layer >= layers:
         raise ClipError(f"--layer: got {layer}; allowed: 0 to {layers - 1}.")
-    count, work = itertools.count(1), step + 1 + 2 + len(options.sparsities) * len(RECTIFY_MODES)
+    count, work = itertools.count(1), step + 1 + 2 + len(options.sparsities) * len(RECTIFY)
 
     def advance(text: str) -> None:
         watch(text, next(count), work)
@@ -202,7 +200,7 @@ def _call_record(call: "AttentionCall", name: "CallName", study: "HeadStudy") ->
     return {
         **asdict(name),
         "name": call.name,
-        "grid": list(call.grid),
+        "grid": None if call.layout.grid is None else list(call.layout.grid),
         "num_blocks": study.blocks.num_blocks,
         "isolated": study.blocks.leftover + int(call.text_mask[0].sum()),
     }

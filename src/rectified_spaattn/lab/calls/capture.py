@@ -12,7 +12,8 @@ import torch
 from ...attention import SparseStats, rectified_attention
 from ...config import SparseConfig
 from ...layout import TokenLayout
-from ...method.arrange import arrange, content_order
+from ...method.arrange import content_order
+from ...orders import Blocks, blocks_of
 from ...pipelines.adapters import adapter_for
 from ...pipelines.processor import check_processor, dense_backend, wrap
 from ...pipelines.state import LayerState, RunClock, TransformerState, key_text_mask
@@ -33,60 +34,65 @@ class AttentionCall:
 
     q, k, v    [B, S, H, D], float32, after QK-norm and RoPE, in the model's token order
     text_mask  bool [B, text], True = valid
-    grid       (T, H, W) in tokens
+    layout     of the S tokens
     layer      index among the video self-attention layers, and its name
     step       denoising step, counted from 0
+    arranged   the tiled tokens of every head are in the order of blocks by content; see `in_order`
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     text_mask: torch.Tensor
-    grid: tuple[int, int, int]
-    text_first: bool
+    layout: TokenLayout
     layer: int
     name: str
     step: int
+    arranged: bool = False
 
-    def blocks(self, config: SparseConfig) -> TokenLayout:
-        """How `config` cuts this call's tokens into blocks, on the call's device. ValueError as TokenLayout.build."""
-        layout = TokenLayout.build(self.grid, self.text_mask.shape[1], self.text_first, config.block_size, config.order)
-        return layout.on(self.q.device)
+    def blocks(self, config: SparseConfig) -> Blocks:
+        """How `config` cuts this call's tokens into blocks, on the call's device. Raises as blocks_of does."""
+        return blocks_of(self.layout, config).on(self.q.device)
 
     def sparse(self, config: SparseConfig, **options: Any) -> tuple[torch.Tensor, SparseStats]:
         """rectified_attention on this call: its output [B, S, H, D] and its stats; options, errors: as it has them."""
-        blocks = self.blocks(config)
+        if self.arranged and config.by_content:
+            batch, _, heads, _ = self.q.shape
+            options["token_order"] = self.blocks(config).tiled.expand(batch, heads, -1)
         return rectified_attention(
-            self.q, self.k, self.v, blocks, config, text_mask=self.text_mask, return_stats=True, **options
+            self.q, self.k, self.v, self.layout, config, text_mask=self.text_mask, return_stats=True, **options
         )
 
     @property
-    def video(self) -> slice:
-        """The places of the video tokens."""
-        text = self.text_mask.shape[1]
-        return slice(text, None) if self.text_first else slice(0, self.q.shape[1] - text)
+    def video(self) -> torch.Tensor:
+        """int64 [N]: places of the tokens that can be tiled."""
+        return self.layout.video_places.to(self.q.device)
 
     @property
     def valid(self) -> torch.Tensor:
         """bool [B, S], the keys that may be attended to."""
         valid = self.text_mask.new_ones(self.q.shape[:2])
-        text = slice(0, self.video.start) if self.text_first else slice(self.video.stop, None)
-        valid[:, text] = self.text_mask
+        valid[:, self.layout.text_places.to(valid.device)] = self.text_mask
         return valid
 
-    def in_order(self, config: SparseConfig) -> tuple["AttentionCall", SparseConfig]:
-        """A call and a config with one set of blocks for all heads, and they are those that `config` gives this call.
+    def in_order(self, config: SparseConfig) -> "AttentionCall":
+        """A call of which `blocks(config).tiled` says for all heads alike which token is in which block.
 
-        Where blocks are sorted by content the tokens of every head are put in that order, so that the places of Gilbert
-        blocks hold them; elsewhere both are as they were. Raises ValueError as TokenLayout.build does.
+        Where blocks are sorted by content the tokens of every head are put in that order; else it is the call itself.
         """
-        blocks = self.blocks(config)
-        if not blocks.by_content:
-            return self, config
-        scale = self.q.shape[-1] ** -0.5
-        order = content_order(self.q, self.k, blocks.tiled, block_size=config.block_size, scale=scale)
-        q, k, v = (arrange(x, blocks.tiled, order) for x in (self.q, self.k, self.v))
-        return replace(self, q=q, k=k, v=v), config.replace(order="gilbert")
+        if not config.by_content:
+            return self
+        tiled, scale = self.blocks(config).tiled, self.q.shape[-1] ** -0.5
+        order = content_order(self.q, self.k, tiled, block_size=config.block_size, scale=scale)
+        q, k, v = (arrange(x, tiled, order) for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v, arranged=True)
+
+
+def arrange(x: torch.Tensor, tiled: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """x [B, S, H, D] with the tokens of `order`, int64 [B, H, n], at the places of `tiled`, int64 [n]."""
+    moved = x.clone()
+    moved[:, tiled] = x.gather(1, order.transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[-1]))
+    return moved
 
 
 @dataclass(kw_only=True)
@@ -118,8 +124,7 @@ class _Recorder(LayerState):
         return AttentionCall(
             **{name: x.detach().float().to(self.device, copy=True) for name, x in (("q", q), ("k", k), ("v", v))},
             text_mask=valid.to(self.device, copy=True),
-            grid=layout.grid,
-            text_first=layout.text_first,
+            layout=layout,
             layer=self.index,
             name=self.name,
             step=step,
@@ -142,7 +147,7 @@ def capture_attention(
     """
     calls: list[AttentionCall] = []
     recorder = partial(_Recorder, wanted=set(steps), device=torch.device(device), calls=calls)
-    with attending(pipe, SparseConfig(block_size=16), recorder, layers):
+    with attending(pipe, SparseConfig(), recorder, layers):
         yield calls
     missing = sorted(set(steps) - {call.step for call in calls})
     if missing:

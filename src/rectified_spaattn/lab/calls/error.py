@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...attention import SparseStats
 from ...config import SparseConfig
-from ...layout import TokenLayout
+from ...orders import Blocks
 from .capture import AttentionCall
 
 
@@ -46,7 +46,7 @@ def attention_error(
 
 
 def block_masses(
-    call: AttentionCall, blocks: TokenLayout, head: int, block_mask: torch.Tensor | None = None
+    call: AttentionCall, blocks: Blocks, head: int, block_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Exact attention mass of batch 0 that the queries of every block give to every key block, on average.
 
@@ -70,10 +70,9 @@ def block_masses(
     return masses
 
 
-def block_of_tokens(blocks: TokenLayout) -> torch.Tensor:
+def block_of_tokens(blocks: Blocks) -> torch.Tensor:
     """int64 [S]: the block of every token, num_blocks for isolated ones, on the device of `blocks`."""
-    sequence = blocks.tiled.numel() + blocks.isolated.numel()
-    block_of = torch.full((sequence,), blocks.num_blocks, device=blocks.tiled.device)
+    block_of = torch.full((blocks.sequence,), blocks.num_blocks, device=blocks.tiled.device)
     block_of[blocks.tiled] = torch.arange(blocks.num_blocks, device=block_of.device).repeat_interleave(
         blocks.block_size
     )

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...config import RECTIFY_MODES, SparseConfig
-from ...layout import TokenLayout
+from ...config import RECTIFY, SparseConfig
+from ...orders import Blocks
 from .capture import AttentionCall
 from .error import attention_error, block_masses, block_of_tokens, full_attention, kept_mass, misplaced
 
@@ -54,14 +54,12 @@ class HeadResult:
 class HeadStudy:
     """One head under every mode and sparsity.
 
-    order    the config's
-    blocks   the tokens' blocks, in space even where they are sorted by content
+    blocks   of the tokens
     full     float32 [nb, nb + 1], the block masses of full attention
     results  sparsity by sparsity, mode by mode
     """
 
-    order: str
-    blocks: TokenLayout
+    blocks: Blocks
     full: torch.Tensor
     results: tuple[HeadResult, ...]
 
@@ -85,9 +83,9 @@ def one_head(call: AttentionCall, head: int, device: torch.device | str = "cpu")
 def output_masses(call: AttentionCall, config: SparseConfig, backend: str = "auto") -> torch.Tensor:
     """How the output of a call weighs the values of every block, whatever the rectify mode: float32 [nb, nb + 1].
 
-    call: one head; config: with an order in space. An output is linear in the values, so it is computed for values that
-    tell their block: column m is the mean over a query block of the output for v = 1 on block m and 0 elsewhere. The
-    last column is all isolated tokens. Rows sum to 1.
+    call: one head, in the config's order (see `in_order`). An output is linear in the values, so it is computed for
+    values that tell their block: column m is the mean over a query block of the output for v = 1 on block m and 0
+    elsewhere. The last column is all isolated tokens. Rows sum to 1.
     """
     blocks = call.blocks(config)
     num_blocks, channels = blocks.num_blocks, call.v.shape[-1]
@@ -105,7 +103,7 @@ def study_head(
     call: AttentionCall,
     config: SparseConfig,
     sparsities: Sequence[float],
-    modes: Sequence[str] = RECTIFY_MODES,
+    modes: Sequence[str] = tuple(RECTIFY),
     *,
     backend: str = "auto",
     on_result: OnResult = lambda name: None,
@@ -114,13 +112,12 @@ def study_head(
 
     Raises ValueError for a grid that is smaller than one block, and as rectified_attention does.
     """
-    order = config.order
-    call, config = call.in_order(config)
+    call = call.in_order(config)
     blocks = call.blocks(config)
     if not blocks.num_blocks:
         raise ValueError(
-            f"block_size: got {config.block_size} for a grid of {call.grid}; allowed: at most {blocks.video} tokens, "
-            "as a smaller grid has no block and runs full attention."
+            f"block_size: got {config.block_size} for {call.layout.video} video tokens; allowed: at most that many, as "
+            "fewer make no block and run full attention."
         )
     exact = full_attention(call)
     on_result("full attention")
@@ -131,7 +128,7 @@ def study_head(
         for mode in modes:
             results.append(_result(call, config.replace(sparsity=sparsity, rectify=mode), exact, full, backend))
             on_result(f"{mode} at {sparsity:.4g}")
-    return HeadStudy(order=order, blocks=blocks, full=full.cpu(), results=tuple(results))
+    return HeadStudy(blocks=blocks, full=full.cpu(), results=tuple(results))
 
 
 def _result(

@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from ...benchmark.panels import Panel, spread
-from ...layout import TokenLayout
+from ...layout import Grid
+from ...orders import CURVES
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
@@ -46,7 +45,7 @@ class CallName:
         return f"layer {self.layer}, head {self.head}, denoising step {self.step}"
 
 
-def curve_figure(path: Path, grid: tuple[int, int, int] = (8, 8, 8), block_size: int = 64) -> dict[str, float]:
+def curve_figure(path: Path, grid: Grid = (8, 8, 8), block_size: int = 64) -> dict[str, float]:
     """Raster order and Gilbert curve through a small grid, blocks coloured, one block drawn solid.
 
     Returns the mean distance between two tokens of a block under each order, in tokens.
@@ -56,10 +55,9 @@ def curve_figure(path: Path, grid: tuple[int, int, int] = (8, 8, 8), block_size:
     spread = {}
     names = {"raster": "Raster order", "gilbert": "Gilbert curve"}
     for place, (order, name) in enumerate(names.items(), start=1):
-        layout = TokenLayout.build(grid, 0, False, block_size, order)
-        spread[order] = mean_distance(layout)
+        spread[order] = mean_distance(grid, block_size, order)
         axes: Any = figure.add_subplot(1, 2, place, projection="3d")
-        _draw_curve(axes, layout)
+        _draw_curve(axes, grid, block_size, order)
         axes.set_title(f"{name}: two tokens of a block are\n{spread[order]:.2f} tokens apart on average", fontsize=10)
     figure.suptitle(
         f"{block_size} consecutive tokens: {_shape_of(grid, block_size, 'raster')} in raster order, "
@@ -71,11 +69,11 @@ def curve_figure(path: Path, grid: tuple[int, int, int] = (8, 8, 8), block_size:
     return spread
 
 
-def mean_distance(layout: TokenLayout) -> float:
-    """Mean Euclidean distance between two tokens of the same block, over all blocks, in tokens."""
-    points = _points(layout)
-    blocks = points[: layout.num_blocks * layout.block_size].view(layout.num_blocks, layout.block_size, 3)
-    pairs = layout.block_size * (layout.block_size - 1)
+def mean_distance(grid: Grid, block_size: int, order: str) -> float:
+    """Mean Euclidean distance between two tokens of the same block, over all whole blocks, in tokens."""
+    points = _points(grid, block_size, order)
+    blocks = points[: len(points) // block_size * block_size].view(-1, block_size, 3)
+    pairs = block_size * (block_size - 1)
     return (torch.cdist(blocks, blocks).sum((1, 2)) / pairs).mean().item()
 
 
@@ -167,64 +165,6 @@ def error_figure(
     figure.savefig(path, dpi=_DPI)
 
 
-def speed_figure(path: Path, panels: Sequence[Panel], machine: str) -> None:
-    """Speed-up over dense attention against sparsity, one panel a shape; a logarithmic speed axis.
-
-    machine: what the figure's last line says about where it was measured.
-    """
-    columns = min(2, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(7 * columns, 4.8 * rows + 0.3), layout="constrained")
-    axes: Any = figure.subplots(rows, columns, squeeze=False)
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    colours = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(names)}
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        _draw_speed(axis, panel, colours)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    figure.supxlabel(f"{machine}. Points: medians; bars: quartiles of the sparse call's time.", fontsize=8, color=GREY)
-    figure.savefig(path, dpi=_DPI)
-
-
-def _draw_speed(axis: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
-    sparsities, ideal = zip(*panel.ideal, strict=True)
-    first, last = min(sparsities), max(sparsities)
-    width = max(last - first, 0.02)
-    axis.set_yscale("log")
-    axis.plot(sparsities, ideal, color=GREY, linestyle="--", linewidth=1.2)
-    ends = [(f"ideal {ideal[-1]:.1f}x", ideal[-1], GREY)]
-    for (name, points), marker in zip(panel.lines.items(), "osD^vPX" * len(panel.lines), strict=False):
-        x, y = [point.sparsity for point in points], [point.speedup for point in points]
-        bars = [[point.speedup - point.low for point in points], [point.high - point.speedup for point in points]]
-        axis.errorbar(x, y, yerr=bars, color=colours[name], marker=marker, markersize=5, linewidth=1.8, capsize=3)
-        ends.append((f"{name} {y[-1]:.1f}x", y[-1], colours[name]))
-    for level in panel.levels.values():
-        axis.axhline(level, color="#222222", linewidth=0.9, linestyle=":")
-    shown = [*ideal, *panel.levels.values(), *(y for points in panel.lines.values() for p in points for y in p[2:])]
-    low, high = min(shown) / 1.15, max(shown) * 1.15
-    axis.set(ylim=(low, high), xlim=(first - 0.3 * width, last + 0.28 * width))
-    gap = float(np.log(high / low)) * 0.05  # the height of a line of text
-    for (text, _, colour), place in zip(ends, _spread_log([y for _, y, _ in ends], gap), strict=True):
-        axis.text(last + 0.03 * width, place, text, color=colour, va="center", fontsize=9, fontweight="bold")
-    names = [f"dense {name}" for name in panel.levels]
-    for text, place in zip(names, _spread_log(list(panel.levels.values()), gap), strict=True):
-        axis.text(first - 0.28 * width, place, text, color="#222222", va="bottom", fontsize=8)
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.set_xticks(sparsities, [f"{sparsity:.4g}" for sparsity in sparsities], fontsize=8)
-    axis.set_xlabel("sparsity (share of blocks dropped)")
-    axis.set_ylabel(f"speed-up over dense {panel.dense}")
-    axis.set_title(panel.title(), fontsize=10, fontweight="bold", loc="left")
-    axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _spread_log(values: Sequence[float], gap: float) -> list[float]:
-    return [float(np.exp(value)) for value in spread([float(np.log(value)) for value in values], gap)]
-
-
 def _draw_errors(axis: Axes, errors: Mapping[float, Mapping[str, Sequence[float]]]) -> None:
     modes = list(next(iter(errors.values())))
     width = 0.8 / len(modes)
@@ -270,22 +210,23 @@ def kind_map(axis: Axes, kinds: torch.Tensor) -> None:
     axis.imshow(kinds.numpy(), cmap=ListedColormap(list(KIND_COLOURS.values())), vmin=0, vmax=2, **PIXELS)
 
 
-def _points(layout: TokenLayout) -> torch.Tensor:
+def _points(grid: Grid, block_size: int, order: str) -> torch.Tensor:
     """float [N, 3]: (t, h, w) of every token along the curve."""
-    _, h, w = layout.grid
-    return torch.stack([layout.order // (h * w), layout.order // w % h, layout.order % w], dim=1).float()
+    _, h, w = grid
+    curve = torch.tensor(CURVES[order](grid, block_size))
+    return torch.stack([curve // (h * w), curve // w % h, curve % w], dim=1).float()
 
 
-def _draw_curve(axes: Any, layout: TokenLayout) -> None:
-    t, y, x = _points(layout).numpy().T
-    size = layout.block_size
-    for block in range(layout.num_blocks):
-        span = slice(block * size, (block + 1) * size + 1)  # one more: the step into the next block
+def _draw_curve(axes: Any, grid: Grid, block_size: int, order: str) -> None:
+    t, y, x = _points(grid, block_size, order).numpy().T
+    for block in range(len(t) // block_size):
+        # one more: the step into the next block
+        span = slice(block * block_size, (block + 1) * block_size + 1)
         colour = PALETTE[block % len(PALETTE)]
         axes.plot(t[span], x[span], -y[span], color=colour, linewidth=1.6, alpha=0.9)
-    t_side, y_side, x_side = layout.grid
+    t_side, y_side, x_side = grid
     filled = np.zeros((t_side, x_side, y_side), dtype=bool)
-    solid = slice(0, size)
+    solid = slice(0, block_size)
     filled[t[solid].astype(int), x[solid].astype(int), (y_side - 1 - y[solid]).astype(int)] = True
     corners = np.indices((t_side + 1, x_side + 1, y_side + 1)).astype(float)
     axes.voxels(
@@ -302,8 +243,8 @@ def _draw_curve(axes: Any, layout: TokenLayout) -> None:
     axes.view_init(elev=22, azim=-58)
 
 
-def _shape_of(grid: tuple[int, int, int], block_size: int, order: str) -> str:
+def _shape_of(grid: Grid, block_size: int, order: str) -> str:
     """The bounding box of the first block in words."""
-    points = _points(TokenLayout.build(grid, 0, False, block_size, order))[:block_size]
+    points = _points(grid, block_size, order)[:block_size]
     t, h, w = (points.amax(0) - points.amin(0) + 1).int().tolist()
     return f"a {t} × {h} × {w} {'slice' if min(t, h, w) == 1 else 'patch'}"

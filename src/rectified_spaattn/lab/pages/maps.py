@@ -9,7 +9,6 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ...curve import CONTENT
 from ..calls.maps import HeadResult, HeadStudy
 from .figures import KIND_COLOURS, MODE_LABELS, CallName, kind_map, mass_map, mass_norm
 
@@ -38,7 +37,7 @@ def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str, cal
         (none.masses, _title("Sparse, not rectified", none)),
         (rectified.masses, _title(shown[0].upper() + shown[1:], rectified)),
     )
-    by_content = study.order == CONTENT
+    by_content = study.blocks.by_content
     block = "block, sorted by content" if by_content else "block"
     norm = mass_norm(study.full)
     for column, (masses, title) in enumerate(above):
