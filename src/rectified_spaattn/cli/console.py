@@ -14,10 +14,15 @@ from ..lab.bench.shapes import Watch
 _WIDTH = 200  # tables are meant to be pasted, so they are not squeezed into a narrow terminal
 
 
+def plain_console() -> Console:
+    """Text is printed as it is: prompts and paths may hold what looks like markup."""
+    return Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
 def print_wide(console: Console, what: Table | str) -> None:
     """In full width and without colour codes in the text, wherever it goes."""
-    wide = Console(file=console.file, width=max(console.width, _WIDTH))
-    wide.print(what, crop=False, soft_wrap=isinstance(what, str), markup=False, highlight=False)
+    wide = Console(file=console.file, width=max(console.width, _WIDTH), markup=False, emoji=False)
+    wide.print(what, crop=False, soft_wrap=isinstance(what, str), highlight=False)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
@@ -33,8 +38,8 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title:
 
 def progress_bars(console: Console, *more: ProgressColumn, disable: bool = False, transient: bool = False) -> Progress:
     """Bars with a description, a count, the time that has passed and `more`. transient: they go away when done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *more)
-    return Progress(*columns, console=console, disable=disable, transient=transient)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, *more, console=console, disable=disable, transient=transient)
 
 
 @contextmanager
