@@ -71,7 +71,7 @@ def choose_blocks(probability: torch.Tensor, layout: TokenLayout, config: Sparse
     p, alone = probability[..., :-1].double(), probability[..., -1:].double()
     nb = p.shape[-1]
     if config.top_p == 1:
-        return torch.ones(p.shape[:-1] + (nb,), dtype=torch.bool)
+        return torch.ones((*p.shape[:-1], nb), dtype=torch.bool)
     index = torch.arange(nb)
     mine, other = p[..., :, None], p[..., None, :]
     beats = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))  # [..., mine, other]
