@@ -12,7 +12,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import rectified_spaattn as rsa
 import tiny_models
 from model_cases import CASES, build
-from rectified_spaattn.lab.calls.capture import capture_attention
 from rectified_spaattn.pipelines import state
 from rectified_spaattn.pipelines.state import LayerState
 from rectified_spaattn.pipelines.tokens import raster_grid
@@ -318,6 +317,8 @@ def test_compiled_blocks(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' Euler scheduler
 @torch.no_grad()
 def test_capture_sees_cogvideox_as_it_is() -> None:
+    from rectified_spaattn.lab.calls.capture import capture_attention
+
     case = PIPELINES["CogVideoX 1.5 T2V"]
     pipeline, arguments = case.make(), case.arguments()
     pipeline.scheduler = diffusers.EulerDiscreteScheduler()  # one that tells its step
