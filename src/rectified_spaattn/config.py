@@ -165,11 +165,14 @@ def parse_yaml(text: str) -> Any:
     """What a YAML text holds, as plain values. Raises ValueError for another one. Needs pyyaml."""
     import yaml
 
+    depth = 0
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ValueError("Aliases (*name) are not allowed: a few lines of them can stand for gigabytes.")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 20:  # few bytes of these can take hours or gigabytes
+                raise ValueError("Aliases (*name) and more than 20 levels are not allowed.")
         return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
 
 

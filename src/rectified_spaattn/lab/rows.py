@@ -76,6 +76,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         _flush(partial, os.O_RDWR)
         os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error if error.errno else error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

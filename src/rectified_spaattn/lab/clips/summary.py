@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...config import SparseConfig
 from .clip import FULL, Clip, Mode, Pair
 from .intervals import Interval, bootstrap
 from .metrics import flicker, psnr, ssim
@@ -177,7 +178,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(each) for each in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        return plain(value.to_dict() if isinstance(value, SparseConfig) else asdict(value))
     return str(value).removeprefix("torch.")
 
 

@@ -74,11 +74,6 @@ class DemoVideoPipeline(DiffusionPipeline):
                 return_dict=False,
             )[0].float()
 
-    @property
-    def num_timesteps(self) -> int:
-        """Steps of the last run."""
-        return len(self.scheduler.timesteps)
-
     @torch.no_grad()
     def __call__(
         self,
