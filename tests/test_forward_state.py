@@ -193,7 +193,9 @@ def test_a_direct_forward_is_full_attention_and_said_once(model):
     untouched = forward(model, inputs)
     with rsa.enable(model, **SPARSE) as handle, torch.no_grad():
         model(**tiny.wan_inputs(grid=(2, 4, 12)))
-        with pytest.warns(UserWarning, match=r"outside of a call of its transformer.*Call transformer\(\.\.\.\)") as said:
+        with pytest.warns(
+            UserWarning, match=r"outside of a call of its transformer.*Call transformer\(\.\.\.\)"
+        ) as said:
             for _ in range(2):
                 assert torch.equal(model.forward(**inputs).sample, untouched)
         assert len(said) == 1
