@@ -119,6 +119,8 @@ def test_an_image_prompt_in_the_processor_stays_dense(quiet):
 
 
 def test_an_image_prompt_in_the_processor_is_no_call_to_capture(quiet):
+    from rectified_spaattn.lab.calls.capture import capture_attention
+
     pipeline = tiny.wan_pipeline()
     tiny_run = {"steps": 2, "guidance_scale": 1.0}
     with capture_attention(pipeline, steps=[1]) as plain:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .attention import Plan, SparseStats, attend, plan, rectified_attention
     from .config import SparseConfig
     from .layout import TokenLayout
-    from .pipelines import Handle, enable
+    from .pipelines import Handle, disable, enable
     from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, enable_teacache
     from .presets import PRESETS, preset
 
@@ -25,6 +25,7 @@ _HOME = {
     "PRESETS": "presets",
     "preset": "presets",
     "TokenLayout": "layout",
+    "disable": "pipelines",
     "enable": "pipelines",
     "Handle": "pipelines",
     "enable_teacache": "pipelines.teacache",
@@ -42,6 +43,7 @@ __all__ = [
     "TeaCacheStats",
     "TokenLayout",
     "attend",
+    "disable",
     "enable",
     "enable_teacache",
     "plan",
