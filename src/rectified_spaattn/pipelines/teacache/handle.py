@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from types import TracebackType
 
-from .hook import CachedTransformer
-from .state import Progress
+from .progress import Progress
+from .transformer import CachedTransformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +59,22 @@ class TeaCacheHandle:
         for item in self._cached:
             item.remove()
 
-    def set_step(self, step: int, total: int) -> None:
-        """Say which denoising step comes next, where no pipeline's scheduler tells. step: 0 .. total - 1."""
+    def set_step(self, step: int | None, total: int | None = None) -> None:
+        """Say which denoising step comes next, where no pipeline's scheduler tells. step: 0 .. total - 1.
+
+        It holds until another is told, whatever runs; None gives the step back to the pipeline's scheduler.
+        """
+        if step is None:
+            if total is not None:
+                raise ValueError(f"total: got {total!r} without a step; allowed: set_step(None) alone.")
+            self._progress.tell(None, None)
+            return
         for name, value in (("step", step), ("total", total)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name}: got {value!r}; allowed: an integer.")
-        if not 0 <= step < total:
+        if not 0 <= step < (total or 0):
             raise ValueError(f"step: got {step} of total = {total}; allowed: 0 to total - 1.")
-        self._progress.clock.tell(step, total)
+        self._progress.tell(step, total)
 
     def stats(self) -> TeaCacheStats:
         """Counts of the last run: of the one that is going on, or the last that was."""
@@ -100,7 +108,7 @@ class TeaCacheHandle:
         for item in self._cached:
             fit = item.fit
             lines.append(
-                f"  {item.name} ({type(item.model).__name__}): fit of {fit.name}, threshold {item.threshold:g}, "
+                f"  {item.name} ({item.kind}): fit of {fit.name}, threshold {item.threshold:g}, "
                 f"first {fit.first_steps} and last {fit.last_steps} steps always computed"
             )
         run = self.stats()

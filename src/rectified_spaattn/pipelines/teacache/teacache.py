@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from ..clock import RunClock
 from ..enabling import transformers_of
-from ..state import RunClock
 from .handle import TeaCacheHandle
-from .hook import CHILD, CachedTransformer, obstacle
 from .models import cached_model_for
-from .state import Progress
+from .progress import Progress
+from .transformer import CHILD, CachedTransformer, obstacle
 
 
 def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) -> TeaCacheHandle:
@@ -36,11 +36,18 @@ def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) ->
     for name, model in transformers:
         _check_free(name, model)
     fits = [row.fit(model, pipeline) for row, (_, model) in zip(rows, transformers, strict=True)]
-    progress = Progress(RunClock(pipeline))
+    progress = Progress(RunClock(pipeline), pipeline)
     cached = [
         CachedTransformer(name, model, row, fit, fit.threshold if threshold is None else float(threshold), progress)
         for (name, model), row, fit in zip(transformers, rows, fits, strict=True)
     ]
+    try:
+        for each in cached:
+            each.install()
+    except BaseException:  # an interrupted enable_teacache leaves nothing behind
+        for each in cached:
+            each.remove()
+        raise
     return TeaCacheHandle(cached, progress)
 
 
