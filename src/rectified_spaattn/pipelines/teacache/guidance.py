@@ -47,7 +47,7 @@ class GuidanceHook(ModelHook):
         return module
 
 
-@dataclass
+@dataclass(eq=False)
 class Text:
     """One text that the transformer was called with outside of cache_context. calls: with it, in this step so far."""
 
