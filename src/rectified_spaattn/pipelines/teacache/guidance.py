@@ -1,7 +1,7 @@
 """Which guidance call a forward is: named by cache_context, or told by its text and its place within the step."""
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import nn
 
+from .progress import Place
 from .state import Branch
 
 
@@ -68,30 +69,29 @@ class GuidanceCalls:
     def __init__(self) -> None:
         self.branches: dict[str, Branch] = {}
         self._texts: list[Text] = []
-        self._moment: Hashable = None
+        self._moment: tuple[int, int, float] | None = None
         self._latents: torch.Tensor | None = None
         self._made = 0
 
     def named(self, name: str) -> Branch:
         return self.branches.setdefault(name, Branch())
 
-    def unnamed(
-        self, moment: Hashable, step: int, latents: torch.Tensor, embedding: torch.Tensor | None
-    ) -> tuple[str, Text]:
+    def unnamed(self, place: Place, latents: torch.Tensor, embedding: torch.Tensor | None) -> tuple[str, Text]:
         """The name of the branch, and its text, whose `calls` goes up by one once the forward is over.
 
-        moment: what changes from one step to the next. Raises ValueError where calls cannot be told apart.
+        Raises ValueError where calls cannot be told apart.
         """
+        moment = (place.told, place.step, place.timestep)
         if moment != self._moment:
             self._moment, self._latents = moment, latents.detach().clone()
-            self._begin_step(step)
+            self._begin_step(place.step)
         text = next((each for each in self._texts if _equal(each.embedding, embedding)), None)
         if text is None:
             text = Text(None if embedding is None else embedding.detach().clone())
             self._texts.append(text)
         if text.calls and not _equal(self._latents, latents):
             raise ValueError("several latents")
-        text.step = step
+        text.step = place.step
         if text.calls == len(text.branches):
             self._made += 1
             text.branches.append(f"call {self._made}")

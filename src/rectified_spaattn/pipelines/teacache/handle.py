@@ -9,7 +9,8 @@ from .transformer import CachedTransformer
 
 @dataclass(frozen=True, kw_only=True)
 class BranchStats:
-    """What one transformer did in the last run, under one name of cache_context ("all" outside of any).
+    """What one transformer did in the last run, in one guidance call, by its name in
+    cache_context; outside of any "call 1", "call 2", as they came.
 
     steps          denoising steps it was called at
     computed       forwards whose blocks ran
@@ -82,7 +83,7 @@ class TeaCacheHandle:
         steps: set[int] = set()
         for item in self._cached:
             for branch, record in item.record.items():
-                skipped = tuple(step for step, computed in record if not computed)
+                skipped = tuple(step for (step, _), computed in record.items() if not computed)
                 seen = {step for step, _ in record}
                 branches.append(
                     BranchStats(

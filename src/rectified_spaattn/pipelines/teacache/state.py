@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from .models import Fit
+from .progress import Place
 
 
 @dataclass
@@ -17,6 +18,7 @@ class Branch:
     accumulated  predicted change since the last computed step
     first, step  the first and the last step seen without a gap
     timestep     what the transformer got at the last step
+    told         how often set_step had been called then
     open         a forward has begun and not ended: after an interruption it stays so
     """
 
@@ -27,26 +29,25 @@ class Branch:
     first: int | None = None
     step: int | None = None
     timestep: float | None = None
+    told: int = 0
     open: bool = False
 
-    def arrive(self, step: int, timestep: float, latents: torch.Size) -> bool:
+    def arrive(self, place: Place, latents: torch.Size) -> None:
         """Begin a forward. What another run, an interrupted forward, or steps without it left behind is forgotten.
 
-        Returns whether the first step came again: a run that was interrupted there starts over. Raises ValueError
-        where a later step did.
+        Raises ValueError where a forward comes again, unless the first does or set_step was called: that starts over.
         """
-        interrupted = self.open
-        again = not interrupted and step == self.step and timestep == self.timestep
-        if again and step != self.first:
+        again = place.step == self.step and place.timestep == self.timestep
+        if again and not self.open and place.step != self.first and place.told == self.told:
             raise ValueError("called twice")
         # a second-order scheduler calls twice at one step, with two timesteps
-        if interrupted or again or self.step is None or step not in (self.step, self.step + 1):
+        if self.open or again or self.step is None or place.step not in (self.step, self.step + 1):
             self.signal = self.residual = None
-            self.accumulated, self.first = 0.0, step
+            self.accumulated, self.first = 0.0, place.step
         if latents != self.latents:
             self.signal = self.residual = None
-        self.step, self.timestep, self.latents, self.open = step, timestep, latents, True
-        return again
+        self.step, self.timestep, self.told = place.step, place.timestep, place.told
+        self.latents, self.open = latents, True
 
     def must_compute(self, signal: torch.Tensor, fit: Fit, threshold: float) -> bool:
         """Take the signal of a step that may be skipped, and say whether its blocks have to run all the same."""

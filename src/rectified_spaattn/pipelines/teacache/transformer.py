@@ -12,7 +12,6 @@ below all hooks, and for the length of a pass the lists of blocks, which hide th
 import copy
 import functools
 import inspect
-import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ class Marker(nn.Module):
     """The empty module under the transformer. It stands in the way of pickling."""
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise pickle.PicklingError(
+        raise TypeError(
             "TeaCache is enabled on this model, and an enabled model cannot be pickled. Call disable() first, or save "
             "the weights alone: save_pretrained() or state_dict()."
         )
@@ -58,7 +57,7 @@ class Call:
 
 
 class CachedTransformer:
-    """One transformer with TeaCache. record: the last run's forwards by branch, as (step, whether it was computed)."""
+    """One transformer with TeaCache. record: the last run by branch, (step, timestep) -> whether it was computed."""
 
     def __init__(
         self, name: str, model: nn.Module, row: CachedModel, fit: Fit, threshold: float, progress: Progress
@@ -67,7 +66,7 @@ class CachedTransformer:
         self.threshold, self.progress = threshold, progress
         self.kind = type(model).__name__
         self.active = False
-        self.record: dict[str, list[tuple[int, bool]]] = {}
+        self.record: dict[str, dict[tuple[int, float], bool]] = {}
         self._model: nn.Module | None = model
         self._run = -1
         self._guidance = GuidanceCalls()
@@ -155,21 +154,18 @@ class CachedTransformer:
 
     def _opened(self, place: Place, inputs: dict[str, Any]) -> Call:
         name, text, latents = self._hook.context.name, None, inputs["hidden_states"]
+        how = "with one text and several latents" if name is None else f"in cache_context({name!r})"
         try:
             if name is None:
-                moment = (place.told, place.step, place.timestep)
-                name, text = self._guidance.unnamed(moment, place.step, latents, inputs.get("encoder_hidden_states"))
+                name, text = self._guidance.unnamed(place, latents, inputs.get("encoder_hidden_states"))
             branch = self._guidance.named(name)
-            again = branch.arrive(place.step, place.timestep, latents.shape)
+            branch.arrive(place, latents.shape)
         except ValueError:
-            how = "with one text and several latents" if name is None else f"in cache_context({name!r})"
             raise RuntimeError(
                 f"TeaCache: at step {place.step} the transformer was called twice {how}, and the two would share a "
                 "cache. Disable TeaCache for this pipeline; in a loop of your own, make each call inside its own "
                 "transformer.cache_context('a name')."
             ) from None
-        if again:
-            self.record.pop(name, None)
         forced = place.since_start < self.fit.first_steps or place.step >= place.total - self.fit.last_steps
         residual = None if forced else branch.residual
         return Call(name=name, branch=branch, text=text, place=place, residual=residual)
@@ -223,7 +219,8 @@ class CachedTransformer:
         call = self._call
         if call is None:
             return
-        self.record.setdefault(call.name, []).append((call.place.step, not call.skipped))
+        moments = self.record.setdefault(call.name, {})
+        moments[call.place.step, call.place.timestep] = not call.skipped
         if call.text is not None:
             call.text.calls += 1
         call.branch.open = False
