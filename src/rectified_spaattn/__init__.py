@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .attention import SparseStats, rectified_attention
     from .config import PRESETS, SparseConfig, preset
     from .layout import TokenLayout
-    from .pipelines import Handle, enable
+    from .pipelines import Handle, disable, enable
     from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, enable_teacache
 
 _HOME = {
@@ -21,6 +21,7 @@ _HOME = {
     "PRESETS": "config",
     "preset": "config",
     "TokenLayout": "layout",
+    "disable": "pipelines",
     "enable": "pipelines",
     "Handle": "pipelines",
     "enable_teacache": "pipelines.teacache",
@@ -36,6 +37,7 @@ __all__ = [
     "TeaCacheHandle",
     "TeaCacheStats",
     "TokenLayout",
+    "disable",
     "enable",
     "enable_teacache",
     "preset",

@@ -8,7 +8,8 @@ except ImportError as error:
     ) from error
 
 from .adapters import ADAPTERS
-from .enabling import enable
-from .handle import Handle, LayerStats, RunStats
+from .enabling import disable, enable
+from .handle import Handle
+from .stats import LayerStats, RunStats
 
-__all__ = ["ADAPTERS", "Handle", "LayerStats", "RunStats", "enable"]
+__all__ = ["ADAPTERS", "Handle", "LayerStats", "RunStats", "disable", "enable"]

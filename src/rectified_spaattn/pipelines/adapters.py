@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 from torch import nn
 
 from ..config import SparseConfig
@@ -58,9 +59,38 @@ def _wan_preset(model: nn.Module, pipeline: Any) -> str:
     if getattr(getattr(pipeline, "config", None), "expand_timesteps", False) or config.in_channels == 48:
         return "wan2.2-ti2v-5b"
     from_image = config.image_dim is not None or config.in_channels > config.out_channels
-    if getattr(pipeline, "transformer_2", None) is not None:
+    if _is_expert(model, pipeline):
         return "wan2.2-i2v-a14b" if from_image else "wan2.2-t2v-a14b"
     return "wan2.1-i2v" if from_image else "wan2.1-t2v"
+
+
+def _is_expert(model: nn.Module, pipeline: Any) -> bool:
+    """Whether a Wan transformer is one of the two experts of Wan 2.2 A14B, also where it is enabled without the other.
+
+    Raises ValueError for a 14B transformer alone of which nothing tells whether it is Wan 2.1 or an expert of Wan 2.2.
+    """
+    if pipeline is not None:
+        boundary = getattr(getattr(pipeline, "config", None), "boundary_ratio", None)
+        return boundary is not None or getattr(pipeline, "transformer_2", None) is not None
+    config: Any = model.config
+    path = checkpoint(model)
+    if path.endswith("transformer_2") or "wan2.2" in path:
+        return True
+    if type(model).__name__ == "WanTransformer3DModel" and config.in_channels > config.out_channels:
+        return config.image_dim is None  # Wan 2.1 sees the image by CLIP, too
+    if config.num_layers == 40 and not path:
+        raise ValueError(
+            f"enable: got a {type(model).__name__} of 40 layers alone, which is Wan 2.1 14B or an expert of Wan 2.2 "
+            "A14B; allowed: the pipeline, preset='wan2.1-t2v', or for an expert "
+            "config=rsa.preset('wan2.2-t2v-a14b')[0] (the one for high noise) or [1] (the one for low noise)."
+        )
+    return False
+
+
+def checkpoint(model: nn.Module) -> str:
+    """Where a transformer was loaded from, in lower case; empty where it was not."""
+    config: Any = model.config
+    return str(getattr(config, "_name_or_path", "") or "").lower().rstrip("/\\")
 
 
 def _skyreels_preset(model: nn.Module, pipeline: Any) -> str:
@@ -147,23 +177,34 @@ REFUSED: dict[str, str] = {
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """The row for a transformer. Raises TypeError naming the supported classes where there is none."""
-    name = type(model).__name__
-    if name not in ADAPTERS:
-        why = f" ({REFUSED[name]})" if name in REFUSED else ""
-        raise TypeError(
-            f"enable: got a {name}{why}; allowed: a diffusers pipeline with, or itself, one of {list(ADAPTERS)}. "
-            "docs/models.md tells how to add a row for another model."
-        )
-    return ADAPTERS[name]
+    """The row for a transformer of a supported class of diffusers, or of a subclass of one.
+
+    Raises TypeError naming the supported classes where there is none.
+    """
+    name, why = type(model).__name__, ""
+    for kind in type(model).__mro__:
+        known = kind.__name__ in ADAPTERS or kind.__name__ in REFUSED
+        if known and kind is getattr(diffusers, kind.__name__, None):
+            if kind.__name__ in ADAPTERS:
+                return ADAPTERS[kind.__name__]
+            why = f" ({REFUSED[kind.__name__]})"
+            break
+    if not why and name in ADAPTERS:
+        why = f" ({type(model).__module__}.{name}, another class than diffusers')"
+    raise TypeError(
+        f"enable: got a {name}{why}; allowed: a diffusers pipeline with, or itself, one of {list(ADAPTERS)}. "
+        "docs/models.md tells how to add a row for another model."
+    )
 
 
-def default_configs(model: nn.Module, pipeline: Any, overrides: Mapping[str, Any]) -> tuple[SparseConfig, ...]:
-    """The preset that fits a transformer. Where there is none, SparseConfig's defaults, if sparsity is overridden.
+def default_configs(
+    model: nn.Module, pipeline: Any, overrides: Mapping[str, Any], name: str | None = None
+) -> tuple[SparseConfig, ...]:
+    """The preset `name`, or else the one that fits a transformer; without any, SparseConfig's defaults with a sparsity.
 
     Raises ValueError where nothing was published and the overrides leave the sparsity open.
     """
-    name = adapter_for(model).preset(model, pipeline)
+    name = name or adapter_for(model).preset(model, pipeline)
     if name is not None:
         return preset_of(name)
     if "sparsity" in overrides:

@@ -1,21 +1,24 @@
-"""enable: put rectified attention into a diffusers pipeline, one processor at a time."""
+"""enable and disable: rectified attention on a diffusers pipeline, one processor at a time."""
 
-import inspect
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..backends import BACKENDS
 from ..config import SparseConfig
-from ..config import preset as preset_of
-from .adapters import Adapter, adapter_for, default_configs
-from .handle import Enabled, Handle
-from .processor import check_processor, dense_backend, wrap
-from .state import LayerState, RunClock, TransformerState
+from .adapters import Adapter, adapter_for, checkpoint, default_configs
+from .attachment import Attachment, ForwardHooks, RunHook, attach
+from .clock import RunClock
+from .handle import Handle
+from .hooks import living_hooks
+from .processor import check_processor, is_enabled
+from .state import TransformerState
 from .watch import Watch
+
+SLOTS = ("transformer", "transformer_2")
 
 
 def enable(
@@ -33,7 +36,8 @@ def enable(
     as published. backend: as in rectified_attention. overrides: fields of SparseConfig that change the config or
     preset, such as sparsity=0.9.
 
-    Touches the given object alone; Handle.disable() restores it. Cross-attention and text refiners stay as they are.
+    Touches the given object alone; Handle.disable() or disable(pipe) restores it. Cross-attention and text refiners
+    stay as they are. Steps are those of the given pipeline's scheduler: enable on the pipeline that you call.
     Raises TypeError for a model without an adapter, an unknown key or a config of the wrong type; ValueError for values
     out of range or config together with preset; RuntimeError where it is enabled already.
     """
@@ -41,10 +45,10 @@ def enable(
     adapters = [adapter_for(model) for _, model in transformers]
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}; allowed: one of {['auto', *BACKENDS]}.")
-    if config is None:
-        chosen = preset_of(preset) if preset is not None else default_configs(transformers[0][1], pipeline, overrides)
-    elif preset is not None:
+    if config is not None and preset is not None:
         raise ValueError(f"enable: got both config and preset={preset!r}; allowed: one of them.")
+    if config is None:
+        chosen = _of_each(default_configs(transformers[0][1], pipeline, overrides, preset), transformers, pipeline)
     else:
         chosen = (config,) if isinstance(config, SparseConfig) else _checked(config)
     if len(chosen) == 1:
@@ -57,28 +61,68 @@ def enable(
     chosen = tuple(each.replace(**overrides) for each in chosen)
 
     _check_models(transformers, adapters, chosen)
-    clock, watch = RunClock(pipeline), Watch()
-    enabled = [
-        _enable_one(name, model, adapter, each, backend, clock, watch)
-        for (name, model), adapter, each in zip(transformers, adapters, chosen, strict=True)
-    ]
-    warm_up = [each.dense_steps for each in chosen if each.dense_steps]
-    if warm_up and not clock.tells_steps():
+    clock = RunClock(pipeline)
+    watch = Watch(pipeline=None if pipeline is None else weakref.ref(pipeline))
+    attachments: list[Attachment] = []
+    try:
+        for (name, model), adapter, each in zip(transformers, adapters, chosen, strict=True):
+            state = TransformerState(
+                name=name,
+                kind=type(model).__name__,
+                model=weakref.ref(model),
+                config=each,
+                backend=backend,
+                clock=clock,
+                text_first=adapter.text_first,
+                is_first=not watch.states,
+            )
+            watch.states.append(state)
+            attachments.append(Attachment(state=state))
+            _enable_one(model, adapter, attachments[-1], watch)
+        for name, encoder in vars(pipeline or object).items():
+            if "encoder" in name and isinstance(encoder, nn.Module):
+                attachments[0].hooks.append(RunHook(attachments, watch).register(encoder))
+    except BaseException:
+        for attachment in attachments:
+            attachment.detach()
+        raise
+    needing = next((each.steps_wanted for each in watch.states if each.needs_steps), None)
+    if needing and not clock.tells_steps():
         watch.said.add("step")
         warnings.warn(
-            f"rectified_spaattn: dense_steps={warm_up[0]} needs the denoising step, which "
+            f"rectified_spaattn: {needing} needs the denoising step, which "
             "only a pipeline tells, by its scheduler's step_index or its own current_timestep: until "
             "handle.set_step(step, total) is called every step is sparse. Or pass dense_steps=0.",
             stacklevel=2,
         )
-    return Handle(enabled, clock)
+    return Handle(attachments, clock, watch)
+
+
+def disable(pipe_or_transformer: Any) -> bool:
+    """Take rectified attention off a pipeline or a transformer, also where the handle is lost; TeaCache stays.
+
+    Returns whether any was enabled there.
+    """
+    parts = getattr(pipe_or_transformer, "__dict__", {}).values()
+    modules = [pipe_or_transformer] if isinstance(pipe_or_transformer, nn.Module) else list(parts)
+    found = {
+        id(attachment): attachment
+        for module in modules
+        if isinstance(module, nn.Module)
+        for hooks in living_hooks(_uncompiled(module))
+        for attachment in hooks.attachments
+    }
+    active = [attachment for attachment in found.values() if attachment.state.active]
+    for attachment in found.values():
+        attachment.detach()
+    return bool(active)
 
 
 def transformers_of(target: Any) -> tuple[list[tuple[str, nn.Module]], Any | None]:
     """The named transformers of a pipeline, and the pipeline; for a transformer itself None in its place."""
     if isinstance(target, nn.Module):
         return [("transformer", _uncompiled(target))], None
-    names = [name for name in ("transformer", "transformer_2") if isinstance(getattr(target, name, None), nn.Module)]
+    names = [name for name in SLOTS if isinstance(getattr(target, name, None), nn.Module)]
     if not names:
         raise TypeError(
             f"enable: got a {type(target).__name__} without a transformer; allowed: a diffusers pipeline that has one, "
@@ -91,6 +135,25 @@ def _uncompiled(model: nn.Module) -> nn.Module:
     """The transformer itself where torch.compile(transformer) put a module around it."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def _of_each(
+    configs: tuple[SparseConfig, ...], transformers: list[tuple[str, nn.Module]], pipeline: Any
+) -> tuple[SparseConfig, ...]:
+    """Of a preset for two experts, the config of the one that is there alone."""
+    if len(configs) != len(SLOTS) or len(transformers) != 1:
+        return configs
+    if configs[0] == configs[1]:
+        return configs[:1]
+    ((name, model),) = transformers
+    if pipeline is None:
+        name = checkpoint(model).replace("\\", "/").rpartition("/")[2]
+    if name in SLOTS:
+        return (configs[SLOTS.index(name)],)
+    raise ValueError(
+        "enable: got a transformer alone and a preset with a config for each of two experts; allowed: the pipeline, or "
+        "config=rsa.preset(name)[0] for the expert for high noise and config=rsa.preset(name)[1] for the other."
+    )
 
 
 def _checked(configs: Sequence[SparseConfig]) -> tuple[SparseConfig, ...]:
@@ -108,8 +171,11 @@ def _check_models(
     """Everything that can be wrong with a model is found before any is touched."""
     for (name, model), adapter, config in zip(transformers, adapters, configs, strict=True):
         attentions: list[tuple[str, Any]] = adapter.attentions(model)
-        if any(hasattr(module.processor, "rectified_layer") for _, module in attentions):
-            raise RuntimeError(f"{name} is enabled already: call disable() of the handle you have, then enable again.")
+        if living_hooks(model) or any(is_enabled(module) for _, module in attentions):
+            raise RuntimeError(
+                f"{name} is enabled already: call rsa.disable(pipe), or disable() of the handle you have, then enable "
+                "again."
+            )
         for layer_name, module in attentions:
             check_processor(module.processor, f"{name}.{layer_name}")
         beyond = [index for index in config.dense_layers if index >= len(attentions)]
@@ -117,46 +183,7 @@ def _check_models(
             raise ValueError(f"dense_layers: got {beyond}; allowed: 0 to {len(attentions) - 1}, the layers of {name}.")
 
 
-def _enable_one(
-    name: str,
-    model: nn.Module,
-    adapter: Adapter,
-    config: SparseConfig,
-    backend: str,
-    clock: RunClock,
-    watch: Watch,
-) -> Enabled:
-    attentions: list[tuple[str, Any]] = adapter.attentions(model)
-    state = TransformerState(config=config, backend=backend, clock=clock, text_first=adapter.text_first)
-    watch.states[name] = state
-    originals = [(module, module.processor) for _, module in attentions]
-    for index, (layer_name, module) in enumerate(attentions):
-        layer = LayerState(
-            index=index,
-            name=f"{name}.{layer_name}",
-            owner=state,
-            dense_backend=dense_backend(module.processor),
-        )
-        state.layers.append(layer)
-        module.set_processor(wrap(module.processor, layer))
-
-    hook = model.register_forward_pre_hook(_watcher(name, adapter, watch, originals), with_kwargs=True)
-    return Enabled(name=name, model=model, state=state, hook=hook, originals=originals)
-
-
-def _watcher(
-    name: str, adapter: Adapter, watch: Watch, originals: list[tuple[Any, Any]]
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    """A forward pre-hook: tells the state what is coming, and warns of what does not go as configured."""
-
-    @torch.compiler.disable  # bookkeeping of each call: not to be traced where the whole transformer is compiled
-    def before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        text, padding = adapter.text(inputs), adapter.padding(inputs)
-        watch.states[name].begin_forward(
-            adapter.grid(model, inputs), text=text, padding=padding, timestep=inputs.get("timestep")
-        )
-        for complaint in watch.complaints(name, model, originals):
-            warnings.warn(f"rectified_spaattn: {complaint}", stacklevel=2)
-
-    return before_forward
+def _enable_one(model: nn.Module, adapter: Adapter, attachment: Attachment, watch: Watch) -> None:
+    hooks = ForwardHooks(attachment, adapter, watch)
+    attachment.hooks += hooks.register(model)
+    attach(adapter.attentions(model), attachment.state)

@@ -20,6 +20,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from torch.overrides import _get_current_function_mode_stack
 
 from .cogvideox import CogVideoXProcessor
+from .hooks import refuse_pickling
 from .hunyuan_video15 import HunyuanVideo15Processor
 from .state import LayerState
 
@@ -44,7 +45,13 @@ class _Caller(threading.local):
 _caller = _Caller()
 
 
-@torch.library.custom_op("rectified_spaattn::layer", mutates_args=())
+# its Python chooses between sparse and dense at every call: inductor must not record it in a CUDA graph
+_KEPT_OUT_OF_GRAPHS: dict[str, Any] = (
+    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+)
+
+
+@torch.library.custom_op("rectified_spaattn::layer", mutates_args=(), **_KEPT_OUT_OF_GRAPHS)
 def layer_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -53,14 +60,18 @@ def layer_attention(
     handle: torch.Tensor,
     scale: float | None,
 ) -> torch.Tensor:
-    """q, k, v: [B, S, H, D]; mask: bool [B, 1, 1, S] or None; handle: int64 scalar on the CPU. Returns [B, S, H, D]."""
+    """q, k, v: [B, S, H, D]; mask: of keys, or None; handle: int64 scalar on the CPU. Returns [B, S, H, D]."""
+    return _layer_of(handle).attend(q, k, v, mask, scale).contiguous()
+
+
+def _layer_of(handle: torch.Tensor) -> LayerState:
     layer = _layers.get(int(handle))
     if layer is None:
         raise RuntimeError(
             "Rectified attention was disabled, but code compiled while it was enabled still runs. "
             "Call torch.compiler.reset() and compile again after disable()."
         )
-    return layer.attend(q, k, v, mask, scale).contiguous()
+    return layer
 
 
 @layer_attention.register_fake
@@ -102,7 +113,18 @@ def _backend(
         )
     if _parallel_config is not None:
         raise RuntimeError("Context parallelism with rectified attention is not supported yet: disable one of the two.")
-    return layer_attention(query, key, value, attn_mask, handle, scale)
+    query, key, value = (_autocast(x) for x in (query, key, value))
+    if torch.compiler.is_compiling():
+        return layer_attention(query, key, value, attn_mask, handle, scale)
+    return _layer_of(handle).attend(query, key, value, attn_mask, scale)  # no op between: dense calls have a gradient
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """As torch.autocast casts the inputs of scaled_dot_product_attention."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 @functools.cache
@@ -123,16 +145,30 @@ def _wrapped_class(processor_class: Any) -> Any:
     base = STAND_INS.get(processor_class, processor_class)
 
     @functools.wraps(base.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.rectified_handle is None:  # made by somebody from our class, as load_ip_adapter does: the stock one
-            return base.__call__(self, *args, **kwargs)
+    def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        layer = self.rectified_layer
+        if layer is None:  # made by somebody from our class, as load_ip_adapter does: the stock one
+            return processor_class.__call__(self, attn, *args, **kwargs)
+        # compiled code is of one module, whose processor this is
+        if not layer.owner.active or not (torch.compiler.is_compiling() or _is_of(layer, attn)):
+            return original(self)(attn, *args, **kwargs)
+        before = _caller.handle
         _caller.handle = self.rectified_handle
         try:
-            return base.__call__(self, *args, **kwargs)
+            return base.__call__(self, attn, *args, **kwargs)
         finally:
-            _caller.handle = None
+            _caller.handle = before
 
-    members = {"__call__": call, "__module__": __name__, "rectified_handle": None, "rectified_stock": processor_class}
+    members = {
+        "__call__": call,
+        "__module__": __name__,
+        "__copy__": _copied,
+        "__deepcopy__": _deeply_copied,
+        "__reduce_ex__": _pickled,
+        "rectified_handle": None,
+        "rectified_layer": None,
+        "rectified_stock": processor_class,
+    }
     wrapped = type(processor_class.__name__, (base,), members)
     AttentionProcessorRegistry._register()  # it fills itself when first asked
     if processor_class in AttentionProcessorRegistry._registry:  # skip-layer guidance looks processors up by class
@@ -140,19 +176,57 @@ def _wrapped_class(processor_class: Any) -> Any:
     return wrapped
 
 
+def _is_of(layer: LayerState, module: Any) -> bool:
+    own = layer.module()
+    return own is None or own is module
+
+
+def _copied(self: Any) -> Any:
+    return copy.copy(original(self))
+
+
+def _deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
+    return copy.deepcopy(original(self), memo)
+
+
+def _pickled(self: Any, protocol: Any) -> Any:
+    if self.rectified_layer is not None and self.rectified_layer.owner.active:
+        refuse_pickling()
+    return original(self).__reduce_ex__(protocol)
+
+
 def wrap(processor: Any, layer: LayerState) -> Any:
     """A copy of `processor` that attends through `layer`; the original stays as it is."""
     wrapped = copy.copy(processor)
-    wrapped.__class__ = _wrapped_class(getattr(processor, "rectified_stock", processor.__class__))
+    wrapped.__class__ = _wrapped_class(processor.__class__)
     wrapped._attention_backend = backend_member()
     wrapped.rectified_handle = layer.handle
     wrapped.rectified_layer = layer  # keeps the layer alive as long as its processor
+    wrapped.rectified_original = (processor,)  # in a tuple: a module by itself would become a part of the wrapped one
     _layers[int(layer.handle)] = layer
     return wrapped
 
 
+def original(processor: Any) -> Any:
+    """The processor that a wrapped one was made from, with what was set on it meanwhile; any other one is itself."""
+    stock_class = getattr(processor, "rectified_stock", None)
+    if stock_class is None:
+        return processor
+    if processor.rectified_layer is None:  # made by somebody from our class
+        made = object.__new__(stock_class)
+        vars(made).update(vars(processor))
+        return made
+    (stock,) = processor.rectified_original
+    if processor._attention_backend is not backend_member() and hasattr(stock, "_attention_backend"):
+        stock._attention_backend = processor._attention_backend  # by set_attention_backend
+    if getattr(stock, "_parallel_config", None) is not getattr(processor, "_parallel_config", None):
+        stock._parallel_config = processor._parallel_config  # by enable_parallelism
+    return stock
+
+
 def check_processor(processor: Any, name: str) -> None:
     """Raises TypeError for a processor whose attention cannot be redirected."""
+    processor = original(processor)
     if type(processor) not in STAND_INS and not hasattr(processor, "_attention_backend"):
         raise TypeError(
             f"{name}: got a {type(processor).__name__}, which calls its attention itself; allowed: a processor that "
@@ -168,3 +242,9 @@ def dense_backend(processor: Any) -> Any:
 def is_wrapped(processor: Any, layer: LayerState) -> bool:
     """Whether `processor` is still the one that attends through `layer`."""
     return getattr(processor, "rectified_layer", None) is layer and processor._attention_backend is backend_member()
+
+
+def is_enabled(module: Any) -> bool:
+    """Whether the processor of an attention module is one of ours that works there."""
+    layer = getattr(module.processor, "rectified_layer", None)
+    return layer is not None and layer.owner.active and _is_of(layer, module)

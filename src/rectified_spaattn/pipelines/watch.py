@@ -1,33 +1,56 @@
-"""Notices, before each forward of a transformer, what does not go as it was configured."""
+"""Notices, at the forwards of a transformer, what does not go as it was configured."""
 
 import math
+import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from .forwards import ForwardState
+from .hooks import living_hooks
 from .processor import is_wrapped
 from .state import TransformerState
 
 
-@dataclass
+@dataclass(kw_only=True, eq=False)
 class Watch:
     """The transformers of one pipeline, and what was said about them already: each thing is said once."""
 
-    states: dict[str, TransformerState] = field(default_factory=dict)
+    pipeline: "weakref.ref[Any] | None" = None
+    states: list[TransformerState] = field(default_factory=list)
     said: set[Hashable] = field(default_factory=set)
 
-    def complaints(self, name: str, model: nn.Module, originals: list[tuple[Any, Any]]) -> list[str]:
-        """What to warn of now that a forward of the transformer `name` begins."""
-        found = [
-            self._lost_layers(name, model, originals),
-            self._uncalled_layers(name, model, originals),
-            self._unknown_step(name),
-            self._too_small_grid(name),
-            *(self._all_steps_dense(each, name) for each in self.states),
+    def complaints(self, state: TransformerState, forward: ForwardState) -> list[str]:
+        """What to warn of now that a forward of a transformer begins."""
+        messages = [
+            self._lost_layers(state),
+            self._uncalled_layers(state),
+            self._unknown_step(state, forward),
+            self._too_small_grid(state, forward),
+            *(self._all_steps_dense(each, state) for each in self.states),
         ]
-        return [message for message in found if message is not None]
+        return [message for message in messages if message is not None] + self.replaced_transformers()
+
+    def complaints_after(self, state: TransformerState, forward: ForwardState) -> list[str]:
+        """What to warn of now that it ended."""
+        if not forward.sparse or not state.config.sparsity or not self._once(("all kept", state.name, forward.grid)):
+            return []
+        density = float(forward.density) / forward.sparse  # waits for the device, once a grid
+        if density < ALL_KEPT:
+            return []
+        return [f"{state.name}, grid {forward.grid}: {nothing_saved(state)}"]
+
+    def replaced_transformers(self) -> list[str]:
+        """Says once of each transformer that another one stands in its place."""
+        replaced = [state.name for state in self.states if is_replaced(state, self.pipeline)]
+        return [
+            f"{name} of the pipeline is another object than the one that was enabled, so it runs full attention. "
+            "Disable and enable again on the pipeline."
+            for name in replaced
+            if self._once(("replaced", name))
+        ]
 
     def _once(self, key: Hashable) -> bool:
         if key in self.said:
@@ -35,86 +58,112 @@ class Watch:
         self.said.add(key)
         return True
 
-    def _lost_layers(self, name: str, model: nn.Module, originals: list[tuple[Any, Any]]) -> str | None:
-        lost = lost_layers(model, self.states[name], originals)
+    def _lost_layers(self, state: TransformerState) -> str | None:
+        lost = lost_layers(state)
         if not lost or not self._once(("lost", *lost)):
             return None
         return (
-            f"{len(lost)} of {len(originals)} layers of {name} run without rectified attention, because their "
+            f"{len(lost)} of {len(state.layers)} layers of {state.name} run without rectified attention, because their "
             f"processor, its backend or the module was replaced after enable(): {shortened(lost)}. "
             "Disable and enable again."
         )
 
-    def _uncalled_layers(self, name: str, model: nn.Module, originals: list[tuple[Any, Any]]) -> str | None:
-        state = self.states[name]
+    def _uncalled_layers(self, state: TransformerState) -> str | None:
         # the forward that begins now is counted already
-        uncalled = uncalled_layers(model, state, originals) if state.forwards > 1 else []
+        uncalled = uncalled_layers(state) if state.count > 1 else []
         if not uncalled or not self._once(("uncalled", *uncalled)):
             return None
         return (
-            f"{len(uncalled)} of {len(originals)} layers of {name} have called no attention since enable(): "
+            f"{len(uncalled)} of {len(state.layers)} layers of {state.name} have called no attention since enable(): "
             f"{shortened(uncalled)}. Either a hook skips them, or their processor computes attention without "
             "diffusers' dispatch_attention_fn, so nothing of it is sparse: put a stock processor there before enable()."
         )
 
-    def _unknown_step(self, name: str) -> str | None:
-        state = self.states[name]
-        if state.step is not None or not state.config.dense_steps or not self._once("step"):
+    def _unknown_step(self, state: TransformerState, forward: ForwardState) -> str | None:
+        if forward.step is not None or not state.needs_steps or not self._once("step"):
             return None
         return (
-            f"dense_steps={state.config.dense_steps} needs the denoising step, but {state.clock.problem}. Every such "
-            "step is sparse. Enable on the pipeline you call, tell each step with handle.set_step(step, total), or "
-            "pass dense_steps=0."
+            f"{state.steps_wanted} needs the denoising step, but {forward.problem}. Every such step is sparse. "
+            "Enable on the pipeline you call, tell each step with handle.set_step(step, total), or pass dense_steps=0."
         )
 
-    def _too_small_grid(self, name: str) -> str | None:
-        state = self.states[name]
-        tokens, block = math.prod(state.grid or ()), state.config.block_size
-        if tokens >= block or not self._once(("grid", name, state.grid)):
+    def _too_small_grid(self, state: TransformerState, forward: ForwardState) -> str | None:
+        tokens, block = math.prod(forward.grid), state.config.block_size
+        if tokens >= block or not self._once(("grid", state.name, forward.grid)):
             return None
         return (
-            f"{name} runs full attention only: its grid {state.grid} holds {tokens} tokens, less than one block of "
-            f"{block}. Pass a smaller block_size (a multiple of 16), or make the video larger."
+            f"{state.name} runs full attention only: its grid {forward.grid} holds {tokens} tokens, less than one "
+            f"block of {block}. Pass a smaller block_size (a multiple of 16), or make the video larger."
         )
 
-    def _all_steps_dense(self, name: str, begun: str) -> str | None:
+    def _all_steps_dense(self, state: TransformerState, begun: TransformerState) -> str | None:
         """Of the transformer that begins its share of a run now, and of the one whose share ends thereby."""
-        state, now = self.states[name], self.states[begun]
-        end = now.total_steps if state is now else now.first_step
-        if end is None or state.first_step is None or state.run != now.run or state.total_steps is None:
+        end = begun.last_total if state is begun else begun.first_step
+        total = state.last_total
+        if end is None or state.first_step is None or state.run != begun.run or total is None:
             return None
-        steps, dense = end - state.first_step, state.config.dense_step_count(state.total_steps)
-        if not 0 < steps <= dense or not self._once(("dense", name, state.total_steps)):
+        steps, dense = end - state.first_step, state.config.dense_step_count(total)
+        if not 0 < steps <= dense or not self._once(("dense", state.name, total)):
             return None
         return (
-            f"nothing runs sparse in {name}: dense_steps={state.config.dense_steps} is {dense} dense step(s), and it "
-            f"has {steps} of the {state.total_steps} step(s) of this run. Allowed: {steps - 1} or fewer. "
+            f"nothing runs sparse in {state.name}: dense_steps={state.config.dense_steps} is {dense} dense step(s), "
+            f"and it has {steps} of the {total} step(s) of this run. Allowed: {steps - 1} or fewer. "
             "Enable again with dense_steps=0, say, or with a fraction (0.1 is 5 of 50 steps, 1 of 8 and "
             "0 of 4), or take more steps."
         )
 
 
-def lost_layers(model: nn.Module, state: TransformerState, originals: list[tuple[Any, Any]]) -> list[str]:
-    """Names of layers that somebody took away after enabling. originals: (module, processor it had)."""
+ALL_KEPT = 0.9995
+"""Mean density from which on a forward computed everything."""
+
+
+def nothing_saved(state: TransformerState) -> str:
+    """Why every block is kept, and what to do."""
+    config = state.config
+    return (
+        f"every block is kept though sparsity={config.sparsity:g} asks for fewer, so nothing is saved. top_p="
+        f"{config.top_p:g}, neighbours={config.neighbours} and few blocks of {config.block_size} tokens keep more than "
+        "sparsity says: lower top_p (0 keeps what sparsity says), pass neighbours=False or a smaller block_size, or "
+        "make the video larger."
+    )
+
+
+def lost_layers(state: TransformerState) -> list[str]:
+    """Names of layers that somebody took away after enabling."""
+    model = state.model()
+    if model is None:
+        return []
     return [
         layer.name
-        for layer, (module, _) in zip(state.layers, originals, strict=True)
-        if not is_wrapped(module.processor, layer) or not _is_at(model, layer.name.partition(".")[2], module)
+        for layer in state.layers
+        if (module := layer.module()) is None
+        or not is_wrapped(module.processor, layer)
+        or not _is_at(model, layer.name.partition(".")[2], module)
     ]
 
 
-def uncalled_layers(model: nn.Module, state: TransformerState, originals: list[tuple[Any, Any]]) -> list[str]:
+def uncalled_layers(state: TransformerState) -> list[str]:
     """Names of layers that nobody took away, but that have called no attention since they were enabled."""
     silent = [layer.name for layer in state.layers if not layer.called]
-    lost = lost_layers(model, state, originals) if silent else []
+    lost = lost_layers(state) if silent else []
     return [name for name in silent if name not in lost]
 
 
+def is_replaced(state: TransformerState, pipeline: "weakref.ref[Any] | None") -> bool:
+    """Whether the pipeline now has another transformer in place of the one that was enabled."""
+    model, owner = state.model(), pipeline() if pipeline is not None else None
+    other = getattr(owner, state.name, None)
+    if not state.active or not isinstance(other, nn.Module) or other is model:
+        return False
+    # torch.compile and others put a module around it; another one may be enabled, too
+    return not any(module is model or living_hooks(module) for module in other.modules())
+
+
 def _is_at(model: nn.Module, path: str, module: nn.Module) -> bool:
-    found: nn.Module | None = model
+    place: nn.Module | None = model
     for part in path.split("."):
-        found = _child(found, part)
-    return found is module
+        place = _child(place, part)
+    return place is module
 
 
 def _child(module: nn.Module | None, name: str) -> nn.Module | None:
