@@ -44,7 +44,7 @@ WHOLE = [("wan", how) for how in HOWS] + [(name, "around") for name in ("hunyuan
 
 @pytest.mark.parametrize(("name", "how"), WHOLE)
 def test_a_whole_model_in_one_graph(fresh_compiler, name, how):
-    """fullgraph=True, by torch.compile(model) or model.compile(), before or after: a graph with the blocks, one without."""
+    """fullgraph=True, by torch.compile(model) or model.compile(), before or after: two graphs, one without blocks."""
     make, inputs = MODELS[name]
     model, inputs = make(), inputs()
     untouched = walk(model, inputs, None)

@@ -209,6 +209,34 @@ def test_a_pipeline_that_is_gone_is_said():
         assert handle.stats().skipped == 4
 
 
+def test_a_replaced_transformer_is_said():
+    pipeline = tiny.wan_pipeline()
+    with rsa.enable_teacache(pipeline) as handle:
+        assert "LOST" not in handle.summary()
+        pipeline.transformer = torch.compile(pipeline.transformer, backend="eager")
+        assert "LOST" not in handle.summary()
+        pipeline.transformer = tiny.wan_transformer()
+        assert "LOST on transformer" in handle.summary()
+        pipeline.transformer = None
+        assert "LOST on transformer" in handle.summary()
+
+
+def test_a_lost_handle_is_no_dead_end():
+    pipeline = tiny.wan_pipeline()
+    untouched = tiny.run_wan(pipeline, steps=7)
+    sparse = rsa.enable(pipeline, **tiny.SPARSE)
+    lost = [rsa.enable_teacache(pipeline, threshold=HUGE)]
+    lost.clear()
+    assert rsa.disable(pipeline)
+    assert not sparse.active
+    assert not torch.equal(tiny.run_wan(pipeline, steps=7), untouched)  # TeaCache stays
+    with pytest.raises(RuntimeError, match="disable_teacache"):
+        rsa.enable_teacache(pipeline)
+    assert rsa.disable_teacache(pipeline)
+    assert not rsa.disable_teacache(pipeline)
+    assert torch.equal(tiny.run_wan(pipeline, steps=7), untouched)
+
+
 def test_another_pipeline_with_the_same_transformer_is_said():
     pipeline = tiny.wan_pipeline()
     other = WanPipeline.from_pipe(pipeline, scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config))

@@ -70,9 +70,7 @@ def modular():
     blocks.sub_blocks.pop("text_encoder")
     blocks.sub_blocks.pop("decode")
     pipeline = blocks.init_pipeline()
-    pipeline.update_components(
-        transformer=tiny.wan_transformer(), scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0)
-    )
+    pipeline.update_components(transformer=tiny.wan_transformer(), scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -97,7 +95,9 @@ def test_modular_guiders(modular, name):
         assert branches(handle)[0] == ("call 1", 6, (5, 6, 7, 8))
         assert torch.equal(run(), first)
         # what the last step, computed whole, leaves behind is nothing
-        assert all(branch.step != 9 or branch.residual is None for branch in handle._cached[0]._guidance.branches.values())
+        assert all(
+            branch.step != 9 or branch.residual is None for branch in handle._cached[0]._guidance.branches.values()
+        )
     assert not torch.equal(first, untouched)
     assert torch.equal(run(), untouched)
 

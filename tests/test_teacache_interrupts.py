@@ -90,7 +90,7 @@ FOLDER = str(Path(seam.__file__).parent)
 
 
 def interrupted_at(model, inputs, count):
-    """A forward with a KeyboardInterrupt at the count-th line of our code that runs in it; whether there are so many."""
+    """A forward with a KeyboardInterrupt at the count-th line of our code in it; whether there are so many."""
     left = [count]
 
     def line(frame, event, _):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .config import PRESETS, SparseConfig, preset
     from .layout import TokenLayout
     from .pipelines import Handle, disable, enable
-    from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, enable_teacache
+    from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, disable_teacache, enable_teacache
 
 _HOME = {
     "rectified_attention": "attention",
@@ -24,6 +24,7 @@ _HOME = {
     "disable": "pipelines",
     "enable": "pipelines",
     "Handle": "pipelines",
+    "disable_teacache": "pipelines.teacache",
     "enable_teacache": "pipelines.teacache",
     "TeaCacheHandle": "pipelines.teacache",
     "TeaCacheStats": "pipelines.teacache",
@@ -38,6 +39,7 @@ __all__ = [
     "TeaCacheStats",
     "TokenLayout",
     "disable",
+    "disable_teacache",
     "enable",
     "enable_teacache",
     "preset",

@@ -1,7 +1,9 @@
 """TeaCacheHandle: what enable_teacache gives back. It counts, reports and undoes."""
 
+import weakref
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from .progress import Progress
 from .transformer import CachedTransformer
@@ -9,9 +11,9 @@ from .transformer import CachedTransformer
 
 @dataclass(frozen=True, kw_only=True)
 class BranchStats:
-    """What one transformer did in the last run, in one guidance call, by its name in
-    cache_context; outside of any "call 1", "call 2", as they came.
+    """What one transformer did in the last run, in one guidance call.
 
+    branch         its name in cache_context; outside of any "call 1", "call 2", as they came
     steps          denoising steps it was called at
     computed       forwards whose blocks ran
     skipped        forwards whose blocks were left out
@@ -39,10 +41,10 @@ class TeaCacheStats:
 class TeaCacheHandle:
     """TeaCache enabled on a pipeline or a transformer. Also a context manager that disables on exit."""
 
-    def __init__(self, cached: list[CachedTransformer], progress: Progress) -> None:
+    def __init__(self, cached: list[CachedTransformer], progress: Progress, pipeline: Any | None) -> None:
         self._cached = cached
         self._progress = progress
-        self.active = True
+        self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
 
     def __enter__(self) -> "TeaCacheHandle":
         return self
@@ -52,18 +54,20 @@ class TeaCacheHandle:
     ) -> None:
         self.disable()
 
+    @property
+    def active(self) -> bool:
+        return any(item.active for item in self._cached)
+
     def disable(self) -> None:
         """Put the model back as it was. Safe to call twice."""
-        if not self.active:
-            return
-        self.active = False
         for item in self._cached:
             item.remove()
 
     def set_step(self, step: int | None, total: int | None = None) -> None:
         """Say which denoising step comes next, where no pipeline's scheduler tells. step: 0 .. total - 1.
 
-        It holds until another is told, whatever runs; None gives the step back to the pipeline's scheduler.
+        It holds for the forwards that follow, until the next set_step, until set_step(None), or until the scheduler of
+        the enabled pipeline moves on: as in the handle of enable().
         """
         if step is None:
             if total is not None:
@@ -112,6 +116,8 @@ class TeaCacheHandle:
                 f"  {item.name} ({item.kind}): fit of {fit.name}, threshold {item.threshold:g}, "
                 f"first {fit.first_steps} and last {fit.last_steps} steps always computed"
             )
+            if item.active and not item.is_on(self._pipeline() if self._pipeline is not None else None):
+                lines.append(f"  LOST on {item.name}: the pipeline has another (replaced; disable and enable again)")
         run = self.stats()
         if not run.branches:
             return "\n".join([*lines, "  nothing has run yet"])

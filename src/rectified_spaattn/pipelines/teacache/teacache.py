@@ -10,7 +10,7 @@ from ..enabling import transformers_of
 from .handle import TeaCacheHandle
 from .models import cached_model_for
 from .progress import Progress
-from .transformer import CHILD, CachedTransformer, obstacle
+from .transformer import CachedTransformer, cached_transformer, obstacle
 
 
 def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) -> TeaCacheHandle:
@@ -36,7 +36,7 @@ def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) ->
     for name, model in transformers:
         _check_free(name, model)
     fits = [row.fit(model, pipeline) for row, (_, model) in zip(rows, transformers, strict=True)]
-    progress = Progress(RunClock(pipeline), pipeline)
+    progress = Progress(RunClock(pipeline))
     cached = [
         CachedTransformer(name, model, row, fit, fit.threshold if threshold is None else float(threshold), progress)
         for (name, model), row, fit in zip(transformers, rows, fits, strict=True)
@@ -48,7 +48,19 @@ def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) ->
         for each in cached:
             each.remove()
         raise
-    return TeaCacheHandle(cached, progress)
+    return TeaCacheHandle(cached, progress, pipeline)
+
+
+def disable_teacache(pipe_or_transformer: Any) -> bool:
+    """Take TeaCache off a pipeline or a transformer, also where the handle is lost; rectified attention stays.
+
+    Returns whether any was enabled there.
+    """
+    found = [cached_transformer(model) for _, model in transformers_of(pipe_or_transformer)[0]]
+    for each in found:
+        if each is not None:
+            each.remove()
+    return any(each is not None for each in found)
 
 
 def _check_threshold(threshold: Any) -> None:
@@ -58,8 +70,10 @@ def _check_threshold(threshold: Any) -> None:
 
 
 def _check_free(name: str, model: nn.Module) -> None:
-    if hasattr(model, CHILD):
-        raise RuntimeError(f"TeaCache is enabled on {name} already: call disable() of the handle you have first.")
+    if cached_transformer(model) is not None:
+        raise RuntimeError(
+            f"TeaCache is enabled on {name} already: call disable() of its handle or rsa.disable_teacache(pipe) first."
+        )
     found = obstacle(model)
     if found is not None:
         raise RuntimeError(f"enable_teacache: {name} has {found}. Disable that first.")

@@ -22,6 +22,7 @@ from diffusers.hooks import HookRegistry
 from torch import nn
 from torch._dynamo.decorators import skip as uncompiled  # of this frame alone: what it calls may be compiled
 
+from ..enabling import SLOTS
 from .blocks import Pass, stand_ins
 from .guidance import GuidanceCalls, GuidanceHook, Text
 from .models import CachedModel, Fit
@@ -35,7 +36,11 @@ OWN = ("_call_impl", "_cache_config", "__deepcopy__")
 
 
 class Marker(nn.Module):
-    """The empty module under the transformer. It stands in the way of pickling."""
+    """The empty module under the transformer. It knows whose it is, and stands in the way of pickling."""
+
+    def __init__(self, owner: "CachedTransformer") -> None:
+        super().__init__()
+        self.owner = owner
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError(
@@ -80,7 +85,7 @@ class CachedTransformer:
 
     def install(self) -> None:
         model = self._alive()
-        child = Marker()
+        child = Marker(self)
         HookRegistry.check_if_exists_or_initialize(child).register_hook(self._hook, CHILD)
         model.add_module(CHILD, child)
         _forget_children(model)
@@ -101,9 +106,9 @@ class CachedTransformer:
         self._restore()
         for name in OWN:
             values.pop(name, None)
-        compiled = values.get("_compiled_call_impl")
-        if hasattr(compiled, "inner"):
-            values["_compiled_call_impl"] = compiled.inner
+        inner = getattr(values.get("_compiled_call_impl"), "inner", None)
+        if inner is not None:
+            values["_compiled_call_impl"] = inner
         if any(name == CHILD for name, _ in model.named_children()):
             delattr(model, CHILD)
         _forget_children(model)
@@ -126,6 +131,11 @@ class CachedTransformer:
     def _alive(self) -> nn.Module:
         assert self._model is not None
         return self._model
+
+    def is_on(self, pipeline: Any | None) -> bool:
+        """Whether the pipeline, where there is one, has this transformer still."""
+        held = [getattr(pipeline, slot, None) for slot in SLOTS]
+        return pipeline is None or any(getattr(each, "_orig_mod", each) is self._model for each in held)
 
     # --- one call
 
@@ -291,6 +301,12 @@ def _pass(
         return now, forward(*args, **kwargs)
     finally:
         cached.uncover()
+
+
+def cached_transformer(model: nn.Module) -> CachedTransformer | None:
+    """TeaCache on this model."""
+    child = getattr(model, CHILD, None)
+    return child.owner if isinstance(child, Marker) else None
 
 
 def obstacle(model: nn.Module) -> str | None:
