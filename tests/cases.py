@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from rectified_spaattn import SparseConfig, TokenLayout
-from rectified_spaattn.config import RECTIFY_MODES
+from rectified_spaattn.config import RECTIFY
+from rectified_spaattn.orders import Blocks, blocks_of
 
-MODES = RECTIFY_MODES
+MODES = tuple(RECTIFY)
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -31,8 +32,9 @@ def video_like(
 
 def seen(layout: TokenLayout, text_valid: torch.Tensor) -> torch.Tensor:
     """bool [B, 1, 1, S], the keys that may be attended to. text_valid: bool [B, text]."""
-    video = text_valid.new_ones(len(text_valid), layout.video)
-    return torch.cat([text_valid, video] if layout.text_first else [video, text_valid], 1)[:, None, None]
+    valid = text_valid.new_ones(len(text_valid), layout.sequence)
+    valid[:, layout.text_places] = text_valid
+    return valid[:, None, None]
 
 
 def kernel_budget(qkv: Sequence[torch.Tensor], layout: TokenLayout, text_valid: torch.Tensor) -> float:
@@ -60,6 +62,10 @@ class Call:
         return (*self.qkv, self.layout, self.config)
 
     @property
+    def blocks(self) -> Blocks:
+        return blocks_of(self.layout, self.config)
+
+    @property
     def valid(self) -> torch.Tensor:
         """bool [B, 1, 1, S], the keys that may be attended to."""
         mask = self.options.get("text_mask")
@@ -78,11 +84,12 @@ def calls(draw: Callable[..., Any], modes: tuple[str, ...] = MODES, min_blocks: 
     grid = draw(st.sampled_from(GRIDS).filter(lambda g: g[0] * g[1] * g[2] >= min_blocks * block_size))
     text = draw(st.sampled_from((0, 1, 5, 17, 40)))
     order = draw(st.sampled_from(("gilbert", "tile", "raster")))
-    layout = TokenLayout.build(grid, text, draw(st.booleans()), block_size, order)
+    layout = TokenLayout.build(grid, text, draw(st.booleans()))
     config = SparseConfig(
         sparsity=draw(st.sampled_from((0.0, 0.4, 0.8, 0.95))),
-        top_p=draw(st.sampled_from((0.0, 0.3, 0.7, 0.9))),
+        top_p=draw(st.sampled_from((0.0, 0.3, 0.7, 0.9, 1.0))),
         rectify=draw(st.sampled_from(modes)),
+        block_size=block_size,
         order=order,
         neighbours=draw(st.sampled_from((False, False, True))),
         first_frame=draw(st.sampled_from((False, False, True))),

@@ -1,7 +1,7 @@
 """An independent oracle: the method of docs/method.md on dense S x S float64 matrices, without loops over blocks.
 
 Membership of tokens in blocks is a 0/1 matrix, so every stage is one einsum or one line of boolean algebra. Nothing
-here comes from the package but the order of the curve, which test_curve.py judges by itself.
+here comes from the package but the order of the curve, which test_orders.py judges by itself.
 """
 
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from rectified_spaattn import SparseConfig, TokenLayout
+from rectified_spaattn.orders import CURVES
 
 
 @dataclass
@@ -25,36 +26,42 @@ class Truth:
     undecided: torch.Tensor  # bool [B, H, nb, nb]: the gain is within float32 rounding of the pooling error
 
 
-def membership(layout: TokenLayout) -> torch.Tensor:
+def membership(layout: TokenLayout, config: SparseConfig) -> torch.Tensor:
     """0/1 [S, nb]: which token of the sequence is in which block; rows of zeros are isolated tokens."""
-    t, h, w = layout.grid
-    video, b = t * h * w, layout.block_size
-    start = layout.text if layout.text_first else 0
-    member = torch.zeros(video + layout.text, video // b, dtype=torch.float64)
-    for position, raster in enumerate(layout.order.tolist()):
-        if position // b < video // b:
-            member[start + raster, position // b] = 1
+    tokens, b = _along_the_curve(layout, config), config.block_size
+    member = torch.zeros(layout.sequence, len(tokens) // b, dtype=torch.float64)
+    for position, place in enumerate(tokens):
+        if position // b < len(tokens) // b:
+            member[place, position // b] = 1
     return member
 
 
-def touching(layout: TokenLayout) -> torch.Tensor:
+def _along_the_curve(layout: TokenLayout, config: SparseConfig) -> list[int]:
+    """Places of the tokens that can be tiled, in the order in which blocks are cut."""
+    tileable = {place for first, last in layout.spans for place in range(first, last)}
+    if layout.grid is None:
+        return sorted(tileable)
+    curve = CURVES.get(config.order, CURVES["gilbert"])(layout.grid, config.block_size)
+    return [layout.grid_start + raster for raster in curve if layout.grid_start + raster in tileable]
+
+
+def touching(layout: TokenLayout, config: SparseConfig) -> torch.Tensor:
     """bool [nb, nb] by brute force over all pairs of video tokens: is any pair at most one step apart on every axis?"""
     t, h, w = layout.grid
     places = torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w))
     near = ((places[:, None] - places[None, :]).abs().amax(-1) <= 1).double()
-    member = _video_rows(layout)
+    member = _in_the_grid(layout, config)
     return (member.T @ near @ member) > 0
 
 
-def holds_frame_0(layout: TokenLayout) -> torch.Tensor:
+def holds_frame_0(layout: TokenLayout, config: SparseConfig) -> torch.Tensor:
     """bool [nb]"""
-    return _video_rows(layout)[: layout.grid[1] * layout.grid[2]].sum(0) > 0
+    return _in_the_grid(layout, config)[: layout.grid[1] * layout.grid[2]].sum(0) > 0
 
 
-def _video_rows(layout: TokenLayout) -> torch.Tensor:
+def _in_the_grid(layout: TokenLayout, config: SparseConfig) -> torch.Tensor:
     t, h, w = layout.grid
-    start = layout.text if layout.text_first else 0
-    return membership(layout)[start : start + t * h * w]
+    return membership(layout, config)[layout.grid_start : layout.grid_start + t * h * w]
 
 
 def choose_blocks(probability: torch.Tensor, layout: TokenLayout, config: SparseConfig) -> torch.Tensor:
@@ -63,6 +70,8 @@ def choose_blocks(probability: torch.Tensor, layout: TokenLayout, config: Sparse
     """
     p, alone = probability[..., :-1].double(), probability[..., -1:].double()
     nb = p.shape[-1]
+    if config.top_p == 1:
+        return torch.ones((*p.shape[:-1], nb), dtype=torch.bool)
     index = torch.arange(nb)
     mine, other = p[..., :, None], p[..., None, :]
     beats = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))  # [..., mine, other]
@@ -70,9 +79,9 @@ def choose_blocks(probability: torch.Tensor, layout: TokenLayout, config: Sparse
     above = (beats * other).sum(-1)
     keep = (rank < max(1, int((1 - config.sparsity) * nb))) | (alone + above < config.top_p)
     if config.neighbours:
-        keep = keep | touching(layout)
+        keep = keep | touching(layout, config)
     if config.first_frame:
-        first = holds_frame_0(layout)
+        first = holds_frame_0(layout, config)
         keep = keep | (first[:, None] & first[None, :])
     return keep
 
@@ -93,10 +102,10 @@ def oracle(
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
     batch, _, sequence, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
-    b, member = layout.block_size, membership(layout)  # [S, nb]
+    b, member = config.block_size, membership(layout, config)  # [S, nb]
     tiled = member.sum(1) > 0  # [S]
-    video = layout.grid[0] * layout.grid[1] * layout.grid[2]
-    text_at = torch.arange(layout.text) + (0 if layout.text_first else video)
+    tileable = torch.tensor([any(first <= s < last for first, last in layout.spans) for s in range(sequence)])
+    text_at = (~tileable).nonzero().flatten()
     valid = torch.ones(batch, sequence, dtype=torch.bool)
     if text_mask is not None:
         valid[:, text_at] = text_mask
@@ -115,7 +124,7 @@ def oracle(
     # 2 estimate
     block_logits = scale * torch.einsum("bhnd,bhmd->bhnm", qm, km)
     if config.rectify == "pooled":
-        columns, present = _pooled_columns(k, alone, layout, text_at, tiled)
+        columns, present = _pooled_columns(k, alone, b, text_at, tiled)
     else:
         columns, present = k, alone
         block_logits = block_logits + torch.log(torch.tensor(b, dtype=torch.float64))
@@ -193,16 +202,16 @@ def _with_pooled_keys(
 
 
 def _pooled_columns(
-    k: torch.Tensor, alone: torch.Tensor, layout: TokenLayout, text_at: torch.Tensor, tiled: torch.Tensor
+    k: torch.Tensor, alone: torch.Tensor, b: int, text_at: torch.Tensor, tiled: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The "pooled" ablation's isolated columns: one mean of the leftover video tokens, one of every b text tokens, over
     the valid ones. Returns [B, H, columns, D] and bool [B, columns], which of them hold a token.
     """
     sequence = len(tiled)
-    groups = torch.zeros(sequence, 1 + -(-layout.text // layout.block_size), dtype=torch.float64)
+    groups = torch.zeros(sequence, 1 + -(-len(text_at) // b), dtype=torch.float64)
     groups[~tiled, 0] = 1
     groups[text_at] = 0
-    groups[text_at, 1 + torch.arange(layout.text) // layout.block_size] = 1
+    groups[text_at, 1 + torch.arange(len(text_at)) // b] = 1
     weight = groups[None] * alone[..., None]  # [B, S, columns]
     count = weight.sum(1)
     means = torch.einsum("bhsd,bsc->bhcd", k, weight / count.clamp(min=1)[:, None])

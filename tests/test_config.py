@@ -1,13 +1,15 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rectified_spaattn import PRESETS, SparseConfig, TokenLayout, preset
-from rectified_spaattn.config import RECTIFY_MODES
+from rectified_spaattn import PRESETS, SparseConfig, preset
+from rectified_spaattn.config import ORDERS, RECTIFY
+from rectified_spaattn.orders import CURVES
 
 places = st.one_of(
     st.tuples(st.sampled_from(("gilbert", "tile", "raster")), st.booleans(), st.booleans()),
@@ -18,15 +20,16 @@ configs = st.builds(
     place=places,
     sparsity=st.one_of(st.just(0), st.floats(0, 1, exclude_max=True)),
     top_p=st.floats(0, 1),
-    rectify=st.sampled_from(RECTIFY_MODES),
+    rectify=st.sampled_from(tuple(RECTIFY)),
     block_size=st.integers(1, 16).map(lambda n: 16 * n),
     dense_steps=st.one_of(st.integers(0, 100), st.floats(0, 1, exclude_max=True)),
+    dense_last_steps=st.one_of(st.integers(0, 100), st.floats(0, 1, exclude_max=True)),
     dense_layers=st.lists(st.integers(0, 60), max_size=4),
 )
 
 
 def test_defaults() -> None:
-    assert dataclasses.asdict(SparseConfig()) == {
+    assert SparseConfig().to_dict() == {
         "sparsity": 0.8,
         "top_p": 0.3,
         "rectify": "row",
@@ -35,8 +38,10 @@ def test_defaults() -> None:
         "neighbours": False,
         "first_frame": False,
         "dense_steps": 0,
-        "dense_layers": (),
+        "dense_last_steps": 0,
+        "dense_layers": [],
     }
+    assert list(SparseConfig().to_dict()) == [field.name for field in dataclasses.fields(SparseConfig) if field.init]
 
 
 def test_frozen_keyword_only_and_hashable() -> None:
@@ -51,6 +56,41 @@ def test_frozen_keyword_only_and_hashable() -> None:
 @given(config=configs)
 def test_a_dict_and_back(config: SparseConfig) -> None:
     assert SparseConfig.from_dict(config.to_dict()) == config
+
+
+@given(config=configs)
+def test_a_key_holds_all_but_the_schedule(config: SparseConfig) -> None:
+    schedule = {name: getattr(SparseConfig(), name) for name in ("dense_steps", "dense_last_steps", "dense_layers")}
+    assert SparseConfig.from_key(config.key) == config.replace(**schedule)
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64, np.float16, float])
+@pytest.mark.parametrize("whole", [np.int64, np.int32, np.uint8, int])
+def test_numbers_of_numpy_are_numbers(real: type, whole: type) -> None:
+    """And end as Python's, so that they print, compare and save as such."""
+    layers = np.array([1, 2]) if whole is np.int64 else [whole(1), whole(2)]
+    config = SparseConfig(
+        sparsity=real(0.5), top_p=real(0.25), block_size=whole(64), dense_steps=whole(3), dense_last_steps=real(0.125),
+        dense_layers=layers,
+    )  # fmt: skip
+    want = SparseConfig(
+        sparsity=0.5, top_p=0.25, block_size=64, dense_steps=3, dense_last_steps=0.125, dense_layers=(1, 2)
+    )
+    assert config == want
+    assert config.key == want.key
+    assert {type(value) for value in config.to_dict().values()} == {float, str, int, bool, list}
+    assert {type(layer) for layer in config.dense_layers} == {int}
+
+
+def test_the_papers_settings_and_overrides() -> None:
+    paper = SparseConfig.paper(sparsity=0.9)
+    assert (paper.rectify, paper.order, paper.neighbours, paper.sparsity) == ("ipar+gapr", "gilbert", True, 0.9)
+    with pytest.raises(TypeError, match="sparsty"):
+        SparseConfig.paper(sparsty=0.9)
+
+
+def test_every_order_is_a_curve_or_by_content() -> None:
+    assert {order for order in ORDERS if not SparseConfig(order=order).by_content} == set(CURVES)
 
 
 @given(config=configs)
@@ -121,6 +161,14 @@ def test_dense_step_count(dense_steps: int | float, total: int | None, count: in
     assert isinstance(got, int)
 
 
+def test_the_last_steps_count_as_the_first() -> None:
+    config = SparseConfig(dense_last_steps=0.1)
+    assert [config.dense_last_step_count(total) for total in (50, 30, 4)] == [5, 3, 0]
+    assert SparseConfig(dense_last_steps=2).dense_last_step_count(None) == 2
+    with pytest.raises(RuntimeError, match=r"dense_last_steps=0\.1 is a fraction"):
+        config.dense_last_step_count(None)
+
+
 def test_a_fraction_of_an_unknown_number_of_steps_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"dense_steps=0\.1 is a fraction"):
         SparseConfig(dense_steps=0.1).dense_step_count(None)
@@ -169,17 +217,6 @@ def test_an_unknown_preset_lists_each_model_once() -> None:
     with pytest.raises(ValueError, match=r"got 'wan'; allowed: one of .*'wan2\.1-t2v'.*'-paper' behind it") as told:
         preset("wan")
     assert str(told.value).count("wan2.1-t2v") == 1
-
-
-def test_a_layout_by_itself_is_one_in_space() -> None:
-    assert TokenLayout.build((4, 8, 8)).curve == "gilbert"
-
-
-def test_places_need_an_order_in_space() -> None:
-    for name in ("neighbours", "first_frame"):
-        with pytest.raises(ValueError, match=f"{name}: got True with order='content'"):
-            SparseConfig(**{name: True})
-        assert getattr(SparseConfig(order="gilbert", **{name: True}), name)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,15 @@ import torch
 
 from rectified_spaattn import SparseConfig, TokenLayout, preset, rectified_attention
 
-LAYOUT = TokenLayout.build((2, 4, 4), text=3, block_size=16)  # 2 blocks, 35 tokens
+LAYOUT = TokenLayout.build((2, 4, 4), text=3)  # 2 blocks of 16, 35 tokens
 SHAPE = (2, 35, 3, 8)
-PAPER = SparseConfig(rectify="ipar+gapr", order="gilbert", neighbours=True)
+SMALL = SparseConfig(block_size=16)
+PAPER = SparseConfig.paper(block_size=16)
 
 
 def call(**changed: Any) -> Any:
-    arguments: dict[str, Any] = {"layout": LAYOUT, **{name: torch.zeros(SHAPE) for name in "qkv"}, **changed}
-    return rectified_attention(**arguments)
+    arguments: dict[str, Any] = {"layout": LAYOUT, "config": SMALL, **{name: torch.zeros(SHAPE) for name in "qkv"}}
+    return rectified_attention(**{**arguments, **changed})
 
 
 def build(**changed: Any) -> TokenLayout:
@@ -79,8 +80,8 @@ def test_q_k_and_v_that_differ(name: str, value: torch.Tensor, kind: type[Except
     ("shape", "allowed"),
     [
         ((2, 3, 35, 8), "[B, S, H, D], not [B, H, S, D]"),
-        ((2, 32, 3, 8), "2*4*4 video + 3 text = 35"),
-        ((2, 36, 3, 8), "2*4*4 video + 3 text = 35"),
+        ((2, 32, 3, 8), "2*4*4 video + 3 that stand alone = 35"),
+        ((2, 36, 3, 8), "2*4*4 video + 3 that stand alone = 35"),
         ((0, 35, 3, 8), "1 or more"),
         ((2, 0, 3, 8), "1 or more"),
         ((2, 35, 0, 8), "1 or more"),
@@ -116,6 +117,10 @@ def test_float64_is_for_the_reference_only(backend: str) -> None:
         ({"block_mask": torch.ones(2, 1, 2, 2, dtype=torch.bool)}, ValueError, "(2, 1, 2, 2)", "(2, 3, 2, 2)"),
         ({"block_mask": torch.ones(2, 3, 2, 3, dtype=torch.bool)}, ValueError, "(2, 3, 2, 3)", "(2, 3, 2, 2)"),
         ({"block_mask": torch.ones(2, 3, 2, 2, dtype=torch.bool, device="meta")}, ValueError, "meta", "cpu"),
+        ({"token_order": [[0]]}, TypeError, "list", "int32 or int64"),
+        ({"token_order": torch.zeros(2, 3, 32)}, TypeError, "torch.float32", "int32 or int64"),
+        ({"token_order": torch.zeros(2, 3, 16, dtype=torch.int32)}, ValueError, "(2, 3, 16)", "(2, 3, 32)"),
+        ({"token_order": torch.zeros(2, 3, 32, dtype=torch.int32), "config": PAPER}, ValueError, "gilbert", "content"),
         ({"scale": 0}, ValueError, "0", "positive"),
         ({"scale": -0.1}, ValueError, "-0.1", "positive"),
         ({"scale": math.nan}, ValueError, "nan", "finite"),
@@ -140,7 +145,7 @@ def test_bad_options(arguments: dict[str, Any], kind: type[Exception], got: str,
 @pytest.mark.parametrize("text", [0, 3])
 def test_a_query_block_without_any_key(backend: str, text: int) -> None:
     """No critical block, no leftover, no text or none that is valid, and no pooled key as "row" has them."""
-    layout = TokenLayout.build((2, 4, 4), text=text, block_size=16)
+    layout = TokenLayout.build((2, 4, 4), text=text)
     q = torch.zeros(2, 32 + text, 1, 8)
     mask = torch.ones(2, 1, 2, 2, dtype=torch.bool)
     mask[1, 0, 1] = False
@@ -186,7 +191,6 @@ def test_the_ends_that_are_allowed() -> None:
     assert SparseConfig(top_p=1).top_p == 1
 
 
-@pytest.mark.parametrize("function", [SparseConfig, build])
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
@@ -194,8 +198,8 @@ def test_the_ends_that_are_allowed() -> None:
         *((value, TypeError) for value in (True, 64.0, "64", None)),
     ],
 )
-def test_bad_block_size(function: Callable[..., Any], value: Any, kind: type[Exception]) -> None:
-    refused(kind, repr(value), "multiple of 16", function, block_size=value)
+def test_bad_block_size(value: Any, kind: type[Exception]) -> None:
+    refused(kind, repr(value), "multiple of 16", SparseConfig, block_size=value)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +222,8 @@ def test_bad_block_size(function: Callable[..., Any], value: Any, kind: type[Exc
         ({"dense_steps": math.inf}, ValueError, "inf", "[0, 1)"),
         ({"dense_steps": True}, TypeError, "True", "count"),
         ({"dense_steps": "5"}, TypeError, "'5'", "count"),
+        ({"dense_last_steps": 1.0}, ValueError, "dense_last_steps: got 1.0", "an int"),
+        ({"dense_last_steps": False}, TypeError, "dense_last_steps: got False", "count"),
         ({"dense_layers": 2}, TypeError, "2", "indices"),
         ({"dense_layers": "01"}, TypeError, "'01'", "indices"),
         ({"dense_layers": None}, TypeError, "None", "indices"),
@@ -261,11 +267,29 @@ def test_yaml_that_is_no_config(tmp_path: Path, text: str) -> None:
         ({"text": True}, TypeError, "True", "integer"),
         ({"text_first": 1}, TypeError, "1", "True or False"),
         ({"text_first": "yes"}, TypeError, "'yes'", "True or False"),
-        ({"order": "hilbert"}, ValueError, "'hilbert'", "'tile'"),
     ],
 )
 def test_bad_layout(arguments: dict[str, Any], kind: type[Exception], got: str, allowed: str) -> None:
     refused(kind, got, allowed, build, **arguments)
+
+
+@pytest.mark.parametrize(
+    "spans", [[(0, 40)], [(-1, 3)], [(3, 3)], [(5, 3)], [(0, 4), (4, 8)], [(4, 8), (0, 2)], [(0, 5), (4, 8)]]
+)
+def test_spans_that_are_none(spans: list[tuple[int, int]]) -> None:
+    refused(ValueError, tuple(spans), "ascending", TokenLayout, sequence=35, spans=tuple(spans))
+
+
+def test_orders_in_space_need_a_grid() -> None:
+    layout = TokenLayout.of(35, [(0, 20), (24, 35)])
+    assert call(layout=layout).shape == SHAPE
+    refused(ValueError, "order: got 'gilbert'", "'content'", call, layout=layout, config=PAPER)
+
+
+@pytest.mark.parametrize("name", ["neighbours", "first_frame"])
+def test_places_need_an_order_in_space(name: str) -> None:
+    refused(ValueError, f"{name}: got True with order='content'", "False", SparseConfig, **{name: True})
+    assert getattr(SparseConfig(order="gilbert", **{name: True}), name)
 
 
 def test_unknown_preset() -> None:

@@ -100,7 +100,7 @@ def test_tokens_stand_where_the_row_says(name: str, monkeypatch: pytest.MonkeyPa
     queries = Queries(monkeypatch)
     with rsa.enable(model, sparsity=0.8, **PLAIN):
         before = queries.first(model, inputs)
-        grid, text, text_first = queries.forward.grid, queries.forward.text, queries.text_first
+        grid, text, text_first = queries.forward.grid, queries.forward.layout.text, queries.text_first
         assert grid in (VIDEO, IMAGE)
         assert text == CASES[name].text
         start = text if text_first else 0

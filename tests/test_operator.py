@@ -10,12 +10,18 @@ from hypothesis import strategies as st
 from cases import MODES, STRIDED, Call, calls, video_like
 from oracle import Truth, choose_blocks, dense, oracle, sdpa
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
-from rectified_spaattn.backends import torch_gather
-from rectified_spaattn.config import Rectify
+from rectified_spaattn.backends import torch as torch_backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MEDIUM = TokenLayout.build((4, 8, 9), text=11, block_size=32)  # 9 blocks, 11 text tokens
-ODD = TokenLayout.build((5, 7, 9), text=13, text_first=True, block_size=32)  # 9 blocks and 27 leftover tokens
+MEDIUM = TokenLayout.build((4, 8, 9), text=11)  # 9 blocks of 32, 11 text tokens
+ODD = TokenLayout.build((5, 7, 9), text=13, text_first=True)  # 9 blocks of 32 and 27 leftover tokens
+
+
+SMALL = SparseConfig(block_size=32)
+
+
+def settled(block_size: int = 32, **settings: Any) -> SparseConfig:
+    return SparseConfig(block_size=block_size, **{"order": "gilbert", **settings})
 
 
 def truth_for(call: Call, block_mask: torch.Tensor, compensated: torch.Tensor) -> Truth:
@@ -47,7 +53,7 @@ def within_budget(call: Call) -> None:
     want = truth_for(call, stats.block_mask, stats.compensated)
     torch.testing.assert_close(stats.probability.double(), want.probability, rtol=2e-5, atol=1e-6)
     torch.testing.assert_close(stats.r.double(), want.r, rtol=2e-5, atol=1e-6)
-    assert stats.density == pytest.approx(want.density, rel=1e-12)
+    assert stats.density == pytest.approx(want.density, rel=1e-6)
     assert stats.backend == "torch"
     assert (out.double() - want.out).abs().max().item() <= budget(call, want.out)
 
@@ -64,7 +70,7 @@ def test_reference_is_the_oracle(call: Call, dtype: torch.dtype) -> None:
     assert torch.equal(stats.compensated, want.compensated)
     torch.testing.assert_close(stats.probability, want.probability, rtol=0, atol=1e-12)
     torch.testing.assert_close(stats.r, want.r, rtol=0, atol=1e-12)
-    assert stats.density == pytest.approx(want.density, rel=1e-12)
+    assert stats.density == pytest.approx(want.density, rel=1e-6)
     assert stats.backend == "reference"
     assert (out - want.out).abs().max().item() <= 1e-10
 
@@ -82,9 +88,9 @@ def test_with_the_callers_blocks(call: Call, dtype: torch.dtype, keep: float) ->
     """Any pattern, empty rows too; stage 3 adds nothing to it."""
     call.qkv = tuple(x.to(dtype) for x in call.qkv)
     batch, _, heads, _ = call.qkv[0].shape
-    nb = call.layout.num_blocks
+    nb = call.blocks.num_blocks
     mask = torch.rand(batch, heads, nb, nb, generator=torch.Generator().manual_seed(nb)) < keep
-    if not call.layout.leftover and call.config.rectify != "row":  # then a row may not be empty
+    if not call.blocks.leftover and call.config.rectify != "row":  # then a row may not be empty
         mask |= torch.eye(nb, dtype=torch.bool)
     options: dict[str, Any] = {**call.options, "block_mask": mask, "return_stats": True}
 
@@ -102,9 +108,9 @@ def test_with_the_callers_blocks(call: Call, dtype: torch.dtype, keep: float) ->
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_row_needs_no_critical_block(backend: str) -> None:
     """Nothing kept and nothing isolated: every query attends to the pooled keys."""
-    layout = TokenLayout.build((2, 4, 8), block_size=16)
-    call = Call(layout, SparseConfig(rectify="row"), video_like(4, 2, layout.sequence, 2, 8))
-    mask = torch.zeros(2, 2, layout.num_blocks, layout.num_blocks, dtype=torch.bool)
+    layout = TokenLayout.build((2, 4, 8))
+    call = Call(layout, settled(16, rectify="row"), video_like(4, 2, layout.sequence, 2, 8))
+    mask = torch.zeros(2, 2, 4, 4, dtype=torch.bool)
     out = rectified_attention(*call.arguments, block_mask=mask, backend=backend)
     want = oracle(*call.arguments, block_mask=mask).out
     assert (out - want).abs().max().item() <= (1e-10 if backend == "reference" else budget(call, want))
@@ -113,11 +119,11 @@ def test_row_needs_no_critical_block(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row_is_as_exact_as_ipar(dtype: torch.dtype) -> None:
     """log b is not rounded to half precision: that would be 1.6% of every pooled key in bfloat16."""
-    layout = TokenLayout.build((4, 16, 16), 40, block_size=128)
+    layout = TokenLayout.build((4, 16, 16), 40)
     qkv = video_like(0, 1, layout.sequence, 2, 64, dtype)
     errors = {}
     for mode in ("ipar", "row"):
-        config = SparseConfig(sparsity=0.9, rectify=mode, neighbours=False, top_p=0.0)
+        config = settled(128, sparsity=0.9, rectify=mode, top_p=0.0)
         out, stats = rectified_attention(*qkv, layout, config, return_stats=True, backend="torch")
         want = rectified_attention(*qkv, layout, config, block_mask=stats.block_mask, backend="reference")
         errors[mode] = ((out.double() - want).norm() / want.norm()).item()
@@ -128,7 +134,7 @@ def test_row_is_as_exact_as_ipar(dtype: torch.dtype) -> None:
 @given(call=calls(min_blocks=2))
 def test_torch_keeps_the_blocks_that_its_own_probabilities_ask_for(call: Call) -> None:
     _, stats = rectified_attention(*call.arguments, **call.options, return_stats=True, backend="torch")
-    blocks, alone = stats.probability.double().split([call.layout.num_blocks, 1], dim=-1)
+    blocks, alone = stats.probability.double().split([call.blocks.num_blocks, 1], dim=-1)
     sums = alone + blocks.sort(-1, descending=True).values.cumsum(-1)
     assume(((sums - call.config.top_p).abs() > 1e-6).all())  # else rounding decides
     assert torch.equal(stats.block_mask, choose_blocks(stats.probability, call.layout, call.config))
@@ -140,8 +146,8 @@ def test_torch_keeps_the_blocks_that_its_own_probabilities_ask_for(call: Call) -
 @pytest.mark.parametrize("grid", [(2, 4, 8), (3, 5, 7)])
 def test_without_text_or_none_that_is_valid(grid: tuple[int, int, int], text: int, mode: str, backend: str) -> None:
     """Then only leftover tokens are isolated keys: none in the first grid, 9 in the second."""
-    layout = TokenLayout.build(grid, text=text, block_size=16)
-    config = SparseConfig(rectify=mode, sparsity=0.6, neighbours=False)  # type: ignore[arg-type]
+    layout = TokenLayout.build(grid, text=text)
+    config = settled(16, rectify=mode, sparsity=0.6)
     options = {"text_mask": torch.zeros(2, text, dtype=torch.bool)}
     call = Call(layout, config, video_like(9, 2, layout.sequence, 2, 8), options)
     out, stats = rectified_attention(*call.arguments, **options, backend=backend, return_stats=True)
@@ -155,7 +161,7 @@ def test_without_text_or_none_that_is_valid(grid: tuple[int, int, int], text: in
 def test_the_inputs_make_all_three_kinds_of_block(layout: TokenLayout) -> None:
     """Critical, compensated and rejected: otherwise the comparisons above prove little."""
     q, k, v = video_like(0, 2, layout.sequence, 2, 16)
-    config = SparseConfig(sparsity=0.8, top_p=0, rectify="ipar+gapr", neighbours=False)
+    config = settled(sparsity=0.8, top_p=0, rectify="ipar+gapr")
     _, stats = rectified_attention(q, k, v, layout, config, return_stats=True)
     rejected = ~stats.block_mask & ~stats.compensated
     for kind in (stats.block_mask, stats.compensated, rejected):
@@ -167,7 +173,7 @@ def test_the_inputs_make_all_three_kinds_of_block(layout: TokenLayout) -> None:
 @pytest.mark.parametrize("layout", [MEDIUM, ODD])
 def test_halves_are_rounded_twice_and_no_more(layout: TokenLayout, mode: str, dtype: torch.dtype) -> None:
     """Attention and the result are rounded; R and C are not. Two independent roundings: the square root of 2 of one."""
-    config = SparseConfig(rectify=mode, neighbours=False)  # type: ignore[arg-type]
+    config = settled(rectify=mode)
     call = Call(layout, config, video_like(11, 2, layout.sequence, 2, 32, dtype))
     out, stats = rectified_attention(*call.arguments, return_stats=True)
     want = truth_for(call, stats.block_mask, stats.compensated).out
@@ -178,13 +184,13 @@ def test_halves_are_rounded_twice_and_no_more(layout: TokenLayout, mode: str, dt
 @pytest.mark.parametrize("mode", MODES)
 def test_many_chunks(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """72 query blocks of different counts, in one SDPA call a row, and in a few rows a call."""
-    layout = TokenLayout.build((8, 12, 12), text=7, block_size=32)
-    config = SparseConfig(rectify=mode, top_p=0.5, order="gilbert", neighbours=True)  # type: ignore[arg-type]
+    layout = TokenLayout.build((8, 12, 12), text=7)
+    config = settled(rectify=mode, top_p=0.5, neighbours=True)
     call = Call(layout, config, video_like(3, 1, layout.sequence, 2, 32))
     within_budget(call)
     whole = rectified_attention(*call.arguments)
     for size in (1, 200_000):
-        monkeypatch.setattr(torch_gather, "_CHUNK_BYTES_CPU", size)
+        monkeypatch.setattr(torch_backend, "_CHUNK_BYTES_CPU", size)
         torch.testing.assert_close(rectified_attention(*call.arguments), whole, rtol=1e-5, atol=1e-6)
 
 
@@ -201,19 +207,19 @@ def test_strides_do_not_matter(call: Call, name: str, backend: str) -> None:
 @settings(max_examples=40)
 @given(call=calls(), backend=st.sampled_from(("torch", "reference")))
 def test_inputs_stay_as_they_are_and_the_same_call_gives_the_same_bits(call: Call, backend: str) -> None:
-    if call.layout.num_blocks:
-        nb, (batch, _, heads, _) = call.layout.num_blocks, call.qkv[0].shape
+    if call.blocks.num_blocks:
+        nb, (batch, _, heads, _) = call.blocks.num_blocks, call.qkv[0].shape
         call.options["block_mask"] = torch.eye(nb, dtype=torch.bool).repeat(batch, heads, 1, 1)
-    given_tensors = [*call.qkv, *(x for x in call.options.values() if isinstance(x, torch.Tensor))]
-    before = [x.clone() for x in given_tensors]
+    arguments = [*call.qkv, *(x for x in call.options.values() if isinstance(x, torch.Tensor))]
+    before = [x.clone() for x in arguments]
     first, stats = rectified_attention(*call.arguments, **call.options, backend=backend, return_stats=True)
-    for now, then in zip(given_tensors, before, strict=True):
+    for now, then in zip(arguments, before, strict=True):
         assert torch.equal(now, then)
     again, stats_again = rectified_attention(*call.arguments, **call.options, backend=backend, return_stats=True)
     assert torch.equal(first, again)
     for name in ("block_mask", "compensated", "probability", "r"):
         assert torch.equal(getattr(stats, name), getattr(stats_again, name))
-        assert all(getattr(stats, name).data_ptr() != x.data_ptr() for x in given_tensors if x.numel())
+        assert all(getattr(stats, name).data_ptr() != x.data_ptr() for x in arguments if x.numel())
 
 
 @pytest.fixture
@@ -229,7 +235,7 @@ def poisoned() -> Any:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("layout", [MEDIUM, ODD, TokenLayout.build((1, 3, 3), text=2, block_size=16)])
+@pytest.mark.parametrize("layout", [MEDIUM, ODD, TokenLayout.build((1, 3, 3), text=2)])
 @pytest.mark.parametrize("text", ["all", "some", "none"])
 def test_every_element_is_written_and_none_is_read_before(layout: TokenLayout, text: str, backend: str) -> None:
     assert torch.empty(9).isnan().all()
@@ -238,7 +244,7 @@ def test_every_element_is_written_and_none_is_read_before(layout: TokenLayout, t
     mask = torch.tensor({"all": [1], "some": [1, 0], "none": [0]}[text]).bool().repeat(2, layout.text)[:, : layout.text]
     q, k, v = video_like(1, 2, layout.sequence, 2, 8)
     for mode in MODES:
-        config = SparseConfig(rectify=mode, order="gilbert", neighbours=True)  # type: ignore[arg-type]
+        config = settled(rectify=mode, neighbours=True)
         out, stats = rectified_attention(q, k, v, layout, config, text_mask=mask, backend=backend, return_stats=True)
         assert not out.isnan().any()
         assert not stats.probability.isnan().any()
@@ -250,7 +256,7 @@ def test_every_element_is_written_and_none_is_read_before(layout: TokenLayout, t
 def test_large_logits(mode: str, size: float) -> None:
     """No overflow: every output is a mean of values, so it stays among them."""
     q, k, v = video_like(2, 1, ODD.sequence, 2, 8)
-    config = SparseConfig(rectify=mode, order="gilbert", neighbours=True)  # type: ignore[arg-type]
+    config = settled(rectify=mode, neighbours=True)
     out, stats = rectified_attention(size * q, size * k, v, ODD, config, return_stats=True)
     assert out.isfinite().all()
     assert stats.probability.isfinite().all()
@@ -260,7 +266,7 @@ def test_large_logits(mode: str, size: float) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_float16_at_its_ends(mode: str) -> None:
-    config = SparseConfig(rectify=mode, order="gilbert", neighbours=True)  # type: ignore[arg-type]
+    config = settled(rectify=mode, neighbours=True)
     q, k, v = (torch.sign(x).half() for x in video_like(4, 1, ODD.sequence, 2, 8))
     out = rectified_attention(q, k, v * 65504, ODD, config)
     assert out.isfinite().all()
@@ -276,58 +282,105 @@ def test_float16_at_its_ends(mode: str) -> None:
 @pytest.mark.parametrize("k_value", [0.0, 0.5])
 def test_identical_keys_are_ties_and_ties_go_to_the_lower_index(backend: str, k_value: float) -> None:
     """Small integers times powers of two: every product is exact, so all logits of a row are equal."""
-    layout = TokenLayout.build((4, 8, 8), block_size=16)
+    layout = TokenLayout.build((4, 8, 8))
     q = torch.randint(-4, 5, (2, layout.sequence, 2, 4)).float()
     k, v = torch.full_like(q, k_value), torch.randn_like(q)
-    config = SparseConfig(sparsity=0.7, top_p=0.0, neighbours=False)
+    config = settled(16, sparsity=0.7, top_p=0.0)
     _, stats = rectified_attention(q, k, v, layout, config, scale=0.25, return_stats=True, backend=backend)
     assert (stats.block_mask == (torch.arange(16) < 4)).all()  # floor(0.3 * 16)
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, (torch.float32, torch.float32, torch.bfloat16)])
 @pytest.mark.parametrize("mode", ["ipar+gapr", "row"])
-def test_autocast_changes_nothing(mode: Rectify, dtype: torch.dtype, autocast: torch.dtype) -> None:
-    """Pipelines run under it. The plan is float32 all the same."""
-    q, k, v = video_like(5, 2, MEDIUM.sequence, 2, 16, dtype)
-    config = SparseConfig(rectify=mode)
-    want, plain = rectified_attention(q, k, v, MEDIUM, config, return_stats=True)
+def test_autocast_casts_as_it_does_for_sdpa(mode: str, dtypes: tuple[torch.dtype, ...], autocast: torch.dtype) -> None:
+    """Pipelines run under it, with q and k out of a norm in float32 and v in the weights' dtype. Plans stay float32."""
+    qkv = [x.to(dtype) for x, dtype in zip(video_like(5, 2, MEDIUM.sequence, 2, 16), dtypes, strict=True)]
+    config = settled(rectify=mode)
+    want, plain = rectified_attention(*(x.to(autocast) for x in qkv), MEDIUM, config, return_stats=True)
     with torch.autocast("cpu", autocast):
-        got, stats = rectified_attention(q, k, v, MEDIUM, config, return_stats=True)
+        got, stats = rectified_attention(*qkv, MEDIUM, config, return_stats=True)
+        assert sdpa(*qkv).dtype == got.dtype == autocast
     assert stats.probability.dtype == stats.r.dtype == torch.float32
     assert torch.equal(stats.block_mask, plain.block_mask)
-    assert got.dtype == dtype
     assert torch.equal(got, want)
 
 
 def test_inference_mode_and_a_default_dtype_change_nothing() -> None:
     q, k, v = video_like(6, 1, ODD.sequence, 2, 8)
-    want = rectified_attention(q, k, v, ODD)
+    want = rectified_attention(q, k, v, ODD, SMALL)
     with torch.inference_mode():
-        assert torch.equal(rectified_attention(q, k, v, ODD), want)
+        assert torch.equal(rectified_attention(q, k, v, ODD, SMALL), want)
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(rectified_attention(q, k, v, ODD), want)
+        assert torch.equal(rectified_attention(q, k, v, ODD, SMALL), want)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def test_auto_is_torch_on_a_cpu_and_never_the_reference() -> None:
     q, k, v = video_like(7, 1, ODD.sequence, 1, 8)
-    out, stats = rectified_attention(q, k, v, ODD, return_stats=True)
+    out, stats = rectified_attention(q, k, v, ODD, SMALL, return_stats=True)
     assert stats.backend == "torch"
-    assert torch.equal(out, rectified_attention(q, k, v, ODD, backend="torch"))
+    assert torch.equal(out, rectified_attention(q, k, v, ODD, SMALL, backend="torch"))
 
 
 def test_defaults_are_the_default_config_and_the_usual_scale() -> None:
-    q, k, v = video_like(8, 1, ODD.sequence, 1, 16)
-    all_valid = torch.ones(1, ODD.text, dtype=torch.bool)
-    want = rectified_attention(q, k, v, ODD, SparseConfig(), text_mask=all_valid, scale=0.25)
-    assert torch.equal(rectified_attention(q, k, v, ODD), want)
+    layout = TokenLayout.build((4, 8, 9), text=11)
+    q, k, v = video_like(8, 1, layout.sequence, 1, 16)
+    all_valid = torch.ones(1, layout.text, dtype=torch.bool)
+    want, stats = rectified_attention(
+        q, k, v, layout, SparseConfig(), text_mask=all_valid, scale=0.25, return_stats=True
+    )
+    assert torch.equal(rectified_attention(q, k, v, layout), want)
+    assert stats.block_mask.shape == (1, 1, 2, 2)
+    assert stats.token_order is not None
+    assert stats.sorting == "torch"
 
 
-def test_gradients_are_refused_not_wrong() -> None:
-    q, k, v = (x.requires_grad_() for x in video_like(10, 1, ODD.sequence, 1, 8))
-    with pytest.raises(RuntimeError, match="backward"):
-        rectified_attention(q, k, v, ODD).sum().backward()
-    assert q.grad is None
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_gradients_are_refused_where_they_are_asked_for(which: int) -> None:
+    qkv = list(video_like(10, 1, ODD.sequence, 1, 8))
+    qkv[which].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"for inference.*no_grad"):
+        rectified_attention(*qkv, ODD, SMALL)
+    with torch.no_grad():
+        assert not rectified_attention(*qkv, ODD, SMALL).requires_grad
+
+
+@pytest.mark.parametrize("order", ["gilbert", "content"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("mode", MODES)
+def test_top_p_of_one_keeps_every_block(mode: str, backend: str, order: str) -> None:
+    """Half of the rows have one key that outweighs all others: a float32 sum is 1 long before the last block."""
+    layout = TokenLayout.build((4, 8, 16))
+    q, k, v = video_like(12, 1, layout.sequence, 2, 64)
+    q[:, : layout.sequence // 2] *= 40
+    config = SparseConfig(sparsity=0.9, top_p=1, rectify=mode, order=order, block_size=64)  # type: ignore[arg-type]
+    out, stats = rectified_attention(q, k, v, layout, config, backend=backend, return_stats=True)
+    assert stats.block_mask.all()
+    assert stats.density == 1
+    assert (out - dense(q, k, v)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("order", ["gilbert", "content"])
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_in_one_query_loses_that_row_alone(
+    value: float, mode: str, backend: str, order: str
+) -> None:
+    """As with SDPA. Its block is computed in full: no estimate says what could be left out."""
+    layout = TokenLayout.build((4, 8, 16), text=5)
+    q, k, v = video_like(13, 1, layout.sequence, 2, 64)
+    q[0, 37, 1, 3] = value
+    config = SparseConfig(sparsity=0.9, top_p=0, rectify=mode, order=order, block_size=64)  # type: ignore[arg-type]
+    out, stats = rectified_attention(q, k, v, layout, config, backend=backend, return_stats=True)
+    lost = ~out.isfinite().all(-1)  # [B, S, H]
+    assert lost.nonzero().tolist() == [[0, 37, 1]] == (~sdpa(q, k, v).isfinite().all(-1)).nonzero().tolist()
+    full = stats.block_mask.all(-1)  # [B, H, nb]
+    assert full.sum() == 1
+    tokens = stats.token_order if order == "content" else Call(layout, config, (q, k, v)).blocks.tiled.expand(1, 2, -1)
+    block = tokens.view(1, 2, -1, 64)[0, 1, full[0, 1].nonzero().item()]
+    others = block[block != 37]
+    assert (out[0, others, 1] - dense(q, k, v)[0, others, 1]).abs().max() < 1e-4

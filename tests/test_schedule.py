@@ -8,6 +8,7 @@ from diffusers import WanImageToVideoPipeline
 
 import rectified_spaattn as rsa
 import tiny
+from rectified_spaattn.orders import blocks_of
 from schedule_runs import EMBEDS, FRAME, fail, forwards_of, interrupt, steps_of, stop_after
 from tiny import SPARSE
 
@@ -213,10 +214,10 @@ def test_image_to_video_keeps_its_first_frame(quiet, kind):
             density[first_frame] = handle.stats().density
             assert set(handle.stats().dense_reasons) == {"dense_layers"}
             assert [layer.sparse_calls > 0 for layer in handle.stats().layers] == [False, False, True] * len(experts)
-    layout = rsa.TokenLayout.build((3, 8, 8), block_size=16)
-    first = int((layout.order < 64).view(layout.num_blocks, 16).any(1).sum())  # blocks that hold tokens of frame 0
-    kept = {True: first * first + (layout.num_blocks - first), False: layout.num_blocks}
-    assert first < layout.num_blocks
+    blocks = blocks_of(rsa.TokenLayout.build((3, 8, 8)), rsa.SparseConfig.paper(block_size=16))
+    first, count = int(blocks.first_frame.sum()), blocks.num_blocks
+    kept = {True: first * first + (count - first), False: count}
+    assert first < count
     for first_frame, pairs in kept.items():
         # blocks of the first frame see each other and, at most, the one block that all blocks keep
-        assert pairs - 0.001 < density[first_frame] * layout.num_blocks**2 < pairs + first_frame * first + 0.001
+        assert pairs - 0.001 < density[first_frame] * count**2 < pairs + first_frame * first + 0.001

@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .attention import SparseStats, rectified_attention
-    from .config import PRESETS, SparseConfig, preset
+    from .attention import Plan, SparseStats, attend, plan, rectified_attention
+    from .config import SparseConfig
     from .layout import TokenLayout
     from .pipelines import Handle, disable, enable
     from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, disable_teacache, enable_teacache
+    from .presets import PRESETS, preset
 
 _HOME = {
     "rectified_attention": "attention",
+    "plan": "attention",
+    "attend": "attention",
+    "Plan": "attention",
     "SparseStats": "attention",
     "SparseConfig": "config",
-    "PRESETS": "config",
-    "preset": "config",
+    "PRESETS": "presets",
+    "preset": "presets",
     "TokenLayout": "layout",
     "disable": "pipelines",
     "enable": "pipelines",
@@ -33,15 +37,18 @@ _HOME = {
 __all__ = [
     "PRESETS",
     "Handle",
+    "Plan",
     "SparseConfig",
     "SparseStats",
     "TeaCacheHandle",
     "TeaCacheStats",
     "TokenLayout",
+    "attend",
     "disable",
     "disable_teacache",
     "enable",
     "enable_teacache",
+    "plan",
     "preset",
     "rectified_attention",
 ]

@@ -1,4 +1,4 @@
-"""rectified_attention: checks a call, picks the backend and runs it."""
+"""rectified_attention: checks a call, picks the backend and runs it. plan and attend: its two halves."""
 
 import math
 from dataclasses import dataclass
@@ -7,11 +7,13 @@ from typing import Literal, overload
 import torch
 
 from . import ops
-from .backends import Call, choose
-from .config import SparseConfig, check_has_places
+from .backends import BACKENDS, Call, choose
+from .config import SparseConfig
 from .layout import TokenLayout
+from .orders import blocks_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DEFAULT = SparseConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +24,13 @@ class SparseStats:
     compensated  bool [B, H, nb, nb], the dropped blocks that got their pooled contribution back
     probability  [B, H, nb, nb + 1], the estimated full attention; the last column is all isolated tokens
     r            [B, H, nb], the full-attention mass that was not compensated
-    density      computed query-key pairs over all pairs of queries and valid keys, isolated ones counted, "row"'s
-                 pooled keys not; reading it waits for the device, reading `device_density`, the same as a scalar
-                 tensor, does not
-    backend      name
+    density      computed query-key pairs over all pairs of queries and valid keys, isolated ones counted, pooled keys
+                 of a tail not; reading it waits for the device, reading `device_density`, the same as a float32
+                 scalar tensor, does not
+    backend      name of what attended
+    sorting      name of what sorted the tokens: "triton" or "torch"; empty where nothing did
     token_order  int64 [B, H, nb * b], places in the sequence of the tiled tokens, block after block, where every head
-                 has an order of its own (order "content"); None where `layout.tiled` holds for all
+                 has an order of its own (order "content"); None where `blocks_of(layout, config).tiled` holds for all
     """
 
     block_mask: torch.Tensor
@@ -36,11 +39,48 @@ class SparseStats:
     r: torch.Tensor
     device_density: torch.Tensor
     backend: str
+    sorting: str
     token_order: torch.Tensor | None = None
 
     @property
     def density(self) -> float:
         return float(self.device_density)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was decided for a call, to be used by later calls of the same shape.
+
+    kept         int16 or int32 [B, H, nb, K]: the critical blocks of every query block, ascending, -1 behind them; K is
+                 the most that any query block keeps
+    token_order  int32 [B, H, nb * b], as in SparseStats, or None
+    shape        (B, S, H, D) of the queries
+    text_mask, scale, backend: as rectified_attention took them
+
+    Pooled keys and values, gain, R and C are no part of it: `attend` takes them anew.
+    """
+
+    layout: TokenLayout
+    config: SparseConfig
+    kept: torch.Tensor
+    token_order: torch.Tensor | None
+    shape: tuple[int, ...]
+    text_mask: torch.Tensor | None
+    scale: float
+    backend: str
+
+    @property
+    def block_mask(self) -> torch.Tensor:
+        """bool [B, H, nb, nb]"""
+        nb = self.kept.shape[2]
+        mask = torch.zeros(*self.kept.shape[:3], nb + 1, dtype=torch.bool, device=self.kept.device)
+        index = self.kept.long()
+        return mask.scatter_(-1, index.where(index >= 0, nb), True)[..., :nb]
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the plan holds, in bytes."""
+        return sum(x.nbytes for x in (self.kept, self.token_order, self.text_mask) if x is not None)
 
 
 @overload
@@ -54,6 +94,7 @@ def rectified_attention(
     text_mask: torch.Tensor | None = None,
     scale: float | None = None,
     block_mask: torch.Tensor | None = None,
+    token_order: torch.Tensor | None = None,
     backend: str = "auto",
     return_stats: Literal[False] = False,
 ) -> torch.Tensor: ...
@@ -70,6 +111,7 @@ def rectified_attention(
     text_mask: torch.Tensor | None = None,
     scale: float | None = None,
     block_mask: torch.Tensor | None = None,
+    token_order: torch.Tensor | None = None,
     backend: str = "auto",
     return_stats: Literal[True],
 ) -> tuple[torch.Tensor, SparseStats]: ...
@@ -85,48 +127,35 @@ def rectified_attention(
     text_mask: torch.Tensor | None = None,
     scale: float | None = None,
     block_mask: torch.Tensor | None = None,
+    token_order: torch.Tensor | None = None,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStats]:
     """Block-sparse attention over video tokens, rectified (arXiv 2511.19835). Tokens stay in the model's order.
 
-    q, k, v: [B, S, H, D], any strides, float16, bfloat16 or float32 (backend="reference" takes float64 too).
-    layout: which of the S tokens are video (raster order) and which are text; block size and order come from it.
-    text_mask: bool [B, text], True where a text token is valid; None: all are. Invalid ones are never attended to.
+    q, k, v: [B, S, H, D], any strides, float16, bfloat16 or float32 (backend="reference" takes float64 too). Under
+    autocast they are cast to its dtype, as scaled_dot_product_attention casts them.
+    layout: which of the S tokens can be tiled, and which stand alone. config: how; SparseConfig() by default.
+    text_mask: bool [B, text], True where a token that stands alone is valid, in the order of the sequence; None: all
+    are. Invalid ones are never attended to.
     scale: factor of the logits, D**-0.5 by default.
     block_mask: bool [B, H, nb, nb], critical blocks chosen by the caller in place of stage 3.
+    token_order: integers [B, H, nb * b], an order of the tiled tokens in place of the sorting, for order "content".
     backend: "auto", "fa4", "triton", "torch" or "reference"; `rectified-spaattn doctor` tells which can run here.
 
     Returns out [B, S, H, D] in q's dtype (float64 from "reference"), and SparseStats with return_stats=True.
-    Raises TypeError or ValueError for input of the wrong kind, RuntimeError where the named backend cannot run it.
+    Raises TypeError or ValueError for input of the wrong kind, RuntimeError where the named backend cannot run it, or
+    where a gradient would be asked for: it is for inference.
     """
-    config = SparseConfig() if config is None else config
-    _check_types(layout, config)
-    check_has_places(layout.curve, config.neighbours, config.first_frame)
-    _check_tensors(q, k, v, layout, backend)
+    config = _DEFAULT if config is None else config
+    q, k, v = _checked(q, k, v, layout, config, backend)
     _check_mask("text_mask", text_mask, (q.shape[0], layout.text), q)
-    square = (q.shape[0], q.shape[2], layout.num_blocks, layout.num_blocks)
-    _check_mask("block_mask", block_mask, square, q)
-    scale = q.shape[-1] ** -0.5 if scale is None else _checked_scale(scale)
-    backend = choose(backend, Call(q.device, q.dtype, q.shape[-1], layout.block_size, layout.num_blocks))
-    out, critical, compensated, probability, r, token_order = ops.attention(
-        q,
-        k,
-        v,
-        text_mask,
-        block_mask,
-        list(layout.grid),
-        layout.text,
-        layout.text_first,
-        layout.block_size,
-        layout.curve,
-        float(config.sparsity),
-        float(config.top_p),
-        config.rectify,
-        config.neighbours,
-        config.first_frame,
-        scale,
-        backend,
+    nb = layout.video // config.block_size
+    _check_mask("block_mask", block_mask, (q.shape[0], q.shape[2], nb, nb), q)
+    _check_order(token_order, (q.shape[0], q.shape[2], nb * config.block_size), q, config)
+    name = choose(backend, Call(q.device, q.dtype, q.shape[-1], config.block_size, nb))
+    out, critical, compensated, probability, r, order = ops.attention(
+        q, k, v, text_mask, block_mask, token_order, layout.key, config.key, _scale(scale, q), name
     )
     if not return_stats:
         return out
@@ -135,29 +164,103 @@ def rectified_attention(
         compensated=compensated,
         probability=probability,
         r=r,
-        device_density=density(critical, layout, text_mask),
-        backend=backend,
-        token_order=token_order if layout.by_content else None,
+        device_density=density(critical, layout, config, text_mask),
+        backend=name,
+        sorting=BACKENDS[name].sorting if config.by_content and token_order is None else "",
+        token_order=order if config.by_content else None,
     )
 
 
-def density(block_mask: torch.Tensor, layout: TokenLayout, text_mask: torch.Tensor | None) -> torch.Tensor:
-    """Computed query-key pairs over all pairs of the S queries and the valid keys; a float64 scalar tensor, no sync.
+def plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: TokenLayout,
+    config: SparseConfig | None = None,
+    *,
+    text_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Plan:
+    """The order and the critical blocks that rectified_attention would choose for the same arguments.
+
+    Waits for the device, once. Raises what rectified_attention raises.
+    """
+    config = _DEFAULT if config is None else config
+    q, k, v = _checked(q, k, v, layout, config, backend)
+    _check_mask("text_mask", text_mask, (q.shape[0], layout.text), q)
+    nb = layout.video // config.block_size
+    name = choose(backend, Call(q.device, q.dtype, q.shape[-1], config.block_size, nb))
+    scale = _scale(scale, q)
+    mask, order = ops.plan(q, k, v, text_mask, layout.key, config.key, scale, name)
+    counts = mask.sum(-1)
+    most = int(counts.max()) if counts.numel() else 0
+    # the kept blocks first, each kind ascending
+    ranked = mask.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+    kept = ranked.where(torch.arange(most, device=q.device) < counts[..., None], -1)
+    return Plan(
+        layout=layout,
+        config=config,
+        kept=kept.to(torch.int16 if nb <= torch.iinfo(torch.int16).max else torch.int32),
+        token_order=order.int() if config.by_content else None,
+        shape=tuple(q.shape),
+        text_mask=text_mask,
+        scale=scale,
+        backend=name,
+    )
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """rectified_attention with the order and the critical blocks of a plan; all else is taken from q, k, v anew.
+
+    q, k, v: [B, S, H, D] of the plan's shape, on its device, maybe of a later step. Returns out [B, S, H, D].
+    Raises ValueError for another shape or device.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: got {type(plan).__name__}; allowed: what plan(q, k, v, layout, config) gave.")
+    if isinstance(q, torch.Tensor) and (tuple(q.shape) != plan.shape or q.device != plan.kept.device):
+        raise ValueError(
+            f"q: got shape {tuple(q.shape)} on {q.device}; allowed by the plan: {plan.shape} on {plan.kept.device}. "
+            "Make a plan for these tensors."
+        )
+    return rectified_attention(
+        q,
+        k,
+        v,
+        plan.layout,
+        plan.config,
+        text_mask=plan.text_mask,
+        scale=plan.scale,
+        block_mask=plan.block_mask,
+        token_order=plan.token_order,
+        backend=plan.backend,
+    )
+
+
+def density(
+    block_mask: torch.Tensor, layout: TokenLayout, config: SparseConfig, text_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Computed query-key pairs over all pairs of the S queries and the valid keys; a float32 scalar tensor, no sync.
 
     block_mask: bool [B, H, nb, nb]; text_mask: bool [B, text] or None.
     """
-    batch, heads, num_blocks, _ = block_mask.shape
+    batch, heads, nb, _ = block_mask.shape
+    tiled = nb * config.block_size
+    leftover, alone = layout.video - tiled, layout.sequence - tiled
     if text_mask is None:
-        text = torch.full((batch,), layout.text, dtype=torch.float64, device=block_mask.device)
+        text = torch.full((batch,), layout.text, dtype=torch.float32, device=block_mask.device)
     else:
-        text = text_mask.sum(1).double()
-    alone, tiled = layout.leftover + text, num_blocks * layout.block_size  # [B] valid isolated keys
-    blocks = block_mask.sum((1, 2, 3)).double() / heads * layout.block_size**2
-    computed = blocks + tiled * alone + layout.isolated.numel() * (tiled + alone)
-    return (computed / (layout.sequence * (tiled + alone))).mean()
+        text = text_mask.sum(1).float()
+    keys = tiled + leftover + text  # [B] valid ones
+    kept = block_mask.sum((1, 2, 3)).float() / max(1, heads * nb) * config.block_size  # [B] tiled keys a tiled query
+    tiled_share = tiled / layout.sequence
+    return (tiled_share * (kept + leftover + text) / keys + alone / layout.sequence).mean()
 
 
-def _check_types(layout: TokenLayout, config: SparseConfig) -> None:
+def _checked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, config: SparseConfig, backend: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v, cast where autocast would."""
     if not isinstance(layout, TokenLayout):
         raise TypeError(
             f"layout: got {type(layout).__name__}; allowed: a TokenLayout. Make one with TokenLayout.build."
@@ -166,30 +269,40 @@ def _check_types(layout: TokenLayout, config: SparseConfig) -> None:
         raise TypeError(
             f"config: got {type(config).__name__}; allowed: a SparseConfig. From a dict: SparseConfig.from_dict(...)."
         )
-
-
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, backend: str) -> None:
-    allowed = (*DTYPES, torch.float64) if backend == "reference" else DTYPES
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}; allowed: a torch.Tensor [B, S, H, D].")
         if x.ndim != 4:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; allowed: four dimensions [B, S, H, D].")
+    if backend != "reference" and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) if x.dtype in DTYPES else x for x in (q, k, v))
+    _check_tensors(q, k, v, (*DTYPES, torch.float64) if backend == "reference" else DTYPES)
+    if q.shape[1] != layout.sequence:
+        raise ValueError(
+            f"q, k, v: got S = {q.shape[1]} tokens; allowed by the layout: {layout}. Build the layout with the grid "
+            "after patching and the padded text length; the shape must be [B, S, H, D], not [B, H, S, D]."
+        )
+    if layout.grid is None:
+        blocks_of(layout, config)  # says which orders need a grid
+    return q, k, v
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in allowed:
             raise TypeError(f"{name}: got {x.dtype}; allowed: {', '.join(map(str, allowed))}. Cast with .to(dtype).")
         if x.shape != q.shape:
             raise ValueError(f"{name}: got shape {tuple(x.shape)}; allowed: that of q, {tuple(q.shape)}.")
         if x.dtype != q.dtype or x.device != q.device:
             raise TypeError(f"{name}: got {x.dtype} on {x.device}; allowed: q's {q.dtype} on {q.device}.")
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                f"{name}: got a tensor that requires a gradient; sparse attention is for inference and has none. "
+                "Call it under torch.no_grad() or torch.inference_mode(), or train with full attention."
+            )
     if 0 in q.shape:
         raise ValueError(f"q, k, v: got the empty shape {tuple(q.shape)}; allowed: B, S, H and D of 1 or more.")
-    if q.shape[1] != layout.sequence:
-        t, h, w = layout.grid
-        raise ValueError(
-            f"q, k, v: got S = {q.shape[1]} tokens; allowed by the layout: {t}*{h}*{w} video + {layout.text} text = "
-            f"{layout.sequence}. Build the layout with the grid after patching and the padded text length; "
-            "the shape must be [B, S, H, D], not [B, H, S, D]."
-        )
 
 
 def _check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, ...], q: torch.Tensor) -> None:
@@ -204,7 +317,23 @@ def _check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, ...], q:
         raise ValueError(f"{name}: got a tensor on {mask.device}; allowed: q's device, {q.device}.")
 
 
-def _checked_scale(scale: float) -> float:
+def _check_order(order: torch.Tensor | None, shape: tuple[int, ...], q: torch.Tensor, config: SparseConfig) -> None:
+    if order is None:
+        return
+    if not config.by_content:
+        raise ValueError(f"token_order: got one with order={config.order!r}; allowed: None, or order='content'.")
+    if not isinstance(order, torch.Tensor) or order.dtype not in (torch.int32, torch.int64):
+        got = order.dtype if isinstance(order, torch.Tensor) else type(order).__name__
+        raise TypeError(f"token_order: got {got}; allowed: an int32 or int64 tensor {list(shape)}.")
+    if tuple(order.shape) != shape or order.device != q.device:
+        raise ValueError(
+            f"token_order: got shape {tuple(order.shape)} on {order.device}; allowed: {shape} on {q.device}."
+        )
+
+
+def _scale(scale: float | None, q: torch.Tensor) -> float:
+    if scale is None:
+        return float(q.shape[-1] ** -0.5)
     if isinstance(scale, bool) or not isinstance(scale, int | float):
         raise TypeError(f"scale: got {scale!r}; allowed: a finite positive number, or None for D**-0.5.")
     if not math.isfinite(scale) or scale <= 0:

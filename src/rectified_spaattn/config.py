@@ -1,39 +1,67 @@
-"""SparseConfig, the one place where every choice of the method is named, and the presets of models."""
+"""SparseConfig, the one place where every choice of the method is named, and what each rectify mode means."""
 
+import ast
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-from .curve import CONTENT, ORDERS
+from typing import Any, Literal, NamedTuple, get_args
 
 Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row"]
-RECTIFY_MODES: tuple[str, ...] = get_args(Rectify)
+Order = Literal["content", "gilbert", "tile", "raster"]
+ORDERS: tuple[str, ...] = get_args(Order)
+_OPERATOR = ("sparsity", "top_p", "rectify", "block_size", "order", "neighbours", "first_frame")  # the rest is schedule
+
+
+class Rule(NamedTuple):
+    """What a rectify mode means, read by every stage and kernel.
+
+    pooled_text  the estimate pools isolated tokens like video; otherwise each of them stands for itself
+    log_b        a pooled column of the estimate counts the tokens that it stands for
+    gate         which dropped blocks are compensated: "none", "all", or "gain", where the gain beats the pooling error
+    tail         a compensated block joins the softmax of every query as one pooled key; otherwise R and C compensate
+    """
+
+    pooled_text: bool = False
+    log_b: bool = True
+    gate: Literal["none", "all", "gain"] = "all"
+    tail: bool = False
+
+
+RECTIFY: dict[str, Rule] = {
+    "none": Rule(gate="none"),
+    "pooled": Rule(pooled_text=True, log_b=False),
+    "ipar": Rule(),
+    "ipar+gapr": Rule(gate="gain"),
+    "row": Rule(tail=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseConfig:
     """How attention is made sparse and repaired. Equations: arXiv 2511.19835; docs/method.md names them one by one.
 
-    sparsity       fraction of the tiled blocks that may be dropped, in [0, 1)
-    top_p          the kept blocks and the isolated tokens hold at least this attention mass, in [0, 1]
-    rectify        "none": plain block-sparse; "pooled": text pooled like video, no log b, every dropped block
-                   compensated; "ipar": exact text and log b, every dropped block compensated; "ipar+gapr": compensated
-                   only where the gain beats the pooling error (the paper); "row": every dropped block joins the softmax
-                   of every query as one pooled key, its mass corrected for how the block's keys spread (the default)
-    block_size     tokens a block, a multiple of 16
-    order          how video tokens are laid out before they are cut into blocks: in space "gilbert" (the paper),
-                   "tile", "raster"; or "content": sorted in every call and head, so that a block holds tokens that
-                   attend alike (the default)
-    neighbours     blocks that touch in 3-D always see each other (the paper); only with an order in space
-    first_frame    blocks that hold tokens of frame 0 always see each other; only with an order in space
-    dense_steps    full attention in the first denoising steps: a count, or a fraction of all steps below 1
-    dense_layers   indices of the layers that keep full attention
+    sparsity          fraction of the tiled blocks that may be dropped, in [0, 1)
+    top_p             the kept blocks and the isolated tokens hold at least this attention mass, in [0, 1]; 1 keeps all
+    rectify           "none": plain block-sparse; "pooled": text pooled like video, no log b, every dropped block
+                      compensated; "ipar": exact text and log b, every dropped block compensated; "ipar+gapr":
+                      compensated only where the gain beats the pooling error (the paper); "row": every dropped block
+                      joins the softmax of every query as one pooled key, its mass corrected for how the block's keys
+                      spread (the default)
+    block_size        b, tokens a block, a multiple of 16
+    order             how tokens are laid out before they are cut into blocks: in space "gilbert" (the paper), "tile",
+                      "raster"; or "content": sorted in every call and head, so that a block holds tokens that attend
+                      alike (the default)
+    neighbours        blocks that touch in 3-D always see each other (the paper); only with an order in space
+    first_frame       blocks that hold tokens of frame 0 always see each other; only with an order in space
+    dense_steps       full attention in the first denoising steps: a count, or a fraction of all steps below 1
+    dense_last_steps  full attention in the last denoising steps, likewise
+    dense_layers      indices of the layers that keep full attention
 
-    `block_size` and `order` are read where a TokenLayout is built, the schedule by `enable`; the operator itself takes
-    both from the layout it is given.
+    The schedule (the last three) is read by `enable`, all else by the operator.
 
     Raises TypeError for a wrong type or an unknown key, ValueError for a value out of range.
     """
@@ -42,41 +70,37 @@ class SparseConfig:
     top_p: float = 0.3
     rectify: Rectify = "row"
     block_size: int = 128
-    order: str = CONTENT
+    order: Order = "content"
     neighbours: bool = False
     first_frame: bool = False
     dense_steps: int | float = 0
+    dense_last_steps: int | float = 0
     dense_layers: tuple[int, ...] = ()
+    key: str = field(init=False, repr=False, compare=False)  # what the operator reads, as its schema carries it
 
     def __post_init__(self) -> None:
-        _check_number("sparsity", self.sparsity, 0.0, 1.0, high_open=True)
-        _check_number("top_p", self.top_p, 0.0, 1.0)
-        check_choice("rectify", self.rectify, RECTIFY_MODES)
-        check_choice("order", self.order, tuple(ORDERS))
-        check_block_size(self.block_size)
+        for name in ("sparsity", "top_p"):
+            object.__setattr__(self, name, _fraction(name, getattr(self, name), closed=name == "top_p"))
+        check_choice("rectify", self.rectify, tuple(RECTIFY))
+        check_choice("order", self.order, ORDERS)
+        object.__setattr__(self, "block_size", _block_size(self.block_size))
         for name in ("neighbours", "first_frame"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: got {getattr(self, name)!r}; allowed: True or False.")
-        check_has_places(self.order, self.neighbours, self.first_frame)
-        self._check_dense_steps()
-        if isinstance(self.dense_layers, str | bytes) or not hasattr(self.dense_layers, "__iter__"):
-            raise TypeError(f"dense_layers: got {self.dense_layers!r}; allowed: layer indices, such as (0, 1).")
-        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        for layer in self.dense_layers:
-            if isinstance(layer, bool) or not isinstance(layer, int):
-                raise TypeError(f"dense_layers: got {layer!r}; allowed: integers, such as (0, 1).")
-            if layer < 0:
-                raise ValueError(f"dense_layers: got {layer}; allowed: 0 or more, counted from the first layer.")
+            if getattr(self, name) and self.by_content:
+                raise ValueError(
+                    f"{name}: got True with order='content'; allowed: False, as blocks that are sorted by content lie "
+                    f"nowhere in the video. Pass {name}=False, or an order in space."
+                )
+        for name in ("dense_steps", "dense_last_steps"):
+            object.__setattr__(self, name, _steps(name, getattr(self, name)))
+        object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
+        object.__setattr__(self, "key", repr([getattr(self, name) for name in _OPERATOR]))
 
-    def _check_dense_steps(self) -> None:
-        steps = self.dense_steps
-        if isinstance(steps, bool) or not isinstance(steps, int | float):
-            raise TypeError(f"dense_steps: got {steps!r}; allowed: a count (5) or a fraction below 1 (0.1).")
-        if math.isnan(steps) or steps < 0 or (isinstance(steps, float) and steps >= 1):
-            raise ValueError(
-                f"dense_steps: got {steps!r}; allowed: an integer count of 0 or more, or a float fraction in [0, 1). "
-                "For a count, pass an int."
-            )
+    @classmethod
+    def paper(cls, **overrides: Any) -> "SparseConfig":
+        """The paper's method: rectification "ipar+gapr" on blocks along a Gilbert curve that see their neighbours."""
+        return cls(rectify="ipar+gapr", order="gilbert", neighbours=True)._replace(overrides)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SparseConfig":
@@ -91,33 +115,42 @@ class SparseConfig:
             raise TypeError(f"{path}: got {type(values).__name__}; allowed: one mapping, such as 'sparsity: 0.8'.")
         return cls.from_dict(values)
 
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def from_key(key: str) -> "SparseConfig":
+        """A config with the fields that `key` holds; cached."""
+        return SparseConfig(**dict(zip(_OPERATOR, ast.literal_eval(key), strict=True)))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, such that from_dict(to_dict()) is the same config."""
-        return {**dataclasses.asdict(self), "dense_layers": list(self.dense_layers)}
+        return {name: getattr(self, name) for name in _fields()} | {"dense_layers": list(self.dense_layers)}
 
     def replace(self, **overrides: Any) -> "SparseConfig":
         """The same config with some fields changed. Raises TypeError for keys it does not know."""
         return self._replace(overrides)
 
     def _replace(self, values: Mapping[str, Any]) -> "SparseConfig":
-        known = [field.name for field in dataclasses.fields(self)]
-        unknown = sorted(set(values) - set(known), key=repr)
+        unknown = sorted(set(values) - set(_fields()), key=repr)
         if unknown:
-            raise TypeError(f"SparseConfig: got unknown key(s) {unknown}; allowed: {known}. Check the spelling.")
+            raise TypeError(f"SparseConfig: got unknown key(s) {unknown}; allowed: {_fields()}. Check the spelling.")
         return dataclasses.replace(self, **values)
+
+    @property
+    def rule(self) -> Rule:
+        return RECTIFY[self.rectify]
+
+    @property
+    def by_content(self) -> bool:
+        """Whether a call sorts its tokens, head by head; no grid is needed then."""
+        return self.order == "content"
 
     def dense_step_count(self, total_steps: int | None) -> int:
         """How many leading steps run full attention; a fraction is rounded to the nearest step (half up)."""
-        if isinstance(self.dense_steps, int):
-            return self.dense_steps
-        if self.dense_steps == 0:
-            return 0
-        if total_steps is None:
-            raise RuntimeError(
-                f"dense_steps={self.dense_steps} is a fraction, but the number of denoising steps is unknown. "
-                "Enable on the whole pipeline, tell it with handle.set_step(step, total), or give a count."
-            )
-        return math.floor(self.dense_steps * total_steps + 0.5)
+        return _count("dense_steps", self.dense_steps, total_steps)
+
+    def dense_last_step_count(self, total_steps: int | None) -> int:
+        """How many final steps run full attention; a fraction is rounded to the nearest step (half up)."""
+        return _count("dense_last_steps", self.dense_last_steps, total_steps)
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -125,8 +158,8 @@ def read_yaml(path: str | Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: got a file that is no YAML; allowed: such as 'sparsity: 0.8'. {error}") from error
 
 
@@ -138,65 +171,59 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
 
 
-def check_has_places(order: str, neighbours: bool, first_frame: bool) -> None:
-    """Raises ValueError where blocks have no place in the video, but something asks for it."""
-    for name, asked in (("neighbours", neighbours), ("first_frame", first_frame)):
-        if order == CONTENT and asked:
-            raise ValueError(
-                f"{name}: got {asked!r} with order={CONTENT!r}; allowed: False, as blocks that are sorted by content "
-                f"lie nowhere in the video. Pass {name}=False, or an order in space."
-            )
+def _fields() -> list[str]:
+    return [each.name for each in dataclasses.fields(SparseConfig) if each.init]
 
 
-def check_block_size(block_size: int) -> None:
-    """Raises TypeError or ValueError unless block_size is a positive multiple of 16."""
-    if isinstance(block_size, bool) or not isinstance(block_size, int):
-        raise TypeError(f"block_size: got {block_size!r}; allowed: an integer multiple of 16, such as 64 or 128.")
-    if block_size <= 0 or block_size % 16:
-        raise ValueError(f"block_size: got {block_size}; allowed: a positive multiple of 16, such as 64 or 128.")
-
-
-def _check_number(name: str, value: float, low: float, high: float, high_open: bool = False) -> None:
-    allowed = f"a number in [{low:g}, {high:g}{')' if high_open else ']'}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def _fraction(name: str, value: float, closed: bool) -> float:
+    allowed = f"a number in [0, 1{']' if closed else ')'}"
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}; allowed: {allowed}.")
-    if not (low <= value <= high) or (high_open and value == high):  # NaN fails the first comparison
+    if not 0 <= value <= 1 or (value == 1 and not closed):  # NaN fails the first comparison
         raise ValueError(f"{name}: got {value!r}; allowed: {allowed}.")
+    return float(value)
 
 
-_PAPER = SparseConfig(rectify="ipar+gapr", order="gilbert", neighbours=True)
-_WAN = _PAPER.replace(sparsity=0.75, dense_layers=(0, 1), first_frame=True)
-_WAN_A14B = _WAN.replace(sparsity=0.85)
-
-# One config a transformer, in the order of the pipeline (Wan2.2 A14B has two). Warm-ups are kept as fractions of the
-# published number of steps (5 of 50; 3 and 1 of 40), so that samplers with fewer steps keep their sparse share.
-_PUBLISHED: dict[str, tuple[SparseConfig, ...]] = {
-    "hunyuan-video-t2v": (_PAPER.replace(sparsity=0.80),),
-    "wan2.1-t2v": (_WAN.replace(dense_steps=0.1),),
-    "wan2.1-i2v": (_WAN,),
-    "wan2.2-t2v-a14b": (_WAN_A14B.replace(dense_steps=0.075), _WAN_A14B.replace(dense_steps=0.025)),
-    "wan2.2-i2v-a14b": (_WAN_A14B, _WAN_A14B),
-    "wan2.2-ti2v-5b": (_WAN.replace(dense_steps=0.1),),
-    "cogvideox1.5-t2v": (_PAPER.replace(sparsity=0.85, dense_steps=0.1),),
-    "cogvideox1.5-i2v": (_PAPER.replace(sparsity=0.75, dense_steps=0.1),),
-    "flux.1-dev-4096": (_PAPER.replace(sparsity=0.90),),
-}
-_OURS = {name: getattr(SparseConfig(), name) for name in ("rectify", "order", "neighbours", "first_frame")}
-
-# Under the name of a model its published sparsity and schedule with the defaults of this package; under NAME-paper all
-# as published.
-PRESETS: dict[str, tuple[SparseConfig, ...]] = {
-    **{name: tuple(each.replace(**_OURS) for each in published) for name, published in _PUBLISHED.items()},
-    **{f"{name}-paper": published for name, published in _PUBLISHED.items()},
-}
-PRESET_NAMES = f"{', '.join(_PUBLISHED)}; each also with -paper behind it"  # for people
+def _block_size(value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"block_size: got {value!r}; allowed: an integer multiple of 16, such as 64 or 128.")
+    if value <= 0 or value % 16:
+        raise ValueError(f"block_size: got {value}; allowed: a positive multiple of 16, such as 64 or 128.")
+    return int(value)
 
 
-def preset(name: str) -> tuple[SparseConfig, ...]:
-    """The settings under `name`, one config a transformer. Raises ValueError for a name it does not know."""
-    if name not in PRESETS:
+def _steps(name: str, value: int | float) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r}; allowed: a count (5) or a fraction below 1 (0.1).")
+    whole = isinstance(value, Integral)
+    if not value >= 0 or (not whole and value >= 1):
         raise ValueError(
-            f"preset: got {name!r}; allowed: one of {list(_PUBLISHED)}, or one of them with '-paper' behind it for all "
-            "as published."
+            f"{name}: got {value!r}; allowed: an integer count of 0 or more, or a float fraction in [0, 1). "
+            "For a count, pass an int."
         )
-    return PRESETS[name]
+    return int(value) if whole else float(value)
+
+
+def _layers(value: Any) -> tuple[int, ...]:
+    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+        raise TypeError(f"dense_layers: got {value!r}; allowed: layer indices, such as (0, 1).")
+    layers = tuple(value)
+    for layer in layers:
+        if isinstance(layer, bool) or not isinstance(layer, Integral):
+            raise TypeError(f"dense_layers: got {layer!r}; allowed: integers, such as (0, 1).")
+        if layer < 0:
+            raise ValueError(f"dense_layers: got {layer}; allowed: 0 or more, counted from the first layer.")
+    return tuple(int(layer) for layer in layers)
+
+
+def _count(name: str, steps: int | float, total_steps: int | None) -> int:
+    if isinstance(steps, int):
+        return steps
+    if steps == 0:
+        return 0
+    if total_steps is None:
+        raise RuntimeError(
+            f"{name}={steps} is a fraction, but the number of denoising steps is unknown. "
+            "Enable on the whole pipeline, tell it with handle.set_step(step, total), or give a count."
+        )
+    return math.floor(steps * total_steps + 0.5)

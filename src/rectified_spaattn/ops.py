@@ -1,107 +1,125 @@
-"""The operator as one node for torch.compile: a torch.library custom op with a fake.
+"""The operator as one node for torch.compile: torch.library custom ops with fakes.
 
-Arguments are plain values, as the schema of an op wants them; the layout is looked up in its cache.
+The schema of an op takes plain values, so layout and config travel as their keys.
 """
+
+from typing import Any
 
 import torch
 
-from .backends import BACKENDS, Call
-from .backends.call import why_no_kernels
+from .backends import BACKENDS
+from .backends.calls import Backend
 from .config import SparseConfig
-from .curve import CONTENT
 from .layout import TokenLayout
-from .method.arrange import content_order
+from .method.inputs import Inputs
+from .method.plan import Choices
+from .orders import blocks_of
 
-_PLAN_DTYPE = torch.float32
+# inductor must not capture the op in its CUDA graphs: what it does is chosen anew in every call
+TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 
-@torch.library.custom_op("rectified_spaattn::attention", mutates_args=())
+@torch.library.custom_op("rectified_spaattn::attention", mutates_args=(), tags=TAGS)
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     text_mask: torch.Tensor | None,
     block_mask: torch.Tensor | None,
-    grid: list[int],
-    text: int,
-    text_first: bool,
-    block_size: int,
-    order: str,
-    sparsity: float,
-    top_p: float,
-    rectify: str,
-    neighbours: bool,
-    first_frame: bool,
+    token_order: torch.Tensor | None,
+    layout: str,
+    config: str,
     scale: float,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """out, block_mask, compensated, probability, r, token_order, as rectified_attention describes them.
 
-    token_order is empty where the layout is one for all heads.
+    layout, config: keys. token_order is empty where blocks are the same for all heads.
     """
-    layout = TokenLayout.build((grid[0], grid[1], grid[2]), text, text_first, block_size, order)
-    config = SparseConfig(
-        sparsity=sparsity,
-        top_p=top_p,
-        rectify=rectify,  # type: ignore[arg-type]  # the schema has no Literal; SparseConfig checks it
-        order=order,
-        neighbours=neighbours,
-        first_frame=first_frame,
-    )
-    valid = text_mask if text_mask is not None else q.new_ones(q.shape[0], text, dtype=torch.bool)
-    if block_mask is not None:
-        block_mask = block_mask.contiguous()
     # the stages choose their dtypes themselves; kernels are launched on the current GPU, which need not be q's
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
-        token_order = None
-        if layout.by_content:
-            token_order = order_by_content(q, k, layout.on(q.device), scale)
-        out, plan = BACKENDS[backend].run(q, k, v, layout, config, valid, scale, block_mask, token_order)
-    # an op may not return one of its inputs
-    critical = plan.block_mask.clone() if plan.block_mask is block_mask else plan.block_mask
-    if token_order is None:
-        token_order = layout.tiled.new_empty(0, device=q.device)
-    return out, critical, plan.compensated, plan.probability, plan.r, token_order
+        inputs = _inputs(q, k, v, text_mask, block_mask, token_order, layout, config, scale, BACKENDS[backend])
+        choices, prepared = BACKENDS[backend].plan(inputs)
+        out = BACKENDS[backend].attend(inputs, prepared)
+    critical, order = _outputs(choices, inputs, block_mask, token_order)
+    return out, critical, choices.compensated, choices.probability, choices.r, order
 
 
-def order_by_content(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
-    """int64 [B, H, nb * b], whichever backend attends: by our kernels where they can run, else by PyTorch."""
-    call = Call(q.device, q.dtype, q.shape[-1], layout.block_size, layout.num_blocks)
-    if why_no_kernels(call) is not None:
-        return content_order(q, k, layout.tiled, block_size=layout.block_size, scale=scale)
-    from .kernels import arrange
+@torch.library.custom_op("rectified_spaattn::plan", mutates_args=(), tags=TAGS)
+def plan(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    text_mask: torch.Tensor | None,
+    layout: str,
+    config: str,
+    scale: float,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """block_mask and token_order of `attention` for the same arguments, without attending."""
+    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
+        inputs = _inputs(q, k, v, text_mask, None, None, layout, config, scale, BACKENDS[backend])
+        choices, _ = BACKENDS[backend].plan(inputs)
+    return _outputs(choices, inputs, None, None)
 
-    return arrange.content_order(q, k, layout, scale)
 
-
-@attention.register_fake
-def _attention_fake(
+def _inputs(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     text_mask: torch.Tensor | None,
     block_mask: torch.Tensor | None,
-    grid: list[int],
-    text: int,
-    text_first: bool,
-    block_size: int,
-    order: str,
-    sparsity: float,
-    top_p: float,
-    rectify: str,
-    neighbours: bool,
-    first_frame: bool,
+    token_order: torch.Tensor | None,
+    layout: str,
+    config: str,
     scale: float,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    backend: Backend,
+) -> Inputs:
+    """The call as a backend gets it, sorted by the backend itself where blocks are by content."""
+    tokens, settings = TokenLayout.from_key(layout), SparseConfig.from_key(config)
+    blocks = blocks_of(tokens, settings).on(q.device)
+    if text_mask is None:
+        text_mask = torch.ones(q.shape[0], blocks.text, dtype=torch.bool, device=q.device)
+    if block_mask is not None:
+        block_mask = block_mask.contiguous()
+    inputs = Inputs(q, k, v, blocks, settings, text_mask, scale, block_mask, token_order)
+    if blocks.by_content and token_order is None:
+        inputs = inputs._replace(token_order=backend.sort(inputs))
+    return inputs
+
+
+def _outputs(
+    choices: Choices, inputs: Inputs, block_mask: torch.Tensor | None, token_order: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """block_mask and token_order as an op returns them; it may not return one of its inputs."""
+    critical, order = choices.block_mask, inputs.token_order
+    if critical is block_mask:
+        critical = critical.clone()
+    if order is None:
+        order = torch.empty(0, dtype=torch.int64, device=critical.device)
+    elif order is token_order:
+        order = order.clone()
+    return critical, order.long()
+
+
+@attention.register_fake
+def _attention_fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    *_, layout, config, _, backend = rest
+    tokens, settings = TokenLayout.from_key(layout), SparseConfig.from_key(config)
     exact = torch.float64 if backend == "reference" else None
-    nb = grid[0] * grid[1] * grid[2] // block_size
+    nb = tokens.video // settings.block_size
     square = (q.shape[0], q.shape[2], nb, nb)
     return (
         q.new_empty(q.shape, dtype=exact or q.dtype),
         q.new_empty(square, dtype=torch.bool),
         q.new_empty(square, dtype=torch.bool),
-        q.new_empty((*square[:3], nb + 1), dtype=exact or _PLAN_DTYPE),
-        q.new_empty(square[:3], dtype=exact or _PLAN_DTYPE),
-        q.new_empty((*square[:2], nb * block_size) if order == CONTENT else (0,), dtype=torch.int64),
+        q.new_empty((*square[:3], nb + 1), dtype=exact or torch.float32),
+        q.new_empty(square[:3], dtype=exact or torch.float32),
+        q.new_empty((*square[:2], nb * settings.block_size) if settings.by_content else (0,), dtype=torch.int64),
     )
+
+
+@plan.register_fake
+def _plan_fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    _, block_mask, *_, token_order = _attention_fake(q, *rest)
+    return block_mask, token_order

@@ -1,55 +1,16 @@
 """FlashAttention-4's block-sparse forward between our kernels: tile and plan before, isolated keys, R and C after."""
 
-from functools import partial
-
 import torch
 
-from ..config import SparseConfig
-from ..layout import TokenLayout
-from ..method.plan import Plan
-from .call import Call, Stages, installed_version, why_no_kernels
+from ..method.inputs import Inputs
+from . import triton
+from .calls import Backend, Call, installed_version
 
 PACKAGE = "flash-attn-4"
 
 
-def run(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: TokenLayout,
-    config: SparseConfig,
-    text_valid: torch.Tensor,
-    scale: float,
-    block_mask: torch.Tensor | None,
-    token_order: torch.Tensor | None,
-) -> tuple[torch.Tensor, Plan]:
-    """q, k, v: [B, S, H, D]; text_valid: bool [B, text]; block_mask: bool [B, H, nb, nb] or None;
-    token_order: int64 [B, H, nb * b] or None.
-
-    Returns out [B, S, H, D] and the plan, without waiting for the device. A query block left without any key gives NaN
-    ("row" leaves none without: a dropped block is a key).
-    """
-    from ..kernels.attend import attend
-    from ..kernels.fa4 import listed_blocks
-    from ..kernels.plan import make_plan
-    from ..kernels.tile import tile
-
-    layout = layout.on(q.device)
-    tiled = tile(q, k, v, layout, text_valid, config.rectify, token_order)
-    plan, lists = make_plan(tiled, layout, config, scale, block_mask)
-    if layout.num_blocks:
-        given = listed_blocks(tiled, lists, scale)
-        # the tiled keys have done their work: their memory serves the output
-        nothing = tiled.k.new_empty(0, tiled.k.shape[-1])
-        tiled = tiled._replace(k=nothing, v=nothing)
-    else:
-        given = None
-    out, _ = attend(tiled, lists, plan, layout, scale, given)
-    return out, plan
-
-
 def why_not(call: Call) -> str | None:
-    reason = why_no_kernels(call)
+    reason = triton.why_not(call)
     if reason is not None:
         return reason
     if installed_version(PACKAGE) is None:
@@ -65,23 +26,45 @@ def why_not(call: Call) -> str | None:
     return None
 
 
-def stages(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: TokenLayout,
-    config: SparseConfig,
-    text_valid: torch.Tensor,
-    scale: float,
-) -> Stages:
-    """The stages of `run` by name; calling one runs it again on what came before it."""
-    from ..kernels.attend import attend
-    from ..kernels.fa4 import listed_blocks
-    from ..kernels.stages import before_attend
+def attend(inputs: Inputs, prepared: "triton.Prepared") -> torch.Tensor:
+    """out [B, S, H, D], without waiting for the device. Uses up the tiled keys and values of `prepared`."""
+    from .triton.attend import attend as join
 
-    layout = layout.on(q.device)
-    tiled, plan, lists, named = before_attend(q, k, v, layout, config, text_valid, scale)
-    given = listed_blocks(tiled, lists, scale)
-    named["attend (FlashAttention-4)"] = partial(listed_blocks, tiled, lists, scale)
-    named["isolated keys, rectify, un-reorder"] = partial(attend, tiled, lists, plan, layout, scale, given)
-    return named
+    if not inputs.blocks.num_blocks:
+        return join(inputs, prepared)[0]
+    partial = listed_blocks(inputs, prepared)
+    # the tiled keys have done their work: their memory serves the output, whoever still holds them
+    tiled = prepared.tiled
+    for x in (tiled.k, tiled.v):
+        x.untyped_storage().resize_(0)
+    nothing = tiled.k.new_empty(0, tiled.k.shape[-1])
+    return join(inputs, prepared._replace(tiled=tiled._replace(k=nothing, v=nothing)), partial)[0]
+
+
+def listed_blocks(inputs: Inputs, prepared: "triton.Prepared") -> "triton.Partial":
+    """Attention of every query block, isolated ones included, over its listed key blocks alone.
+
+    All of these are whole, so FlashAttention-4 masks nothing; isolated keys are joined later.
+    """
+    from flash_attn.cute import flash_attn_func
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    tiled, lists = prepared.tiled, prepared.lists
+    none = torch.zeros_like(lists.counts)
+    blocks = BlockSparseTensorsTorch(
+        mask_block_cnt=none,
+        mask_block_idx=none[..., None],
+        full_block_cnt=lists.counts,
+        full_block_idx=lists.indices,
+        block_size=(128, 128),
+    )
+    out, lse = flash_attn_func(
+        *(x.transpose(1, 2) for x in (tiled.q, tiled.k, tiled.v)),  # [B, rows, H, D]
+        softmax_scale=inputs.scale,
+        block_sparse_tensors=blocks,
+        return_lse=True,
+    )[:2]
+    return triton.Partial(out.transpose(1, 2), lse)
+
+
+BACKEND = Backend(why_not=why_not, sorting="triton", sort=triton.sort, plan=triton.plan, attend=attend)

@@ -29,29 +29,12 @@ def content_order(
     count = tiled.numel()
     if count <= block_size:
         return tiled.expand(batch, heads, count)
-    found = moments(sample_of(q, tiled), sample_of(k, tiled), scale)
-    to_q, to_k = directions(found).split(dim, dim=1)
-    q_mean, k_mean = found.mean.split(dim, dim=2)
+    both = moments(sample_of(q, tiled), sample_of(k, tiled), scale)
+    to_q, to_k = directions(both).split(dim, dim=1)
+    q_mean, k_mean = both.mean.split(dim, dim=2)
     features = _project(q, tiled, q_mean, to_q) + _project(k, tiled, k_mean, to_k)
     features = features.nan_to_num(0.0).to(torch.bfloat16)  # as the kernel has them: 8 bits tell the sides of a cut
     return tiled[k_d_order(features, block_size)].view(batch, heads, count)
-
-
-def arrange(x: torch.Tensor, tiled: torch.Tensor, token_order: torch.Tensor) -> torch.Tensor:
-    """x [B, S, H, D] with the tokens of token_order [B, H, nb * b] at the places `tiled`, the others as they were."""
-    out = x.clone()
-    out[:, tiled] = x.gather(1, _per_channel(token_order, x))
-    return out
-
-
-def put_back(x: torch.Tensor, tiled: torch.Tensor, token_order: torch.Tensor) -> torch.Tensor:
-    """The inverse of `arrange`."""
-    return x.scatter(1, _per_channel(token_order, x), x[:, tiled])
-
-
-def _per_channel(token_order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    # [B, H, n] -> [B, n, H, D]
-    return token_order.transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[3])
 
 
 def sample_of(x: torch.Tensor, tiled: torch.Tensor) -> torch.Tensor:
@@ -88,7 +71,7 @@ def start_directions(dim: int, dtype: torch.dtype, device: torch.device) -> torc
     return ((7919 * i * i + 4729 * i) % 10007).to(dtype).view(dim, -1) / 10007 - 0.5
 
 
-def directions(given: Moments) -> torch.Tensor:
+def directions(of: Moments) -> torch.Tensor:
     """W [Z, 2D, r], the first D rows for q: tokens whose [q, k] W are near get and give similar logits.
 
     Two keys differ, for the queries there are, by |M_q½ (k - k')|, M_q = scale² mean q qᵀ; two queries by
@@ -96,7 +79,7 @@ def directions(given: Moments) -> torch.Tensor:
     together, as long as the deviation along them, by subspace iteration on S C, where S = diag(M_k, M_q) and C is the
     covariance of [q, k].
     """
-    _, covariance, weigh = given
+    _, covariance, weigh = of
     step = weigh @ covariance
     step = step @ step
     w = start_directions(step.shape[1], step.dtype, step.device)

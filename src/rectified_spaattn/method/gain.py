@@ -2,21 +2,21 @@
 
 import torch
 
-from ..config import Rectify
+from ..config import Rule
 from .pool import Pooled
 
 
-def gain(pooled: Pooled, block_mask: torch.Tensor, rectify: Rectify) -> torch.Tensor:
+def gain(pooled: Pooled, block_mask: torch.Tensor, rule: Rule) -> torch.Tensor:
     """bool [B, H, nb, nb]: the dropped blocks that are compensated. block_mask: bool, same shape, the critical blocks.
 
-    "ipar+gapr" compensates where |q̄·k̄| > |δq·k̄| + |q̄·δk| (unscaled logits), "none" nowhere, the others everywhere.
+    The gate "gain" compensates where |q̄·k̄| > |δq·k̄| + |q̄·δk| (unscaled logits), "none" nowhere, "all" everywhere.
     """
-    if rectify == "none":
+    if rule.gate == "none":
         return torch.zeros_like(block_mask)
-    if rectify != "ipar+gapr":
+    if rule.gate == "all":
         return ~block_mask
     if pooled.dq is None or pooled.dk is None:
-        raise ValueError("gain: got block statistics without deviations; pool with rectify='ipar+gapr'.")
+        raise ValueError("gain: got block statistics without deviations; pool with the same rule.")
     k_t, dk_t = pooled.k.transpose(-1, -2), pooled.dk.transpose(-1, -2)
     worth = (pooled.q @ k_t).abs_()  # [B, H, nb, nb]
     error = (pooled.dq @ k_t).abs_() + (pooled.q @ dk_t).abs_()

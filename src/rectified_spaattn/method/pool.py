@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import Rectify
+from ..config import Rule
 
 
 class Pooled(NamedTuple):
     """Block statistics, each [B, H, nb, D], float32 (float64 for float64 input).
 
     q, k, v  means
-    dq, dk   mean |q - q̄| and mean |k - k̄|, for GAPR; None where they are not asked for
-    k_var    mean (k - k̄)², for "row"; None where it is not asked for
+    dq, dk   mean |q - q̄| and mean |k - k̄|, where the gate weighs the gain; else None
+    k_var    mean (k - k̄)², for a tail; else None
     """
 
     q: torch.Tensor
@@ -24,17 +24,17 @@ class Pooled(NamedTuple):
     k_var: torch.Tensor | None = None
 
 
-def pool(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rectify: Rectify = "ipar+gapr") -> Pooled:
-    """Means of q, k, v over the tokens of every block, and the spread that `rectify` needs.
+def pool(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> Pooled:
+    """Means of q, k, v over the tokens of every block, and the spread that the rule needs.
 
     q, k, v: [B, H, nb, b, D], any floating dtype.
     """
-    means = Pooled(_block_mean(q), _block_mean(k), _block_mean(v))
-    if rectify == "ipar+gapr":
-        return means._replace(dq=_spread(q, means.q, torch.Tensor.abs_), dk=_spread(k, means.k, torch.Tensor.abs_))
-    if rectify == "row":
-        return means._replace(k_var=_spread(k, means.k, torch.Tensor.square_))
-    return means
+    pooled = Pooled(_block_mean(q), _block_mean(k), _block_mean(v))
+    if rule.gate == "gain":
+        pooled = pooled._replace(dq=_spread(q, pooled.q, torch.Tensor.abs_), dk=_spread(k, pooled.k, torch.Tensor.abs_))
+    if rule.tail:
+        pooled = pooled._replace(k_var=_spread(k, pooled.k, torch.Tensor.square_))
+    return pooled
 
 
 def _block_mean(x: torch.Tensor) -> torch.Tensor:

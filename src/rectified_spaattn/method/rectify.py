@@ -4,12 +4,19 @@ from typing import NamedTuple
 
 import torch
 
+from .tail import Tail
+
 
 class Rectification(NamedTuple):
-    """out = r * sparse attention + c. r: [B, H, nb]; c: [B, H, nb, D]; float32."""
+    """out = r * sparse attention + c. r: [B, H, nb]; c: [B, H, nb, D]; float32.
+
+    Where there is a tail, its pooled keys join the sparse attention instead: r is then what the estimate says of it, c
+    zeros, and nothing is multiplied.
+    """
 
     r: torch.Tensor
     c: torch.Tensor
+    tail: Tail | None = None
 
 
 def rectify(probability: torch.Tensor, compensated: torch.Tensor, v_mean: torch.Tensor) -> Rectification:
@@ -20,4 +27,5 @@ def rectify(probability: torch.Tensor, compensated: torch.Tensor, v_mean: torch.
     num_blocks = compensated.shape[-1]
     to_blocks = probability[..., :num_blocks]
     rest = to_blocks.masked_fill(compensated, 0).sum(-1) + probability[..., num_blocks]
-    return Rectification(r=rest, c=to_blocks.masked_fill(~compensated, 0) @ v_mean)
+    r = rest.masked_fill(~compensated.any(-1), 1.0)  # nothing is compensated: 1, also where an estimate is not finite
+    return Rectification(r=r, c=to_blocks.masked_fill(~compensated, 0) @ v_mean)

@@ -8,7 +8,8 @@ import torch
 
 if TYPE_CHECKING:  # the oracle runs on torch alone
     from ..config import SparseConfig
-    from ..layout import TokenLayout
+    from ..orders import Blocks
+    from .inputs import Inputs
 
 
 class Reference(NamedTuple):
@@ -21,25 +22,14 @@ class Reference(NamedTuple):
     r: torch.Tensor
 
 
-def reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: "TokenLayout",
-    config: "SparseConfig",
-    text_valid: torch.Tensor,
-    scale: float,
-    block_mask: torch.Tensor | None = None,
-) -> Reference:
-    """Rectified sparse attention by loops over batch, heads and query blocks.
-
-    q, k, v: [B, S, H, D]; text_valid: bool [B, text]; block_mask: bool [B, H, nb, nb] or None.
-    """
-    device = q.device
-    q, k, v = q.double().cpu(), k.double().cpu(), v.double().cpu()
+def reference(inputs: "Inputs") -> Reference:
+    """Rectified sparse attention by loops over batch, heads and query blocks."""
+    blocks, config, scale, block_mask = inputs.blocks, inputs.config, inputs.scale, inputs.block_mask
+    device = inputs.q.device
+    q, k, v = inputs.q.double().cpu(), inputs.k.double().cpu(), inputs.v.double().cpu()
     batch, _, heads, _ = q.shape
-    b, tiled, isolated = layout.block_size, layout.tiled.cpu(), layout.isolated.cpu()
-    nb = len(tiled) // b
+    b, isolated = blocks.block_size, blocks.isolated.cpu()
+    nb = len(blocks.tiled) // b
     out = torch.empty(q.shape, dtype=torch.float64)
     critical = torch.zeros(batch, heads, nb, nb, dtype=torch.bool)
     compensated = torch.zeros_like(critical)
@@ -47,45 +37,46 @@ def reference(
     r = torch.zeros(batch, heads, nb, dtype=torch.float64)
 
     for i in range(batch):
-        ones = torch.ones(layout.leftover, dtype=torch.bool)
-        valid = torch.cat([ones, text_valid[i].cpu()])
+        ones = torch.ones(blocks.leftover, dtype=torch.bool)
+        valid = torch.cat([ones, inputs.text_mask[i].cpu()])
         alone = isolated[valid]
         for h in range(heads):
+            tiled = (blocks.tiled if inputs.token_order is None else inputs.token_order[i, h]).long().cpu()
             qt, kt, vt = (x[i, tiled, h].view(nb, b, x.shape[-1]) for x in (q, k, v))
             k_alone, v_alone = k[i, alone, h], v[i, alone, h]
             q_mean, k_mean, v_mean = qt.mean(1), kt.mean(1), vt.mean(1)
             dq, dk = (qt - q_mean[:, None]).abs().mean(1), (kt - k_mean[:, None]).abs().mean(1)
             columns, log_b = k_alone, torch.tensor(float(b), dtype=torch.float64).log()
             if config.rectify == "pooled":
-                columns, log_b = _pooled_columns(k[i, isolated, h], valid, layout.leftover, b), log_b * 0
+                columns, log_b = _pooled_columns(k[i, isolated, h], valid, blocks.leftover, b), log_b * 0
 
             for n in range(nb):
                 logits = torch.cat([scale * (k_mean @ q_mean[n]) + log_b, scale * (columns @ q_mean[n])])
                 weights = (logits - logits.max()).exp()
                 weights = weights / weights.sum()
                 p = torch.cat([weights[:nb], weights[nb:].sum().view(1)])
-                keep = block_mask[i, h, n].cpu() if block_mask is not None else _critical(p, n, layout, config)
+                keep = block_mask[i, h, n].cpu() if block_mask is not None else _critical(p, n, blocks, config)
                 dropped = ~keep
                 worth = (k_mean @ q_mean[n]).abs()
                 error = (k_mean @ dq[n]).abs() + (dk @ q_mean[n]).abs()
-                given_back = dropped
+                compensate = dropped
                 if config.rectify == "none":
-                    given_back = torch.zeros_like(dropped)
+                    compensate = torch.zeros_like(dropped)
                 elif config.rectify == "ipar+gapr":
-                    given_back = dropped & (worth > error)
+                    compensate = dropped & (worth > error)
 
                 k_kept = torch.cat([kt[keep].flatten(0, 1), k_alone])
                 v_kept = torch.cat([vt[keep].flatten(0, 1), v_alone])
                 if not len(k_kept) and config.rectify != "row":
                     raise ValueError(f"block_mask: got no critical block for query block {n}; allowed: at least one.")
-                r[i, h, n] = 1 - p[:nb][given_back].sum()
+                r[i, h, n] = 1 - p[:nb][compensate].sum()  # an empty sum is 0, also where p is not finite
                 if config.rectify == "row":
-                    result = _with_pooled_keys(qt[n], k_kept, v_kept, kt[given_back], vt[given_back], scale)
+                    result = _with_pooled_keys(qt[n], k_kept, v_kept, kt[compensate], vt[compensate], scale)
                 else:
                     attended = (scale * (qt[n] @ k_kept.T)).softmax(-1) @ v_kept
-                    result = r[i, h, n] * attended + (p[:nb][given_back, None] * v_mean[given_back]).sum(0)
+                    result = r[i, h, n] * attended + (p[:nb][compensate, None] * v_mean[compensate]).sum(0)
                 out[i, tiled[n * b : (n + 1) * b], h] = result
-                critical[i, h, n], compensated[i, h, n], probability[i, h, n] = keep, given_back, p
+                critical[i, h, n], compensated[i, h, n], probability[i, h, n] = keep, compensate, p
 
             every_k, every_v = torch.cat([kt.flatten(0, 1), k_alone]), torch.cat([vt.flatten(0, 1), v_alone])
             out[i, isolated, h] = (scale * (q[i, isolated, h] @ every_k.T)).softmax(-1) @ every_v
@@ -108,8 +99,10 @@ def _with_pooled_keys(
     return logits.softmax(-1) @ torch.cat([v, v_blocks.mean(1)])
 
 
-def _critical(p: torch.Tensor, n: int, layout: "TokenLayout", config: "SparseConfig") -> torch.Tensor:
+def _critical(p: torch.Tensor, n: int, blocks: "Blocks", config: "SparseConfig") -> torch.Tensor:
     nb = len(p) - 1
+    if config.top_p == 1 or not p.isfinite().all():
+        return torch.ones(nb, dtype=torch.bool)
     by_probability = sorted(range(nb), key=lambda m: (-p[m].item(), m))
     top_k = max(1, int((1 - config.sparsity) * nb))
     reached, for_top_p = p[nb].item(), 0
@@ -119,9 +112,9 @@ def _critical(p: torch.Tensor, n: int, layout: "TokenLayout", config: "SparseCon
     keep = torch.zeros(nb, dtype=torch.bool)
     keep[by_probability[: max(top_k, for_top_p)]] = True
     if config.neighbours:
-        keep |= layout.neighbours[n].cpu()
-    if config.first_frame and layout.first_frame[n]:
-        keep |= layout.first_frame.cpu()
+        keep |= blocks.neighbours[n].cpu()
+    if config.first_frame and blocks.first_frame[n]:
+        keep |= blocks.first_frame.cpu()
     return keep
 
 

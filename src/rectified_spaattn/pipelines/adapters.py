@@ -8,7 +8,7 @@ import diffusers
 from torch import nn
 
 from ..config import SparseConfig
-from ..config import preset as preset_of
+from ..presets import preset as preset_of
 from . import tokens
 from .tokens import Grid, Inputs
 

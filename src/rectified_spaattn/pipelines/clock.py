@@ -36,7 +36,7 @@ class RunClock:
         self._begin: int | None = 0  # index of the run's first timestep, None until it can be known
         self._first_timestep: float | None = None  # what the transformer got in the run's first forward
         self._last: int | None = None
-        self._arrived: tuple[int | None, float | None] = (None, None)  # index, and what the transformer got there
+        self._arrived: tuple[int | None, Any] = (None, None)  # index, and what the transformer got there
         self.run = 0
         self.problem = ""
         self.conflict = False
@@ -65,8 +65,8 @@ class RunClock:
         """(step, number of steps in this run), each None where nobody knows it; `problem` then says why.
 
         timestep: what the transformer is called with, a number or a tensor of any shape. It is read until the scheduler
-        has moved, to notice a scheduler that does not drive these calls at all; with `exact` always, which waits for
-        the device, to notice calls of another pipeline between those of this one.
+        has moved, to notice a scheduler that does not drive these calls at all; with `exact` later, too, where two
+        calls come at one step, to notice calls of another pipeline between those of this one.
         """
         with self._lock:
             self.conflict = False
@@ -140,12 +140,15 @@ class RunClock:
         return self._relative(scheduler, index)
 
     def _arrives_once(self, index: int | None, timestep: Any) -> bool:
-        """Whether the transformer gets one timestep wherever the scheduler stands."""
-        value = _largest(timestep)
-        if self._arrived[0] == index and index is not None:
-            return value == self._arrived[1]
-        self._arrived = index, value
-        return True
+        """Whether the transformer gets one timestep wherever the scheduler stands.
+
+        What the scheduler itself made needs no look; other values are read where two meet, which waits for the device.
+        """
+        before, value = self._arrived
+        if index is None or before != index or _is_part(timestep, self._timesteps):
+            self._arrived = index, timestep
+            return True
+        return _largest(timestep) == _largest(value)
 
     def _relative(self, scheduler: Any, index: int | None) -> Step:
         begin, order = self._begin or 0, getattr(scheduler, "order", 1)
@@ -175,6 +178,13 @@ def _located(timesteps: Any, current: Any) -> int | None:
         return None
     places = (schedule == wanted).nonzero().flatten().tolist()
     return places[min(1, len(places) - 1)] if places else None
+
+
+def _is_part(one: Any, other: Any) -> bool:
+    """Whether two tensors share their storage."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor) or one.device != other.device:
+        return False
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _largest(timestep: Any) -> float | None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .masks import HiddenKeys
+from ..layout import TokenLayout
+from .masks import MaskedLayouts
 from .tokens import Grid
 
 _MODULE_CODE = nn.Module._call_impl.__code__.co_filename
@@ -19,18 +20,16 @@ _MODULE_CODE = nn.Module._call_impl.__code__.co_filename
 class ForwardState:
     """One forward of a transformer.
 
-    grid         (T, H, W) in tokens
-    text         number of text tokens in joint attention, padding included
+    layout       of all its tokens, padding included
     padding      how many of them, at the end of the sequence, are padding in all rows
     step, total  the denoising step and the number of steps; None where nobody knows
     problem      why the step is unknown
     why_dense    why every call in it is dense; None where calls may be sparse
     calls        attention calls so far; sparse: those of them that were sparse; density: their sum, on the device
-    hidden       what its masks hide
+    masked       what its masks make of the layout
     """
 
-    grid: Grid
-    text: int = 0
+    layout: TokenLayout
     padding: int = 0
     step: int | None = None
     total: int | None = None
@@ -39,8 +38,20 @@ class ForwardState:
     calls: int = 0
     sparse: int = 0
     density: torch.Tensor | float = 0.0
-    hidden: HiddenKeys = field(default_factory=HiddenKeys)
+    masked: MaskedLayouts = field(default_factory=MaskedLayouts)
     call: FrameType = field(default_factory=lambda: innermost_call())
+
+    @property
+    def grid(self) -> Grid:
+        assert self.layout.grid is not None
+        return self.layout.grid
+
+    @property
+    def unpadded(self) -> TokenLayout:
+        """Of all tokens but the padding."""
+        if not self.padding:
+            return self.layout
+        return TokenLayout.build(self.grid, self.layout.text - self.padding, self.layout.grid_start > 0)
 
 
 class RunningForwards(threading.local):

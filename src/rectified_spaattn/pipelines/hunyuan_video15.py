@@ -10,6 +10,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 class HunyuanVideo15Processor:
     """Joint attention over video and then text. Padding is never a key; as a query it gives what nobody reads."""
 
+    masks_text_only = True
     _attention_backend: Any = None
     _parallel_config: Any = None
 

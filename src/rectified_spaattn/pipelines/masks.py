@@ -1,13 +1,48 @@
-"""Key masks that reach attention: which form they have, and whether they hide video tokens."""
+"""Key masks that reach attention: which forms they have, and what they say of text and of video tokens."""
 
 from dataclasses import dataclass, field
 
 import torch
 
-ALLOWED = (
+from ..layout import TokenLayout
+
+_ALLOWED = (
     "a bool key mask, True for a valid key, that is one for all heads and queries: [S], [1 or B, S] or "
     "[1 or B, 1, 1, S]"
 )
+
+
+@dataclass(eq=False)
+class MaskedLayouts:
+    """What the masks of one forward make of its layout. The device is waited for once a mask, not once a layer."""
+
+    _known: list[tuple[torch.Tensor, TokenLayout, torch.Tensor]] = field(default_factory=list)
+
+    def of(
+        self, mask: torch.Tensor, layout: TokenLayout, full: TokenLayout, batch: int
+    ) -> tuple[TokenLayout, torch.Tensor]:
+        """As `masked_layout`."""
+        for other, masked, valid in self._known:
+            if _same(mask, other):
+                return masked, valid
+        masked, valid = masked_layout(mask, layout, full, batch)
+        self._known.append((mask, masked, valid))
+        return masked, valid
+
+
+def masked_layout(
+    mask: torch.Tensor, layout: TokenLayout, full: TokenLayout, batch: int
+) -> tuple[TokenLayout, torch.Tensor]:
+    """A layout in which hidden video tokens stand alone, and bool [B, text]: which of those that do are valid.
+
+    layout: of the tokens that attend, the first ones of `full`, of all tokens that the mask is for. Waits for the
+    device. Raises ValueError as `key_mask`.
+    """
+    valid = key_mask(mask, batch, full.sequence)[:, : layout.sequence]
+    ((start, end),) = layout.spans
+    hidden = (~valid[:, start:end]).any(0).nonzero().flatten() + start
+    masked = layout.without(hidden.tolist()) if len(hidden) else layout
+    return masked, valid[:, masked.text_places.to(valid.device)]
 
 
 def key_mask(mask: torch.Tensor, batch: int, sequence: int) -> torch.Tensor:
@@ -22,32 +57,13 @@ def key_mask(mask: torch.Tensor, batch: int, sequence: int) -> torch.Tensor:
     if mask.dtype != torch.bool or len(shape) != 4 or shape[0] not in (1, batch) or shape[1:] != (1, 1, sequence):
         raise ValueError(
             f"attention mask: got {mask.dtype} {list(mask.shape)} for {batch} sample(s) of {sequence} tokens; allowed: "
-            f"{ALLOWED}. Pass such a mask, or disable rectified attention on this model."
+            f"{_ALLOWED}. Pass such a mask, or disable rectified attention on this model."
         )
     return mask.reshape(shape[0], sequence).expand(batch, sequence)
 
 
-@dataclass(eq=False)
-class HiddenKeys:
-    """Places that the masks of one forward hide. The device is asked once a mask, not once a layer."""
-
-    _known: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    def places(self, mask: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """int64 on the CPU, ascending: which of the tokens any sample hides. Waits for the device the first time.
-
-        mask: as it came; keys: bool [B, n], what it says of these tokens.
-        """
-        for other, places in self._known:
-            if _same(mask, other):
-                return places
-        places = (~keys).any(0).nonzero().flatten().cpu()
-        self._known.append((mask, places))
-        return places
-
-
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether both are one part of one storage; a view made anew for every layer is the same mask."""
+    """Whether both are one part of one storage: a view made anew for every layer is the same mask."""
     return (
         one.data_ptr() == other.data_ptr()
         and one.shape == other.shape

@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, Fuse
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch.overrides import _get_current_function_mode_stack
 
+from ..ops import TAGS
 from .cogvideox import CogVideoXProcessor
 from .hooks import refuse_pickling
 from .hunyuan_video15 import HunyuanVideo15Processor
@@ -45,13 +46,7 @@ class _Caller(threading.local):
 _caller = _Caller()
 
 
-# its Python chooses between sparse and dense at every call: inductor must not record it in a CUDA graph
-_KEPT_OUT_OF_GRAPHS: dict[str, Any] = (
-    {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
-)
-
-
-@torch.library.custom_op("rectified_spaattn::layer", mutates_args=(), **_KEPT_OUT_OF_GRAPHS)
+@torch.library.custom_op("rectified_spaattn::layer", mutates_args=(), tags=TAGS)
 def layer_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -201,6 +196,7 @@ def wrap(processor: Any, layer: LayerState) -> Any:
     wrapped.__class__ = _wrapped_class(processor.__class__)
     wrapped._attention_backend = backend_member()
     wrapped.rectified_handle = layer.handle
+    layer.masks_text_only = getattr(wrapped, "masks_text_only", False)
     wrapped.rectified_layer = layer  # keeps the layer alive as long as its processor
     wrapped.rectified_original = (processor,)  # in a tuple: a module by itself would become a part of the wrapped one
     _layers[int(layer.handle)] = layer

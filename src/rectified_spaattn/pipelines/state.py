@@ -1,7 +1,6 @@
 """What the seam knows of a transformer and its layers, and what one attention call does with it."""
 
 import itertools
-import math
 import threading
 import warnings
 import weakref
@@ -16,7 +15,7 @@ from ..config import SparseConfig
 from ..layout import TokenLayout
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
-from .masks import key_mask
+from .masks import key_mask, masked_layout
 from .tokens import Grid
 
 OUTSIDE = "a call outside of the transformer's forward"
@@ -64,7 +63,9 @@ class TransformerState:
     @property
     def steps_wanted(self) -> str | None:
         """The settings that need the denoising step; None without any."""
-        settings = [f"{name}={value}" for name in ("dense_steps",) if (value := getattr(self.config, name))]
+        settings = [
+            f"{name}={value}" for name in ("dense_steps", "dense_last_steps") if (value := getattr(self.config, name))
+        ]
         return " and ".join(settings) or None
 
     @property
@@ -85,7 +86,7 @@ class TransformerState:
             if self.clock.conflict and self.needs_steps:
                 raise RuntimeError(
                     f"{self.name}: {problem}, so the denoising step of this forward is unknown, and with it what "
-                    "should be dense. Enable with dense_steps=0, or give each thread a transformer of its own "
+                    "should be dense. Enable without dense steps, or give each thread a transformer of its own "
                     "(copy.deepcopy(transformer) shares no state; enable each on its pipeline)."
                 )
             self.catch_up()
@@ -96,8 +97,7 @@ class TransformerState:
             self.last_total = total
             self.count += 1
             forward = ForwardState(
-                grid=grid,
-                text=text,
+                layout=TokenLayout.build(grid, text, self.text_first and text > 0),
                 padding=padding,
                 step=step,
                 total=total,
@@ -123,6 +123,8 @@ class TransformerState:
             return None
         if step - self.first_step < self.config.dense_step_count(total):
             return "dense_steps"
+        if total is not None and step >= total - self.config.dense_last_step_count(total):
+            return "dense_last_steps"
         return None
 
 
@@ -138,7 +140,13 @@ class Record:
 
 @dataclass(kw_only=True, eq=False)
 class LayerState:
-    """One self-attention layer. `handle` is what compiled code carries in its place: a tensor, so layers share code."""
+    """One self-attention layer.
+
+    handle            what compiled code carries in its place: a tensor, so that layers share code
+    module            weak: where its processor is
+    masks_text_only   whether that hides no video token, ever, so that the device need not be asked; text is behind
+    called            in any run; a processor that does without the dispatcher never gets here
+    """
 
     index: int
     name: str
@@ -147,15 +155,17 @@ class LayerState:
     module: "weakref.ref[Any]" = lambda: None  # type: ignore[assignment]
     handle: torch.Tensor = field(default_factory=lambda: torch.tensor(next(_handles), device="cpu"))
     record: Record = field(default_factory=Record)
-    called: bool = False  # in any run: a processor that does without the dispatcher never gets here
+    masks_text_only: bool = False
+    called: bool = False
 
-    def why_dense(self, forward: ForwardState, layout: TokenLayout) -> str | None:
+    def why_dense(self, forward: ForwardState) -> str | None:
         if self.index in self.owner.config.dense_layers:
             return "dense_layers"
         if forward.why_dense is not None:
             return forward.why_dense
-        if layout.num_blocks == 0:
-            return f"grid {forward.grid} is smaller than one block of {layout.block_size}"
+        block_size = self.owner.config.block_size
+        if forward.layout.video < block_size:
+            return f"grid {forward.grid} is smaller than one block of {block_size}"
         return None
 
     def attend(
@@ -169,8 +179,8 @@ class LayerState:
         if forward is None:
             self._say_outside()
             return self._counted(OUTSIDE, None, q, k, v, mask, scale)
-        layout = self._layout(q.shape[1])
-        reason = self.why_dense(forward, layout)
+        self._check_sequence(forward, q.shape[1])
+        reason = self.why_dense(forward)
         if reason is not None:
             return self._counted(reason, forward, q, k, v, mask, scale)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -178,12 +188,11 @@ class LayerState:
                 f"{self.name}: sparse attention is for inference and has no gradient. Call the model inside "
                 "torch.no_grad(); to train, call disable() first."
             )
-        return self._sparse(forward, layout, q, k, v, mask, scale)
+        return self._sparse(forward, q, k, v, mask, scale)
 
     def _sparse(
         self,
         forward: ForwardState,
-        layout: TokenLayout,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -191,14 +200,16 @@ class LayerState:
         scale: float | None,
     ) -> torch.Tensor:
         state = self.owner
-        valid = None
-        if mask is not None:
-            valid = key_mask(mask, q.shape[0], q.shape[1])
-        text_mask = None if valid is None else valid[:, text_places(layout)]
+        layout, text_mask = forward.unpadded, None
+        if mask is not None and self.masks_text_only:
+            text_mask = key_mask(mask, len(q), q.shape[1])[:, layout.video : layout.sequence]
+        elif mask is not None:
+            layout, text_mask = forward.masked.of(mask, layout, forward.layout, len(q))
+            if layout.video < state.config.block_size:
+                reason = f"its mask leaves {layout.video} tokens, less than one block of {state.config.block_size}"
+                return self._counted(reason, forward, q, k, v, mask, scale)
         if forward.padding:
-            layout = self._layout(q.shape[1], forward.padding)
             q, k, v = (x[:, : layout.sequence] for x in (q, k, v))
-            text_mask = None if text_mask is None else text_mask[:, : layout.text]
         out, stats = rectified_attention(
             q, k, v, layout, state.config, text_mask=text_mask, scale=scale, backend=state.backend, return_stats=True
         )
@@ -253,35 +264,30 @@ class LayerState:
                 stacklevel=2,
             )
 
-    def _layout(self, sequence: int, padding: int = 0) -> TokenLayout:
-        """The layout of all tokens but the last `padding` ones, in the forward that is running."""
-        state, forward = self.owner, self.owner.forwards.current()
+    def _check_sequence(self, forward: ForwardState, sequence: int) -> None:
+        if sequence != forward.layout.sequence:
+            raise RuntimeError(
+                f"{self.name}: got {sequence} tokens; allowed: {forward.layout.sequence}, a grid of {forward.grid} and "
+                f"{forward.layout.text} of text. Something adds tokens (reference images, keyframes) or drops them "
+                "(token merging); disable one of the two."
+            )
+
+    def _layout(self, sequence: int) -> TokenLayout:
+        """The layout of the forward that is running, for instruments that look at a call from inside."""
+        forward = self.owner.forwards.current()
         if forward is None:
             raise RuntimeError(
                 f"{self.name}: attention ran before the transformer's forward. Call the transformer, not its blocks."
             )
-        expected = math.prod(forward.grid) + forward.text
-        if sequence != expected:
-            raise RuntimeError(
-                f"{self.name}: got {sequence} tokens; allowed: {expected}, a grid of {forward.grid} and {forward.text} "
-                "of text. Something adds tokens (reference images, keyframes) or drops them (token merging); disable "
-                "one of the two."
-            )
-        text = forward.text - padding
-        return TokenLayout.build(forward.grid, text, state.text_first, state.config.block_size, state.config.order)
-
-
-def text_places(layout: TokenLayout) -> slice:
-    start = 0 if layout.text_first else layout.video
-    return slice(start, start + layout.text)
+        self._check_sequence(forward, sequence)
+        return forward.layout
 
 
 def key_text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor | None:
-    """The text part of a [B, 1, 1, S] key mask: bool [B, text]."""
+    """bool [B, text]: what a key mask says of the text, for instruments. ValueError where it hides video tokens."""
     if mask is None:
         return None
-    if mask.dtype != torch.bool or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
-        raise ValueError(
-            f"attention mask: got {mask.dtype} {tuple(mask.shape)}; allowed: bool [B, 1, 1, S], True for a valid key."
-        )
-    return mask[:, 0, 0, text_places(layout)]
+    masked, valid = masked_layout(mask, layout, layout, len(mask))
+    if masked is not layout:
+        raise ValueError(f"attention mask: got one that hides {masked.text - layout.text} video tokens; allowed: none.")
+    return valid

@@ -103,10 +103,12 @@ class Watch:
         if end is None or state.first_step is None or state.run != begun.run or total is None:
             return None
         steps, dense = end - state.first_step, state.config.dense_step_count(total)
+        last = total - state.config.dense_last_step_count(total)  # the first of the dense last steps
+        dense += max(0, end - max(last, state.first_step))
         if not 0 < steps <= dense or not self._once(("dense", state.name, total)):
             return None
         return (
-            f"nothing runs sparse in {state.name}: dense_steps={state.config.dense_steps} is {dense} dense step(s), "
+            f"nothing runs sparse in {state.name}: {state.steps_wanted} is {dense} dense step(s), "
             f"and it has {steps} of the {total} step(s) of this run. Allowed: {steps - 1} or fewer. "
             "Enable again with dense_steps=0, say, or with a fraction (0.1 is 5 of 50 steps, 1 of 8 and "
             "0 of 4), or take more steps."

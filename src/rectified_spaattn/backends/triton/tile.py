@@ -6,9 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..config import Rectify
-from ..layout import TokenLayout
-from ..method.pool import Pooled
+from ...method.inputs import Inputs
+from ...method.pool import Pooled
 
 
 class Tiled(NamedTuple):
@@ -19,7 +18,8 @@ class Tiled(NamedTuple):
     k_tail, v_tail  [B, H, rows - nb*b, D], the isolated tokens; zeros where a token is not valid
     pooled          block statistics, each [2, B, H, nb, D]: the float32 value as the sum of two bfloat16, right to 16
                     bits, so that tensor cores can multiply it (float32 and zeros where there are none)
-    k_pool, v_pool  [B, H, nb up to a multiple of 128, D], for "row": means once more, in the inputs' dtype, then zeros
+    k_pool, v_pool  [B, H, nb up to a multiple of 128, D], where there is a tail: means once more, in the inputs'
+                    dtype, then zeros
     tail_bias       float32 [B, rows - nb*b], what to add to an isolated key's logit: 0, or -inf where it is not valid
     tail_end        int32 [B], isolated keys from here on are not valid
     places          int32 [rows] or, where heads differ, [B, H, rows]: where in the sequence a row of q comes from, -1
@@ -39,44 +39,35 @@ class Tiled(NamedTuple):
     v_pool: torch.Tensor | None = None
 
 
-def tile(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: TokenLayout,
-    text_valid: torch.Tensor,
-    rectify: Rectify = "ipar+gapr",
-    token_order: torch.Tensor | None = None,
-) -> Tiled:
-    """q, k, v: [B, S, H, D], any strides; layout on their device; text_valid: bool [B, text]. `rectify` says which
-    statistics are wanted; token_order: int64 [B, H, nb*b] in place of the layout's order of tiled tokens.
-    """
+def tile(inputs: Inputs) -> Tiled:
+    """One pass over q, k, v. config.rule says which statistics are wanted."""
+    q, k, v, blocks, rule = inputs.q, inputs.k, inputs.v, inputs.blocks, inputs.config.rule
     batch, _, heads, head_dim = q.shape
-    b, nb, places = layout.block_size, layout.num_blocks, layout.places
-    rows, tiled = places.numel(), layout.tiled.numel()
-    if token_order is not None:
-        places = torch.cat([token_order.int(), places[tiled:].expand(batch, heads, -1)], dim=2)
+    b, nb, places = blocks.block_size, blocks.num_blocks, blocks.places
+    rows, tiled = places.numel(), blocks.tiled.numel()
+    if inputs.token_order is not None:
+        places = torch.cat([inputs.token_order.int(), places[tiled:].expand(batch, heads, -1)], dim=2)
     tail_bias = torch.empty(batch, rows - tiled, dtype=torch.float32, device=q.device)
     tail_end = torch.empty(batch, dtype=torch.int32, device=q.device)
     _tail_kernel[(batch,)](
-        text_valid, tail_bias, tail_end, text_valid.stride(0), text_valid.stride(1),
-        layout.leftover, layout.text, rows - tiled, BLOCK=b,
+        inputs.text_mask, tail_bias, tail_end, *inputs.text_mask.stride(),
+        blocks.leftover, blocks.text, rows - tiled, BLOCK=b,
     )  # fmt: skip
     sizes = (rows, tiled, tiled, rows - tiled, rows - tiled)
     q_out, k_out, v_out, k_tail, v_tail = (q.new_empty(batch, heads, n, head_dim) for n in sizes)
     half = torch.bfloat16 if q.is_cuda else torch.float32
-    gapr, row = rectify == "ipar+gapr", rectify == "row"
-    wanted = {"q": True, "k": True, "v": True, "dq": gapr, "dk": gapr, "k_var": row}
+    gain = rule.gate == "gain"
+    wanted = {"q": True, "k": True, "v": True, "dq": gain, "dk": gain, "k_var": rule.tail}
     statistic = (2, batch, heads, nb, head_dim)
     pooled = Pooled(**{name: q.new_empty(statistic, dtype=half) for name, want in wanted.items() if want})
     in_pool = (batch, heads, nb + -nb % 128, head_dim)
-    k_pool, v_pool = (q.new_zeros(in_pool), q.new_zeros(in_pool)) if row else (None, None)
+    k_pool, v_pool = (q.new_zeros(in_pool), q.new_zeros(in_pool)) if rule.tail else (None, None)
     _tile_kernel[(rows // b * heads, batch, 3)](
         q, k, v, q_out, k_out, v_out, k_tail, v_tail,
         pooled.q, pooled.k, pooled.v, pooled.dq, pooled.dk, pooled.k_var, k_pool, v_pool, places, tail_bias,
         rows if places.ndim == 3 else 0, *q.stride(), *k.stride(), *v.stride(),
         heads, nb, rows, batch * heads * nb * head_dim, in_pool[2],
-        BLOCK=b, HEAD_DIM=head_dim, GAPR=gapr, ROW=row, num_warps=4,
+        BLOCK=b, HEAD_DIM=head_dim, GAIN=gain, TAIL=rule.tail, num_warps=4,
     )  # fmt: skip
     return Tiled(q_out, k_out, v_out, k_tail, v_tail, pooled, tail_bias, tail_end, places, k_pool, v_pool)
 
@@ -107,7 +98,7 @@ def _tile_kernel(
     k_sb, k_ss, k_sh, k_sd,
     v_sb, v_ss, v_sh, v_sd,
     heads, num_blocks, rows, half, pool_rows,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, GAPR: tl.constexpr, ROW: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     # heads vary fastest: programs that run together read neighbouring memory of [B, S, H, D]
     n, h, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
@@ -119,19 +110,19 @@ def _tile_kernel(
         rows_out = q_out + (at * rows + n * BLOCK) * HEAD_DIM
         _tile(from_q, q_ss, q_sd, rows_out, q_out, q_mean, q_deviation, None, None, places_ptr, bias_ptr,
               at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
-              KEYS=False, DEVIATION=GAPR, VARIANCE=False, POOL=False)  # fmt: skip
+              KEYS=False, DEVIATION=GAIN, VARIANCE=False, POOL=False)  # fmt: skip
     elif which == 1:
         from_k = k_ptr + batch * k_sb + h * k_sh
         rows_out = k_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
         _tile(from_k, k_ss, k_sd, rows_out, k_tail, k_mean, k_deviation, k_variance, k_pool, places_ptr, bias_ptr,
               at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
-              KEYS=True, DEVIATION=GAPR, VARIANCE=ROW, POOL=ROW)  # fmt: skip
+              KEYS=True, DEVIATION=GAIN, VARIANCE=TAIL, POOL=TAIL)  # fmt: skip
     else:
         from_v = v_ptr + batch * v_sb + h * v_sh
         rows_out = v_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
         _tile(from_v, v_ss, v_sd, rows_out, v_tail, v_mean, None, None, v_pool, places_ptr, bias_ptr,
               at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
-              KEYS=True, DEVIATION=False, VARIANCE=False, POOL=ROW)  # fmt: skip
+              KEYS=True, DEVIATION=False, VARIANCE=False, POOL=TAIL)  # fmt: skip
 
 
 @triton.jit

@@ -8,19 +8,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..layout import TokenLayout
-from ..method.plan import Plan
-from .plan import BlockLists
-from .tile import Tiled
-
-
-class Partial(NamedTuple):
-    """Attention over the listed blocks alone, done elsewhere: out [B, H, rows, D], any strides with D innermost, and
-    its log-sum-exp, float32 [B, H, rows], contiguous.
-    """
-
-    out: torch.Tensor
-    lse: torch.Tensor
+from ...method.inputs import Inputs
+from . import Partial, Prepared
 
 
 class Tiling(NamedTuple):
@@ -36,35 +25,35 @@ class Tiling(NamedTuple):
     tail_stages: int = 1
 
 
-def attend(
-    tiled: Tiled, lists: BlockLists, plan: Plan, layout: TokenLayout, scale: float, partial: Partial | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """R * (attention over listed blocks and isolated keys) + C for tiled queries, full attention for isolated ones.
 
-    Where the plan has a tail, tiled queries attend to listed blocks, isolated keys and the tail's pooled ones instead.
+    Where there is a tail, tiled queries attend to listed blocks, isolated keys and the tail's pooled ones instead. With
+    `partial` all but the listed blocks are attended to here, and joined to it.
 
-    layout: on the tensors' device. With `partial` all but the listed blocks are attended to here, and joined to it.
     Returns out [B, S, H, D] in the model's token order, and the log-sum-exp of the logits of every query over the keys
     it attended to, float32 [B, H, rows], in block order.
     """
+    tiled, lists, (r, c, tail) = prepared
     batch, heads, rows, head_dim = tiled.q.shape
-    b = layout.block_size
-    out = tiled.q.new_empty(batch, layout.sequence, heads, head_dim)
+    b, num_blocks = inputs.blocks.block_size, inputs.blocks.num_blocks
+    out = tiled.q.new_empty(batch, inputs.blocks.sequence, heads, head_dim)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
     tiling = tiling_for(out.device, b, head_dim, resume=partial is not None)
     # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never read
-    pool = (tiled.q, tiled.q) if plan.tail is None else (plan.tail.k, plan.tail.v)
+    pool = (tiled.q, tiled.q) if tail is None else (tail.k, tail.v)
     keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail, *pool))
-    given = (tiled.q, lse) if partial is None else partial  # not read without `partial`
+    before = (tiled.q, lse) if partial is None else partial  # not read without `partial`
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
         _rows_of(tiled.q, tiling.block_m), *(_rows_of(x, tiling.block_n) for x in keys),
-        lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, plan.tail and plan.tail.bias,
-        tiled.places, plan.r, plan.c,
-        out, lse, *given, *given[0].stride()[:3], *out.stride()[:3],
-        heads, layout.num_blocks, rows, rows if tiled.places.ndim == 3 else 0, pool[0].shape[2], scale / math.log(2),
+        lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tail and tail.bias,
+        tiled.places, r, c,
+        out, lse, *before, *before[0].stride()[:3], *out.stride()[:3],
+        heads, num_blocks, rows, rows if tiled.places.ndim == 3 else 0, pool[0].shape[2],
+        inputs.scale / math.log(2),
         BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim,
-        RESUME=partial is not None, ROW=plan.tail is not None, TAIL_STAGES=tiling.tail_stages,
+        RESUME=partial is not None, TAIL=tail is not None, TAIL_STAGES=tiling.tail_stages,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
     )  # fmt: skip
     return out, lse
@@ -135,7 +124,7 @@ def _attend_kernel(
     out_sb, out_ss, out_sh,
     heads, num_blocks, rows, places_stride, pool_rows, scale,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, RESUME: tl.constexpr,
-    ROW: tl.constexpr, TAIL_STAGES: tl.constexpr,
+    TAIL: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
     # blocks of isolated queries attend to every key: they start first
     first = rows - (tl.program_id(0) + 1) * BLOCK_M
@@ -173,7 +162,7 @@ def _attend_kernel(
         tail_bias_ptr + batch * tail, tl.load(end_ptr + batch), tail, scale, BLOCK_N, TAIL_STAGES,
     )  # fmt: skip
     planned = head.to(tl.int64) * num_blocks + n
-    if ROW:
+    if TAIL:
         acc, total, top = _absorb_biased(
             acc, total, top, q, k_pool_desc, v_pool_desc, head * pool_rows,
             pool_bias_ptr + planned * num_blocks, tl.where(n < num_blocks, num_blocks, 0), num_blocks,
@@ -181,7 +170,7 @@ def _attend_kernel(
         )  # fmt: skip
 
     result = acc / total[:, None]
-    if not ROW and n < num_blocks:
+    if not TAIL and n < num_blocks:
         # [HEAD_DIM]
         c = tl.load(c_ptr + planned * HEAD_DIM + d)
         result = result * tl.load(r_ptr + planned) + c[None, :]

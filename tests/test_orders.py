@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rectified_spaattn.curve import ORDERS, gilbert, raster, tile
+from rectified_spaattn.orders import CURVES, gilbert, raster, tile
 
 sides = st.integers(1, 13)
 grids = st.tuples(sides, sides, sides)
@@ -25,9 +25,9 @@ def extents(order: list[int], grid: Grid, b: int) -> torch.Tensor:
     return blocks.amax(1) - blocks.amin(1) + 1
 
 
-@given(grid=grids, order=st.sampled_from(sorted(ORDERS)), block_size=st.sampled_from((16, 32, 48, 64, 128)))
+@given(grid=grids, order=st.sampled_from(sorted(CURVES)), block_size=st.sampled_from((16, 32, 48, 64, 128)))
 def test_every_token_comes_exactly_once(grid: Grid, order: str, block_size: int) -> None:
-    assert sorted(ORDERS[order](grid, block_size)) == list(range(math.prod(grid)))
+    assert sorted(CURVES[order](grid, block_size)) == list(range(math.prod(grid)))
 
 
 @given(grid=grids)

@@ -1,137 +1,112 @@
 """Stages 2 to 5 on a GPU: the implicit full attention, the critical blocks as packed lists, gain, R and C."""
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..config import SparseConfig
-from ..layout import TokenLayout
-from ..method.estimate import pooled_columns
-from ..method.plan import Plan, Tail
-from ..method.select import top_k_of
-from ..method.tail import CAP
+from ...method.estimate import pooled_columns
+from ...method.inputs import Inputs
+from ...method.plan import Choices
+from ...method.rectify import Rectification
+from ...method.select import top_k_of
+from ...method.tail import CAP, Tail
+from . import BlockLists
 from .tile import Tiled
 
 
-class BlockLists(NamedTuple):
-    """The key blocks of every query block, sorted. Blocks of isolated queries come last and list every key block.
-
-    counts: int32 [B, H, rows / b]; indices: int32 [B, H, rows / b, nb], of which the first `counts` are set.
-    """
-
-    counts: torch.Tensor
-    indices: torch.Tensor
-
-
-def make_plan(
-    tiled: Tiled, layout: TokenLayout, config: SparseConfig, scale: float, block_mask: torch.Tensor | None
-) -> tuple[Plan, BlockLists]:
-    """block_mask: bool [B, H, nb, nb], contiguous, in place of stage 3, or None. Nothing here waits for the device."""
-    lists, probability, compensated = _empty(tiled, layout)
-    critical = block_mask if block_mask is not None else torch.empty_like(compensated)
-    r = probability.new_empty(probability.shape[:3])
+def decide(inputs: Inputs, tiled: Tiled) -> tuple[Choices, Rectification, BlockLists]:
+    """Stages 2 to 5. Nothing here waits for the device."""
+    nb, rule = inputs.blocks.num_blocks, inputs.config.rule
+    choices, bias, lists = empty(inputs, tiled)
     per_block = tiled.pooled.v.shape[1:]
-    stored = () if config.rectify == "row" else per_block  # "row" never has a C: its zeros take the memory of one
-    c = torch.zeros(stored, dtype=torch.float32, device=r.device).expand(per_block)
-    bias = torch.empty(compensated.shape, dtype=torch.float32, device=r.device) if config.rectify == "row" else None
-    if layout.num_blocks:
-        scores(tiled, layout, config, scale, probability, compensated, bias)
-        select(layout, config, probability, critical, compensated, r, lists, bias, given=block_mask is not None)
-        if config.rectify not in ("none", "row"):
-            compensate(probability, compensated, tiled.pooled.v, c)
+    stored = () if rule.tail else per_block  # with a tail there is no C: its zeros take the memory of one
+    c = torch.zeros(stored, dtype=torch.float32, device=tiled.q.device).expand(per_block)
+    if nb:
+        scores(inputs, tiled, choices, bias)
+        select(inputs, choices, bias, lists)
+        if rule.gate != "none" and not rule.tail:
+            compensate(choices, tiled.pooled.v, c)
     else:
         lists.counts.zero_()
     tail = None
-    if layout.num_blocks and bias is not None and tiled.k_pool is not None and tiled.v_pool is not None:
+    if nb and bias is not None and tiled.k_pool is not None and tiled.v_pool is not None:
         tail = Tail(tiled.k_pool, tiled.v_pool, bias)
-    return Plan(critical, compensated, probability, r, c, tail), lists
+    return choices, Rectification(choices.r, c, tail), lists
 
 
-def _empty(tiled: Tiled, layout: TokenLayout) -> tuple[BlockLists, torch.Tensor, torch.Tensor]:
-    """Lists, probability [B, H, nb, nb + 1] and compensated [B, H, nb, nb], not filled yet."""
+def empty(inputs: Inputs, tiled: Tiled) -> tuple[Choices, torch.Tensor | None, BlockLists]:
+    """Not filled yet: the choices, for a tail its bias [B, H, nb, nb], and the lists."""
     batch, heads, rows, _ = tiled.q.shape
-    nb, device = layout.num_blocks, tiled.q.device
-    shape = (batch, heads, rows // layout.block_size)
-    lists = BlockLists(
-        counts=torch.empty(shape, dtype=torch.int32, device=device),
-        indices=torch.empty(*shape, max(nb, 1), dtype=torch.int32, device=device),
+    nb, device = inputs.blocks.num_blocks, tiled.q.device
+    square, listed = (batch, heads, nb, nb), (batch, heads, rows // inputs.blocks.block_size)
+    choices = Choices(
+        block_mask=torch.empty(square, dtype=torch.bool, device=device)
+        if inputs.block_mask is None
+        else inputs.block_mask,
+        compensated=torch.empty(square, dtype=torch.bool, device=device),
+        probability=torch.empty(batch, heads, nb, nb + 1, dtype=torch.float32, device=device),
+        r=torch.empty(batch, heads, nb, dtype=torch.float32, device=device),
     )
-    probability = torch.empty(batch, heads, nb, nb + 1, dtype=torch.float32, device=device)
-    return lists, probability, torch.empty(batch, heads, nb, nb, dtype=torch.bool, device=device)
+    bias = torch.empty(square, dtype=torch.float32, device=device) if inputs.config.rule.tail else None
+    lists = BlockLists(
+        counts=torch.empty(listed, dtype=torch.int32, device=device),
+        indices=torch.empty(*listed, max(nb, 1), dtype=torch.int32, device=device),
+    )
+    return choices, bias, lists
 
 
-def scores(
-    tiled: Tiled,
-    layout: TokenLayout,
-    config: SparseConfig,
-    scale: float,
-    logits: torch.Tensor,
-    worthwhile: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> None:
-    """Fills logits [B, H, nb, nb + 1] of the estimate, the last column being the log-sum-exp over isolated keys;
-    for "ipar+gapr" worthwhile [B, H, nb, nb]: is the gain of compensating above its error?; for "row" bias
-    [B, H, nb, nb], what a pooled key adds to its logit.
+def scores(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor | None) -> None:
+    """Fills choices.probability with the logits of the estimate, the last column being the log-sum-exp over isolated
+    keys; choices.compensated, where the gate weighs the gain: is it above the error?; for a tail bias, what a pooled
+    key adds to its logit.
     """
     _, batch, heads, nb, head_dim = tiled.pooled.q.shape
-    log_b = math.log(layout.block_size)
+    blocks, rule = inputs.blocks, inputs.config.rule
     k_tail, tail_bias = tiled.k_tail, tiled.tail_bias
-    if config.rectify == "pooled":
-        isolated = layout.isolated.numel()
-        columns, present = pooled_columns(
-            k_tail[:, :, :isolated], tail_bias[:, :isolated] == 0, layout.block_size, layout.leftover
+    if rule.pooled_text:
+        isolated = blocks.isolated.numel()
+        k_tail, present = pooled_columns(
+            k_tail[:, :, :isolated], tail_bias[:, :isolated] == 0, blocks.block_size, blocks.leftover
         )
-        log_b, k_tail = 0.0, columns
         tail_bias = torch.zeros(present.shape, device=present.device).masked_fill_(~present, -torch.inf)
     pooled = tiled.pooled
     block = 64
     tiles = triton.cdiv(nb, block)
+    log_b = math.log(blocks.block_size)
     _scores_kernel[(tiles * (tiles + 1), batch * heads)](
-        pooled.q, pooled.dq, pooled.k, pooled.dk, pooled.k_var, k_tail, tail_bias, logits, worthwhile, bias,
+        pooled.q, pooled.dq, pooled.k, pooled.dk, pooled.k_var, k_tail, tail_bias,
+        choices.probability, choices.compensated, bias,
         k_tail.stride(0), k_tail.stride(1), k_tail.shape[2],
-        heads, nb, batch * heads * nb * head_dim, scale, log_b, CAP,
-        HEAD_DIM=head_dim, BLOCK=block, CHUNK=32,
-        GAIN=config.rectify == "ipar+gapr", ROW=config.rectify == "row", num_warps=4,
+        heads, nb, batch * heads * nb * head_dim, inputs.scale, log_b if rule.log_b else 0.0, log_b, CAP,
+        HEAD_DIM=head_dim, BLOCK=block, CHUNK=32, GAIN=rule.gate == "gain", TAIL=rule.tail, num_warps=4,
     )  # fmt: skip
 
 
-def select(
-    layout: TokenLayout,
-    config: SparseConfig,
-    logits: torch.Tensor,
-    critical: torch.Tensor,
-    compensated: torch.Tensor,
-    r: torch.Tensor,
-    lists: BlockLists,
-    bias: torch.Tensor | None,
-    given: bool,
-) -> None:
-    """Turns logits into probability in place, fills critical (unless it is given), compensated (which holds what
-    `scores` found worthwhile), r and the lists; for "row" makes bias -inf for critical blocks.
+def select(inputs: Inputs, choices: Choices, bias: torch.Tensor | None, lists: BlockLists) -> None:
+    """Turns logits into probability in place, fills block_mask (unless the inputs bring it), compensated (which holds
+    what `scores` found worthwhile), r and the lists; for a tail makes bias -inf for blocks that do not join it.
     """
-    batch, heads, nb, _ = logits.shape
-    blocks = lists.counts.shape[2]
+    batch, heads, nb, _ = choices.probability.shape
+    config, blocks = inputs.config, inputs.blocks
     width = triton.next_power_of_2(nb + 1)
-    _select_kernel[(blocks, batch * heads)](
-        logits, critical, compensated, r, bias, lists.counts, lists.indices,
-        layout.neighbours, layout.first_frame,
-        nb, top_k_of(config.sparsity, nb), config.top_p,
-        WIDTH=width, GIVEN=given, TOP_P=config.top_p > 0,
+    _select_kernel[(lists.counts.shape[2], batch * heads)](
+        choices.probability, choices.block_mask, choices.compensated, choices.r, bias, lists.counts, lists.indices,
+        blocks.neighbours, blocks.first_frame,
+        nb, top_k_of(config, nb), config.top_p,
+        WIDTH=width, GIVEN=inputs.block_mask is not None, TOP_P=config.top_p > 0,
         NEIGHBOURS=config.neighbours, FIRST_FRAME=config.first_frame,
-        COMPENSATE=config.rectify != "none", GAIN=config.rectify == "ipar+gapr",
-        ROW=config.rectify == "row",
+        COMPENSATE=config.rule.gate != "none", GAIN=config.rule.gate == "gain", TAIL=config.rule.tail,
         num_warps=min(max(width // 512, 1), 16),
     )  # fmt: skip
 
 
-def compensate(probability: torch.Tensor, compensated: torch.Tensor, v_mean: torch.Tensor, c: torch.Tensor) -> None:
+def compensate(choices: Choices, v_mean: torch.Tensor, c: torch.Tensor) -> None:
     """Fills c [B, H, nb, D]: the sum of P_nm v̄_m over compensated blocks m. v_mean: [2, B, H, nb, D] as in Tiled."""
     _, batch, heads, nb, head_dim = v_mean.shape
     _compensate_kernel[(triton.cdiv(nb, 64), batch * heads)](
-        probability, compensated, v_mean, c, nb, c.numel(),
+        choices.probability, choices.compensated, v_mean, c, nb, c.numel(),
         HEAD_DIM=head_dim, BLOCK=64, BLOCK_K=16, num_warps=4,
     )  # fmt: skip
 
@@ -148,8 +123,8 @@ def _dot(a, a_low, b, b_low, acc):
 def _scores_kernel(
     q_ptr, dq_ptr, k_ptr, dk_ptr, k_var_ptr, tail_ptr, tail_bias_ptr, logits_ptr, worth_ptr, bias_ptr,
     tail_sb, tail_sh, tail,
-    heads, num_blocks, half, scale, log_b, cap,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GAIN: tl.constexpr, ROW: tl.constexpr,
+    heads, num_blocks, half, scale, log_b, tail_log_b, cap,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(num_blocks, BLOCK)
     row, column = tl.program_id(0) // (tiles + 1), tl.program_id(0) % (tiles + 1)
@@ -182,7 +157,7 @@ def _scores_kernel(
                 dk = tl.load(dk_ptr + at_k, mask=in_k, other=0.0)
                 dk_low = tl.load(dk_ptr + half + at_k, mask=in_k, other=0.0)
                 k_error = _dot(q, q_low, dk.T, dk_low.T, k_error)
-            if ROW:
+            if TAIL:
                 wide = q.to(tl.float32) + q_low.to(tl.float32)
                 square = (wide * wide).to(q.dtype)
                 square_low = (wide * wide - square.to(tl.float32)).to(q.dtype)
@@ -191,8 +166,8 @@ def _scores_kernel(
                 variance = _dot(square, square_low, k_var.T, k_var_low.T, variance)
         inside = (n[:, None] < num_blocks) & (m[None, :] < num_blocks)
         tl.store(row_logits[:, None] + m[None, :], score * scale + log_b, mask=inside)
-        if ROW:
-            bias = log_b + tl.minimum(0.5 * scale * scale * variance, cap)
+        if TAIL:
+            bias = tail_log_b + tl.minimum(0.5 * scale * scale * variance, cap)
             tl.store(bias_ptr + (head * num_blocks + n[:, None]) * num_blocks + m[None, :], bias, mask=inside)
         if GAIN:
             worth = tl.abs(score) > tl.abs(q_error) + tl.abs(k_error)
@@ -232,7 +207,7 @@ def _select_kernel(
     num_blocks, top_k, top_p,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, TOP_P: tl.constexpr,
     NEIGHBOURS: tl.constexpr, FIRST_FRAME: tl.constexpr,
-    COMPENSATE: tl.constexpr, GAIN: tl.constexpr, ROW: tl.constexpr,
+    COMPENSATE: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # [WIDTH]
@@ -284,6 +259,7 @@ def _select_kernel(
         if FIRST_FRAME:
             mine = tl.load(first_frame_ptr + n) != 0
             keep |= (tl.load(first_frame_ptr + m, mask=inside, other=0) != 0) & mine
+        keep |= probability != probability  # NaN: full attention for this block
         tl.store(critical_ptr + row * num_blocks + m, keep, mask=inside)
 
     if GAIN:
@@ -293,10 +269,11 @@ def _select_kernel(
     else:
         compensated = inside & ~inside
     tl.store(compensated_ptr + row * num_blocks + m, compensated, mask=inside)
-    tl.store(r_ptr + row, isolated + tl.sum(tl.where(compensated, 0.0, probability), 0))
+    some = tl.sum(compensated.to(tl.int32), 0) > 0
+    tl.store(r_ptr + row, tl.where(some, isolated + tl.sum(tl.where(compensated, 0.0, probability), 0), 1.0))
     kept = (keep & inside).to(tl.int32)
-    if ROW:
-        tl.store(bias_ptr + row * num_blocks + m, float("-inf"), mask=kept != 0)
+    if TAIL:
+        tl.store(bias_ptr + row * num_blocks + m, float("-inf"), mask=inside & ~compensated)
     tl.store(count_ptr + listed, tl.sum(kept, 0))
     tl.store(index_ptr + listed * num_blocks + tl.cumsum(kept, 0) - 1, m, mask=kept != 0)
 

@@ -4,30 +4,29 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import TokenLayout
-from ..method.arrange import NODE_SAMPLE, ROUNDS, Moments, moments, sample_of, start_directions
+from ...method.arrange import NODE_SAMPLE, ROUNDS, Moments, moments, sample_of, start_directions
+from ...orders import Blocks
 
 
-def content_order(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout, scale: float) -> torch.Tensor:
-    """int64 [B, H, nb * b], as method.arrange.content_order, but for rounding. layout: on the tensors' device."""
+def content_order(q: torch.Tensor, k: torch.Tensor, blocks: Blocks, scale: float) -> torch.Tensor:
+    """int64 [B, H, nb * b], as method.arrange.content_order, but for rounding. blocks: on the tensors' device."""
     batch, _, heads, _ = q.shape
-    tiled, b = layout.tiled, layout.block_size
-    if layout.num_blocks <= 1:
-        return tiled.expand(batch, heads, -1)
-    found = moments(sample_of(q, tiled), sample_of(k, tiled), scale)
-    w = directions(found)  # [B * H, 2D, r]
-    features = project(q, k, tiled, w.to(q.dtype), found.mean @ w)
-    return tiled[k_d_order(features, b).long()].view(batch, heads, -1)
+    if blocks.num_blocks <= 1:
+        return blocks.tiled.expand(batch, heads, -1)
+    both = moments(sample_of(q, blocks.tiled), sample_of(k, blocks.tiled), scale)
+    w = directions(both)  # [B * H, 2D, r]
+    features = project(q, k, blocks.tiled, w.to(q.dtype), both.mean @ w)
+    return blocks.tiled[k_d_order(features, blocks.block_size).long()].view(batch, heads, -1)
 
 
-def directions(given: Moments) -> torch.Tensor:
+def directions(of: Moments) -> torch.Tensor:
     """W [Z, 2D, r], as method.arrange.directions."""
-    trees, dim, _ = given.weigh.shape
-    start = start_directions(dim, torch.float32, given.weigh.device)
+    trees, dim, _ = of.weigh.shape
+    start = start_directions(dim, torch.float32, of.weigh.device)
     rank = start.shape[1]
     w, seen = torch.empty(2, trees, dim, rank, dtype=torch.float32, device=start.device)
     _directions_kernel[(trees,)](
-        given.covariance.contiguous(), given.weigh.contiguous(), start, w, seen,
+        of.covariance.contiguous(), of.weigh.contiguous(), start, w, seen,
         DIM=dim, RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)), CHUNK=32, ROUNDS=ROUNDS, num_warps=8,
     )  # fmt: skip
     return w

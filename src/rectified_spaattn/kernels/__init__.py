@@ -1,1 +1,0 @@
-"""The GPU kernels in Triton, one stage a file: (arrange ->) tile and pool -> plan -> attend. Backends join them."""

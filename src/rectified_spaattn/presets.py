@@ -1,0 +1,39 @@
+"""The settings of every model: what was published for it, and what this package makes of that."""
+
+from .config import SparseConfig
+
+_WAN = SparseConfig.paper(sparsity=0.75, dense_layers=(0, 1), first_frame=True)
+_WAN_A14B = _WAN.replace(sparsity=0.85)
+
+# One config a transformer, in the order of the pipeline (Wan2.2 A14B has two). Warm-ups are kept as fractions of the
+# published number of steps (5 of 50; 3 and 1 of 40), so that samplers with fewer steps keep their sparse share.
+_PUBLISHED: dict[str, tuple[SparseConfig, ...]] = {
+    "hunyuan-video-t2v": (SparseConfig.paper(sparsity=0.80),),
+    "wan2.1-t2v": (_WAN.replace(dense_steps=0.1),),
+    "wan2.1-i2v": (_WAN,),
+    "wan2.2-t2v-a14b": (_WAN_A14B.replace(dense_steps=0.075), _WAN_A14B.replace(dense_steps=0.025)),
+    "wan2.2-i2v-a14b": (_WAN_A14B, _WAN_A14B),
+    "wan2.2-ti2v-5b": (_WAN.replace(dense_steps=0.1),),
+    "cogvideox1.5-t2v": (SparseConfig.paper(sparsity=0.85, dense_steps=0.1),),
+    "cogvideox1.5-i2v": (SparseConfig.paper(sparsity=0.75, dense_steps=0.1),),
+    "flux.1-dev-4096": (SparseConfig.paper(sparsity=0.90),),
+}
+_OURS = {name: getattr(SparseConfig(), name) for name in ("rectify", "order", "neighbours", "first_frame")}
+
+# Under the name of a model its published sparsity and schedule with the defaults of this package; under NAME-paper all
+# as published.
+PRESETS: dict[str, tuple[SparseConfig, ...]] = {
+    **{name: tuple(each.replace(**_OURS) for each in published) for name, published in _PUBLISHED.items()},
+    **{f"{name}-paper": published for name, published in _PUBLISHED.items()},
+}
+PRESET_NAMES = f"{', '.join(_PUBLISHED)}; each also with -paper behind it"  # for people
+
+
+def preset(name: str) -> tuple[SparseConfig, ...]:
+    """The settings under `name`, one config a transformer. Raises ValueError for a name it does not know."""
+    if name not in PRESETS:
+        raise ValueError(
+            f"preset: got {name!r}; allowed: one of {list(_PUBLISHED)}, or one of them with '-paper' behind it for all "
+            "as published."
+        )
+    return PRESETS[name]
