@@ -1,6 +1,6 @@
 """The figure of docs/benchmarks.md: speed-up over dense attention against sparsity, one panel a shape.
 
-    python -m studies.op_speed docs/data/op-speed.csv docs/images/op-speed.png
+python -m studies.op_speed docs/data/op-speed.csv docs/images/op-speed.png
 """
 
 from collections.abc import Mapping, Sequence

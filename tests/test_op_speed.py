@@ -16,7 +16,9 @@ def gpu_rows() -> list[Row]:
         common: dict[str, Any] = {"shape": name, "tokens": 115_456, "heads": 24, "head_dim": 128, "block_size": 128}
         common |= {"rectify": "ipar+gapr", "order": "gilbert", "dtype": "bfloat16"}
 
-        def row(kind: str, label: str, sparsity: float | None, ms: float, common: Any = common, d: float = dense) -> Row:
+        def row(
+            kind: str, label: str, sparsity: float | None, ms: float, common: Any = common, d: float = dense
+        ) -> Row:
             share = 1.0 if sparsity is None else 1.01 - sparsity
             times = {"ms": ms, "ms_q1": 0.97 * ms, "ms_q3": 1.04 * ms, "ms_min": 0.9 * ms, "ms_max": 1.2 * ms}
             ratio = {"dense": "cudnn", "dense_ms": d, "ratio": d / ms, "density": share, "ideal": 1 / share}

@@ -1,8 +1,7 @@
-"""Transformers with random weights, made where they are to run, and copies that share them, each with its attention."""
+"""Transformers with random weights, made where they are to run, and copies that share them and attend as told."""
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
@@ -23,7 +22,9 @@ def build(model: Model, units: int, device: torch.device, dtype: torch.dtype, se
     """
     import diffusers
 
-    with torch.device(device), _default_dtype(dtype):
+    with torch.device(device), ExitStack() as after:  # the default dtype is what diffusers loads a model by
+        after.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(dtype)
         transformer: Any = getattr(diffusers, model.transformer)(**model.arguments(units))
     kept = transformer._keep_in_fp32_modules or ()
     generator = torch.Generator(device).manual_seed(seed)
@@ -37,59 +38,40 @@ def build(model: Model, units: int, device: torch.device, dtype: torch.dtype, se
     return transformer.eval().requires_grad_(False)
 
 
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """As diffusers does while it loads a model."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def shallow_copy(transformer: nn.Module, model: Model, units: int) -> Any:
     """The first `units` units as a model of their own, with processors of its own, on the same weights."""
     shared = {id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())}
     twin: Any = copy.deepcopy(transformer, shared)
     for kind, count in model.unit.items():
-        blocks = _BLOCKS[model.transformer][kind]
-        setattr(twin, blocks, getattr(twin, blocks)[: units * count])
+        name = _name_of_blocks(twin, kind)
+        setattr(twin, name, getattr(twin, name)[: units * count])
     return twin
 
 
-_BLOCKS = {  # argument of the class -> where the model keeps these layers
-    "HunyuanVideoTransformer3DModel": {
-        "num_layers": "transformer_blocks",
-        "num_single_layers": "single_transformer_blocks",
-    },
-    "WanTransformer3DModel": {"num_layers": "blocks"},
-    "CogVideoXTransformer3DModel": {"num_layers": "transformer_blocks"},
-    "FluxTransformer2DModel": {"num_layers": "transformer_blocks", "num_single_layers": "single_transformer_blocks"},
-}
+def _name_of_blocks(transformer: Any, kind: str) -> str:
+    """Where a transformer keeps the layers whose number is this argument of its class."""
+    names = {"num_layers": ("transformer_blocks", "blocks"), "num_single_layers": ("single_transformer_blocks",)}[kind]
+    return next(name for name in names if hasattr(transformer, name))
 
 
 def enable(transformer: Any, variant: Variant, config: SparseConfig) -> Any:
     """Enables rectified attention on a transformer; a variant that is not sparse puts its attention in its place.
 
-    The others leave the text mask out: every text token is valid here, and without a mask dense attention is fastest.
-    Returns the Handle.
+    All go through the same seam, so nothing else differs. Dense ones leave the text mask out: every text token is valid
+    here, and without a mask dense attention is fastest. Returns the Handle.
     """
-    from ...integrations.diffusers import enable as enable_attention
+    from ...pipelines import enable as enable_attention
 
     config = config.replace(sparsity=variant.sparsity or 0.0)
     handle = enable_attention(transformer, config, backend=variant.name if variant.kind == "sparse" else "auto")
     if variant.kind != "sparse":
-        _replace_attention(transformer, BASELINES[variant.name].run if variant.kind == "dense" else _copy_v)
+        run = BASELINES[variant.name].run if variant.kind == "dense" else _copy_v
+        for processor in transformer.attn_processors.values():
+            layer = getattr(processor, "rectified_layer", None)
+            if layer is not None:
+                layer.attend = lambda q, k, v, *mask_and_scale: run(q, k, v)
+                layer.called = True  # or a warning would say that it calls no attention
     return handle
-
-
-def _replace_attention(transformer: Any, run: Callable[..., torch.Tensor]) -> None:
-    layers = [getattr(processor, "rectified_layer", None) for processor in transformer.attn_processors.values()]
-    for layer in layers:
-        if layer is not None:
-            layer.attend = lambda q, k, v, *mask_and_scale: run(q, k, v)
-            layer.called = True  # or a warning would say that it calls no attention
 
 
 def _copy_v(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -101,8 +83,8 @@ def compile_blocks(transformer: Any, model: Model, compiler: str) -> None:
     if transformer._repeated_blocks:
         transformer.compile_repeated_blocks(fullgraph=True, backend=compiler)
         return
-    for blocks in _BLOCKS[model.transformer].values():
-        for block in getattr(transformer, blocks):
+    for kind in model.unit:
+        for block in getattr(transformer, _name_of_blocks(transformer, kind)):
             block.compile(fullgraph=True, backend=compiler)
 
 

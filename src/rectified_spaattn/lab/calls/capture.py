@@ -15,7 +15,7 @@ from ...layout import TokenLayout
 from ...method.arrange import content_order
 from ...orders import Blocks, blocks_of
 from ...pipelines.adapters import adapter_for
-from ...pipelines.processor import check_processor, dense_backend, wrap
+from ...pipelines.processor import check_processor, dense_backend, is_enabled, wrap
 from ...pipelines.state import LayerState, RunClock, TransformerState, key_text_mask
 from ..clips.clip import Pair, full_mode, generate_batch
 
@@ -199,7 +199,7 @@ def attending(
     beyond = [index for index in chosen if not 0 <= index < len(attentions)]
     if beyond:
         raise ValueError(f"layers: got {beyond}; allowed: 0 to {len(attentions) - 1}.")
-    if any(hasattr(module.processor, "rectified_layer") for _, module in attentions):
+    if any(is_enabled(module) for _, module in attentions):
         raise CaptureError("attention of this pipeline: the model is enabled; call disable() of its handle first.")
 
     state = TransformerState(config=config, backend="auto", clock=RunClock(pipe), text_first=adapter.text_first)
