@@ -76,14 +76,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         _flush(partial, os.O_RDWR)
         os.replace(partial, path)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _flush(path.parent, os.O_RDONLY)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error if error.errno else error
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _flush(path.parent, os.O_RDONLY)
 
 
 def _flush(path: Path, flags: int) -> None:
