@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from studies.harness import Options, application
 from typer.testing import CliRunner
+
+from studies.harness import Options, application
 
 
 def run_study(kind: type[Options], study: Callable[[Any], None], *arguments: str, code: int = 0) -> str:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from studies.harness import EXACT
 from torch.nn.functional import scaled_dot_product_attention
 
 import rectified_spaattn as rsa
@@ -13,6 +12,7 @@ from rectified_spaattn.lab.calls.maps import one_head, output_masses
 from rectified_spaattn.lab.clips.clip import Pair
 from rectified_spaattn.lab.demo_model.model import build_caption_encoder, build_transformer
 from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
+from studies.harness import EXACT
 
 PROMPT = "a red solid circle moving right over a blue striped background"
 ARGUMENTS = {"height": 32, "width": 32, "num_frames": 8, "num_inference_steps": 3}

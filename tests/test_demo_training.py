@@ -11,13 +11,12 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from studies.demo_model.config import TrainingConfig
-from studies.demo_model.scenes import Scene, Shape, render, sample_batch, sample_scene
-from studies.demo_model.train import SETTINGS, Run, build_model, held_out_loss
-
 from rectified_spaattn.lab.demo_model.model import CAPTION_LENGTH, VOCABULARY, tokenize
 from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
 from rectified_spaattn.lab.demo_model.prompts import PROMPTS
+from studies.demo_model.config import TrainingConfig
+from studies.demo_model.scenes import Scene, Shape, render, sample_batch, sample_scene
+from studies.demo_model.train import SETTINGS, Run, build_model, held_out_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,6 +4,12 @@ import math
 
 import pytest
 import torch
+
+from attention_calls import smooth_call
+from rectified_spaattn import SparseConfig
+from rectified_spaattn.lab.calls.capture import AttentionCall
+from rectified_spaattn.lab.calls.error import attention_error, full_attention, kept_mass
+from rectified_spaattn.method.select import top_k_of
 from studies.selectors import (
     IN_USE,
     ORACLE,
@@ -15,12 +21,6 @@ from studies.selectors import (
     study_selection,
     true_masses,
 )
-
-from attention_calls import smooth_call
-from rectified_spaattn import SparseConfig
-from rectified_spaattn.lab.calls.capture import AttentionCall
-from rectified_spaattn.lab.calls.error import attention_error, full_attention, kept_mass
-from rectified_spaattn.method.select import top_k_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,8 +4,6 @@ from functools import partial
 
 import pytest
 import torch
-from studies.harness import EXACT
-from studies.tail_variants import VARIANTS, Layer, attend
 
 from cases import video_like
 from rectified_spaattn import TokenLayout, rectified_attention
@@ -13,6 +11,8 @@ from rectified_spaattn.lab.calls.capture import attending
 from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
 from rectified_spaattn.lab.demo_model.prompts import PROMPTS
 from rectified_spaattn.orders import blocks_of
+from studies.harness import EXACT
+from studies.tail_variants import VARIANTS, Layer, attend
 
 MODES = {"none": "none", "ipar": "ipar", "ipar+gapr": "ipar+gapr", "row + s2, cap 2": "row"}
 

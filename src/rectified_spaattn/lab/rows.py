@@ -76,13 +76,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         _flush(partial, os.O_RDWR)
         os.replace(partial, path)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _flush(path.parent, os.O_RDONLY)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno:  # of the file that was asked for, not of the partial one
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _flush(path.parent, os.O_RDONLY)
 
 
 def _flush(path: Path, flags: int) -> None:

@@ -121,8 +121,11 @@ class _Recorder(LayerState):
         valid = key_text_mask(mask, layout)
         if valid is None:
             valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
+        q, k, v = (x.detach().float().to(self.device, copy=True) for x in (q, k, v))
         return AttentionCall(
-            **{name: x.detach().float().to(self.device, copy=True) for name, x in (("q", q), ("k", k), ("v", v))},
+            q=q,
+            k=k,
+            v=v,
             text_mask=valid.to(self.device, copy=True),
             layout=layout,
             layer=self.index,
