@@ -10,6 +10,7 @@ QUICK := stages layout orders tokens config errors operator metamorphic arrange 
 # A machine with a GPU brings its own Python with torch, and needs no install. Compiled kernels are shared by all workers.
 GPU_PYTHON ?= python
 GPU_WORKERS ?= 8
+GPU_TESTS ?= tests
 GPU_PYTEST := PYTHONPATH=src OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(CURDIR)/build/triton \
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU_PYTHON) -m pytest
 
@@ -27,16 +28,16 @@ quick: $(STAMP) lint
 
 # thousands of random calls; FUZZ_FIRST=1200 goes on from there
 slow-test: $(STAMP)
-	$(PYTEST) -n auto -m "slow and not gpu"
+	$(PYTEST) -n auto -m "slow and not gpu" tests
 
 # GPU_PYTHON=python3.12 make gpu-test; the large tests have the GPU to themselves
 gpu-test:
-	$(GPU_PYTEST) -n $(GPU_WORKERS) --dist loadgroup -m "gpu and not large"
-	$(GPU_PYTEST) -n 0 -s -m "gpu and large"
+	$(GPU_PYTEST) -n $(GPU_WORKERS) --dist loadgroup -m "gpu and not large" $(GPU_TESTS)
+	$(GPU_PYTEST) -n 0 -s -m "gpu and large" tests/test_gpu_kernels.py
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src studies tests benchmarks examples
+	$(BIN)/ruff format --check src studies tests benchmarks examples
 	$(BIN)/mypy
 
 # torch comes first and pinned: a range would pull a newer build than the one the project is tested with
