@@ -141,10 +141,10 @@ def capture_attention(
 ) -> Iterator[list[AttentionCall]]:
     """Run the pipeline inside, once: the list that is yielded fills with one full-attention call a step and layer.
 
-    pipe: a diffusers pipeline with one or two supported transformers, not enabled. steps: which denoising steps, from 0.
-    layers: indices of the self-attention layers, None for all. device: where the copies go. The calls come in the order of
-    the run. Attention runs in full, and on exit every processor is back. With classifier-free guidance in two calls the
-    first of them is kept.
+    pipe: a diffusers pipeline with one or two supported transformers, not enabled. steps: which denoising steps, from
+    0. layers: indices of the self-attention layers, None for all. device: where the copies go. The calls come in the
+    order of the run. Attention runs in full, and on exit every processor is back. With classifier-free guidance in two
+    calls the first of them is kept.
 
     Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, CaptureError where
     the model is enabled already or a step never ran.
