@@ -9,6 +9,14 @@ except ImportError as error:
 
 from .handle import BranchStats, TeaCacheHandle, TeaCacheStats
 from .models import CACHED_MODELS, Fit
-from .teacache import enable_teacache
+from .teacache import disable_teacache, enable_teacache
 
-__all__ = ["CACHED_MODELS", "BranchStats", "Fit", "TeaCacheHandle", "TeaCacheStats", "enable_teacache"]
+__all__ = [
+    "CACHED_MODELS",
+    "BranchStats",
+    "Fit",
+    "TeaCacheHandle",
+    "TeaCacheStats",
+    "disable_teacache",
+    "enable_teacache",
+]

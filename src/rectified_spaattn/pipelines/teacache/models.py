@@ -43,16 +43,16 @@ class CachedModel:
     """What TeaCache must know of one transformer class.
 
     blocks  attributes of the lists of blocks that are skipped, in the order they run
-    signal  the tensor whose change is watched, from the first block and its arguments by name
+    signal  the tensor whose change is watched, made from the first block and its arguments by name
     fit     the fit for a transformer and its pipeline (None: transformer alone); TypeError where none was published
     """
 
     blocks: tuple[str, ...]
-    signal: Callable[[nn.Module, Arguments], torch.Tensor]
+    signal: Callable[[nn.Module], Callable[[Arguments], torch.Tensor]]
     fit: Callable[[nn.Module, Any], Fit]
 
 
-def _modulated_input(block: nn.Module, arguments: Arguments) -> torch.Tensor:
+def _modulated_input(block: nn.Module) -> Callable[[Arguments], torch.Tensor]:
     """[B, S, C]: what the first block's attention would see of the video."""
     registry: Any = getattr(block, "_diffusers_hook", None)
     if registry is not None and registry.get_hook("group_offloading") is not None:
@@ -62,18 +62,27 @@ def _modulated_input(block: nn.Module, arguments: Arguments) -> torch.Tensor:
         )
     norm: Any = block.norm1
     wanted = inspect.signature(type(norm).forward).parameters
-    extra = {name: arguments[name] for name in ("token_replace_emb",) if name in wanted}
-    if "first_frame_num_tokens" in wanted:  # HunyuanVideo from an image; the block calls this number num_tokens
-        extra["first_frame_num_tokens"] = arguments["num_tokens"]
-    modulated: torch.Tensor = norm(arguments["hidden_states"], emb=arguments["temb"], **extra)[0]
-    return modulated
+    # HunyuanVideo from an image; the block calls the second num_tokens
+    extra = {"token_replace_emb": "token_replace_emb", "first_frame_num_tokens": "num_tokens"}
+    extra = {name: argument for name, argument in extra.items() if name in wanted}
+
+    def signal(arguments: Arguments) -> torch.Tensor:
+        given = {name: arguments[argument] for name, argument in extra.items()}
+        modulated: torch.Tensor = norm(arguments["hidden_states"], emb=arguments["temb"], **given)[0]
+        return modulated
+
+    return signal
 
 
-def _time_embedding(block: nn.Module, arguments: Arguments) -> torch.Tensor:
+def _time_embedding(block: nn.Module) -> Callable[[Arguments], torch.Tensor]:
     """CogVideoX: [B, C]. Wan: its projection to the six modulations, [B, 6, C], which the published fits are of."""
-    temb: torch.Tensor = arguments["temb"]
-    # Wan 2.2 TI2V gives every token a timestep; a given first frame stands still, the last token is being denoised.
-    return temb[:, -1] if temb.ndim == 4 else temb
+
+    def signal(arguments: Arguments) -> torch.Tensor:
+        temb: torch.Tensor = arguments["temb"]
+        # Wan 2.2 TI2V gives every token a timestep; a given first frame stands still, the last is being denoised
+        return temb[:, -1] if temb.ndim == 4 else temb
+
+    return signal
 
 
 _HUNYUAN = Fit(

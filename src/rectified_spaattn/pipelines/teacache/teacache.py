@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from ..clock import RunClock
 from ..enabling import transformers_of
-from ..state import RunClock
 from .handle import TeaCacheHandle
-from .hook import CHILD, CachedTransformer, obstacle
 from .models import cached_model_for
-from .state import Progress
+from .progress import Progress
+from .transformer import CachedTransformer, cached_transformer, obstacle
 
 
 def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) -> TeaCacheHandle:
@@ -41,7 +41,26 @@ def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) ->
         CachedTransformer(name, model, row, fit, fit.threshold if threshold is None else float(threshold), progress)
         for (name, model), row, fit in zip(transformers, rows, fits, strict=True)
     ]
-    return TeaCacheHandle(cached, progress)
+    try:
+        for each in cached:
+            each.install()
+    except BaseException:  # an interrupted enable_teacache leaves nothing behind
+        for each in cached:
+            each.remove()
+        raise
+    return TeaCacheHandle(cached, progress, pipeline)
+
+
+def disable_teacache(pipe_or_transformer: Any) -> bool:
+    """Take TeaCache off a pipeline or a transformer, also where the handle is lost; rectified attention stays.
+
+    Returns whether any was enabled there.
+    """
+    found = [cached_transformer(model) for _, model in transformers_of(pipe_or_transformer)[0]]
+    for each in found:
+        if each is not None:
+            each.remove()
+    return any(each is not None for each in found)
 
 
 def _check_threshold(threshold: Any) -> None:
@@ -51,8 +70,10 @@ def _check_threshold(threshold: Any) -> None:
 
 
 def _check_free(name: str, model: nn.Module) -> None:
-    if hasattr(model, CHILD):
-        raise RuntimeError(f"TeaCache is enabled on {name} already: call disable() of the handle you have first.")
+    if cached_transformer(model) is not None:
+        raise RuntimeError(
+            f"TeaCache is enabled on {name} already: call disable() of its handle or rsa.disable_teacache(pipe) first."
+        )
     found = obstacle(model)
     if found is not None:
         raise RuntimeError(f"enable_teacache: {name} has {found}. Disable that first.")
