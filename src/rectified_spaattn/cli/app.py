@@ -6,11 +6,11 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..lab.clips.options import ClipError, DemoOptions, EvaluateOptions, GenerateOptions
 from ..lab.bench.doctor import DoctorSettings
 from ..lab.bench.model import ModelSettings
 from ..lab.bench.op import OpSettings
 from ..lab.bench.shapes import BenchError
+from ..lab.clips.options import ClipError, DemoOptions, EvaluateOptions, GenerateOptions
 from .bench import op
 from .bench_model import model
 from .doctor import doctor
