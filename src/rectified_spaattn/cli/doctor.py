@@ -43,12 +43,10 @@ def doctor(settings: DoctorSettings) -> None:
 
 
 def machine_table(here: Machine) -> Table:
+    memory = here.device["memory_bytes"]
+    device = here.device | {"memory_bytes": memory and f"{memory / 2**30:.1f} GiB"}
     rows = [(name, version or "not installed") for name, version in here.versions.items()]
-    rows += [("system", here.system), ("device", here.device)]
-    if here.memory is not None:
-        rows.append(("compute capability", here.compute_capability or ""))
-        rows.append(("GPU memory", f"{here.memory / 2**30:.1f} GiB"))
-    rows += [("CUDA or ROCm of torch", here.cuda or "none: a CPU build"), ("NVIDIA driver", here.driver or "not found")]
+    rows += [(name.removesuffix("_bytes").replace("_", " "), f"{value or 'none'}") for name, value in device.items()]
     return markdown_table(("", "version or value"), rows, "This machine")
 
 

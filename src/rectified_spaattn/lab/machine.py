@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,52 +38,27 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """versions            "python" and packages -> version, None where one is not installed
-    system              such as "Linux x86_64"
-    device_type, device "cpu" or "cuda", and what the device calls itself
-    compute_capability  such as "9.0"; memory: bytes; both of the GPU, None without one
-    driver              of NVIDIA, None where its tool is missing or finds no GPU
-    cuda                CUDA or ROCm version that torch was built with, None for a CPU build
-    threads             that torch uses on the CPU
-    load_average        see load_average
-    commit, created     as in Origin
+    """As every JSON file of this package holds it.
+
+    created   ISO 8601, UTC; commit: as in Origin
+    versions  "python" and packages -> version, None where one is not installed
+    device    type: "cpu" or "cuda"; name: what it calls itself; system: such as "Linux x86_64"; threads: that torch
+              uses on the CPU; load_average: see there; cuda: CUDA or ROCm version that torch was built with, None for a
+              CPU build; driver: of NVIDIA, None where its tool is missing or finds no GPU; compute_capability and
+              memory_bytes: of the GPU, None without one
     """
 
-    versions: dict[str, str | None]
-    system: str
-    device_type: str
-    device: str
-    compute_capability: str | None
-    memory: int | None
-    driver: str | None
-    cuda: str | None
-    threads: int
-    load_average: float | None
-    commit: str
     created: str
+    commit: str
+    versions: dict[str, str | None]
+    device: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """As every JSON file of this package holds it: "created", "commit", "versions", "device"."""
-        return {
-            "created": self.created,
-            "commit": self.commit or None,
-            "versions": dict(self.versions),
-            "device": {
-                "type": self.device_type,
-                "name": self.device,
-                "system": self.system,
-                "threads": self.threads,
-                "load_average": self.load_average,
-                "compute_capability": self.compute_capability,
-                "memory_bytes": self.memory,
-                "driver": self.driver,
-                "cuda": self.cuda,
-            },
-        }
+        return asdict(self)
 
     def origin(self, command: str) -> Origin:
         return Origin(
-            device=self.device,
+            device=self.device["name"],
             torch=self.versions["torch"] or "",
             triton=self.versions["triton"] or "",
             flash_attn_4=self.versions["flash-attn-4"] or "",
@@ -95,8 +70,10 @@ class Machine:
 
 def machine(device: torch.device) -> Machine:
     """This machine as it is now."""
-    gpu = device.type == "cuda"
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return Machine(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        commit=_commit(Path(__file__)),
         versions={
             "rectified-spaattn": __version__,
             "python": platform.python_version(),
@@ -104,17 +81,17 @@ def machine(device: torch.device) -> Machine:
             "triton": triton_version(),
             **{name: installed_version(name) for name in _PACKAGES},
         },
-        system=f"{platform.system()} {platform.machine()}",
-        device_type=device.type,
-        device=device_name(device),
-        compute_capability="{}.{}".format(*torch.cuda.get_device_capability(device)) if gpu else None,
-        memory=torch.cuda.get_device_properties(device).total_memory if gpu else None,
-        driver=_driver(),
-        cuda=torch.version.cuda or torch.version.hip,
-        threads=torch.get_num_threads(),
-        load_average=load_average(),
-        commit=_commit(Path(__file__)),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        device={
+            "type": device.type,
+            "name": device_name(device),
+            "system": f"{platform.system()} {platform.machine()}",
+            "threads": torch.get_num_threads(),
+            "load_average": load_average(),
+            "cuda": torch.version.cuda or torch.version.hip,
+            "driver": _driver(),
+            "compute_capability": None if gpu is None else f"{gpu.major}.{gpu.minor}",
+            "memory_bytes": None if gpu is None else gpu.total_memory,
+        },
     )
 
 

@@ -78,13 +78,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(partial, path)
         if os.name == "posix":  # elsewhere a folder cannot be opened
             _flush(path.parent, os.O_RDONLY)
-    except OSError as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:  # of the file that was asked for, not of the partial one
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

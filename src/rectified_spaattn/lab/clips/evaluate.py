@@ -63,7 +63,7 @@ class Evaluation:
             "revision": self.source.revision,
             "pipeline": self.source.pipeline.__name__,
             "dtype": str(dtype).removeprefix("torch."),
-            "device": where.device,
+            "device": where.device["name"],
             "offload": self.options.offload,
             "backend": self.options.backend,
             "scheduler": self.options.scheduler_changes(),
