@@ -44,11 +44,11 @@ def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) ->
     try:
         for each in cached:
             each.install()
+        return TeaCacheHandle(cached, progress, pipeline)
     except BaseException:  # an interrupted enable_teacache leaves nothing behind
         for each in cached:
             each.remove()
         raise
-    return TeaCacheHandle(cached, progress, pipeline)
 
 
 def disable_teacache(pipe_or_transformer: Any) -> bool:
