@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .adapters import Adapter
 from .forwards import RunningForwards
-from .hooks import Hooks
+from .hooks import Hooks, remove_hooks
 from .processor import dense_backend, original, wrap
 from .state import LayerState, TransformerState
 from .watch import Watch, lost_layers
@@ -25,11 +24,10 @@ class ForwardHooks(Hooks):
     def __init__(self, attachment: "Attachment", adapter: Adapter, watch: Watch) -> None:
         self.attachments, self.state, self.adapter, self.watch = [attachment], attachment.state, adapter, watch
 
-    def register(self, model: nn.Module) -> list[RemovableHandle]:
-        return [
-            model.register_forward_pre_hook(self.begin, with_kwargs=True),
-            model.register_forward_hook(self.end, always_call=True),
-        ]
+    def register(self, model: nn.Module) -> None:
+        self.attachments[0].modules.append(weakref.ref(model))
+        model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        model.register_forward_hook(self.end, always_call=True)
 
     @torch.compiler.disable  # bookkeeping of each call: not to be traced where the whole transformer is compiled
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -60,8 +58,9 @@ class RunHook(Hooks):
     def __init__(self, attachments: list["Attachment"], watch: Watch) -> None:
         self.attachments, self.watch = attachments, watch
 
-    def register(self, encoder: nn.Module) -> RemovableHandle:
-        return encoder.register_forward_pre_hook(self.look)
+    def register(self, encoder: nn.Module) -> None:
+        self.attachments[0].modules.append(weakref.ref(encoder))
+        encoder.register_forward_pre_hook(self.look)
 
     @torch.compiler.disable
     def look(self, encoder: nn.Module, args: tuple[Any, ...]) -> None:
@@ -74,7 +73,7 @@ class Attachment:
     """One enabled transformer. It holds nothing of the model: that holds it, by the hooks."""
 
     state: TransformerState
-    hooks: list[RemovableHandle] = field(default_factory=list)
+    modules: "list[weakref.ref[nn.Module]]" = field(default_factory=list)  # that carry hooks
 
     def detach(self) -> None:
         """Put the model back as it was, but for processors that somebody replaced since. Safe to call twice."""
@@ -83,8 +82,9 @@ class Attachment:
             module = layer.module()
             if module is not None and getattr(module.processor, "rectified_layer", None) is layer:
                 module.set_processor(original(module.processor))
-        for hook in self.hooks:
-            hook.remove()
+        for module in [each() for each in self.modules]:
+            if module is not None:
+                remove_hooks(module, self)
         self.state.forwards = RunningForwards()  # what an interrupted forward left there leads to the model
 
 

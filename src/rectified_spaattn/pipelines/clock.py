@@ -131,7 +131,7 @@ class RunClock:
         if index is None and not hasattr(scheduler, "step_index"):
             self.problem = _without_steps(scheduler)
             return UNKNOWN
-        if exact and not self._arrives_once(index, timestep):
+        if exact and not self._arrives_once(scheduler, index, timestep):
             self.problem = _idle(scheduler)
             return UNKNOWN
         if moved is not None and self._last is None and begin is None and not fresh:
@@ -139,13 +139,14 @@ class RunClock:
         self._last = moved if hasattr(scheduler, "step_index") else index
         return self._relative(scheduler, index)
 
-    def _arrives_once(self, index: int | None, timestep: Any) -> bool:
+    def _arrives_once(self, scheduler: Any, index: int | None, timestep: Any) -> bool:
         """Whether the transformer gets one timestep wherever the scheduler stands.
 
         What the scheduler itself made needs no look; other values are read where two meet, which waits for the device.
         """
         before, value = self._arrived
-        if index is None or before != index or _is_part(timestep, self._timesteps):
+        made_by_it = hasattr(scheduler, "step_index") and _is_part(timestep, self._timesteps)
+        if index is None or before != index or made_by_it:
             self._arrived = index, timestep
             return True
         return _largest(timestep) == _largest(value)

@@ -81,7 +81,7 @@ def enable(
             _enable_one(model, adapter, attachments[-1], watch)
         for name, encoder in vars(pipeline or object).items():
             if "encoder" in name and isinstance(encoder, nn.Module):
-                attachments[0].hooks.append(RunHook(attachments, watch).register(encoder))
+                RunHook(attachments, watch).register(encoder)
     except BaseException:
         for attachment in attachments:
             attachment.detach()
@@ -184,6 +184,5 @@ def _check_models(
 
 
 def _enable_one(model: nn.Module, adapter: Adapter, attachment: Attachment, watch: Watch) -> None:
-    hooks = ForwardHooks(attachment, adapter, watch)
-    attachment.hooks += hooks.register(model)
+    ForwardHooks(attachment, adapter, watch).register(model)
     attach(adapter.attentions(model), attachment.state)

@@ -187,7 +187,7 @@ def _deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
 def _pickled(self: Any, protocol: Any) -> Any:
     if self.rectified_layer is not None and self.rectified_layer.owner.active:
         refuse_pickling()
-    return original(self).__reduce_ex__(protocol)
+    return copy.copy, (original(self),)
 
 
 def wrap(processor: Any, layer: LayerState) -> Any:

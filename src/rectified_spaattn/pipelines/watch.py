@@ -80,6 +80,12 @@ class Watch:
         )
 
     def _unknown_step(self, state: TransformerState, forward: ForwardState) -> str | None:
+        last = state.config.dense_last_steps
+        if forward.step is not None and forward.total is None and last and self._once("total"):
+            return (
+                f"dense_last_steps={last} needs the number of steps, which nobody tells: the last ones are sparse. "
+                "Enable on the pipeline you call, or tell each step with handle.set_step(step, total)."
+            )
         if forward.step is not None or not state.needs_steps or not self._once("step"):
             return None
         return (
