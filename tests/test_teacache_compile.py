@@ -38,7 +38,7 @@ def test_compiled_blocks_stay_one_graph(name, compile_first):
 
 
 HOWS = ["around", "around, later", "in place", "in place, later"]
-WHOLE = [("wan", how) for how in HOWS] + [(name, "around") for name in ("hunyuan-i2v", "flux", "cogvideox")]
+WHOLE = [("wan", how) for how in HOWS] + [(name, "around") for name in ("hunyuan-i2v", "flux")]
 
 
 @pytest.mark.parametrize(("name", "how"), WHOLE)

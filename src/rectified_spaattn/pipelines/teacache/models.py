@@ -182,7 +182,7 @@ def cached_model_for(model: nn.Module) -> CachedModel:
                 return CACHED_MODELS[kind.__name__]
             break
     raise TypeError(
-        f"enable_teacache: got a {type(model).__module__}.{type(model).__name__}; allowed: a diffusers pipeline with, or "
-        f"itself, one of {list(CACHED_MODELS)}. "
+        f"enable_teacache: got a {type(model).__module__}.{type(model).__name__}; allowed: a diffusers pipeline with, "
+        f"or itself, one of {list(CACHED_MODELS)}. "
         "transformer.enable_cache(diffusers.FirstBlockCacheConfig()) works for more."
     )
