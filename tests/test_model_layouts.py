@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import rectified_spaattn as rsa
 import tiny_models
 from model_cases import CASES, build
+from rectified_spaattn.lab.calls.capture import capture_attention
 from rectified_spaattn.pipelines import state
 from rectified_spaattn.pipelines.state import LayerState
 from rectified_spaattn.pipelines.tokens import raster_grid

@@ -9,6 +9,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 import rectified_spaattn as rsa
 import tiny
 from model_cases import build
+from rectified_spaattn.lab.calls.capture import capture_attention
 from tiny import ALL_BLOCKS, SPARSE, forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
