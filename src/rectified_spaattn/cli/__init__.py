@@ -32,6 +32,8 @@ def main() -> None:
             f"rectified-spaattn needs packages that are not installed: {', '.join(missing)}.\n"
             'Install them with: pip install ".[demo]" in a checkout of rectified-spaattn'
         )
+    for stream in (sys.stdout, sys.stderr):  # prompts and paths may hold what a terminal cannot show
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     from .app import app
 
     app()
