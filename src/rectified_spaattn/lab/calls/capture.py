@@ -1,8 +1,7 @@
 """Take q, k and v out of a running pipeline: what its self-attention layers see at some denoising steps."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,9 +14,13 @@ from ...layout import TokenLayout
 from ...method.arrange import content_order
 from ...orders import Blocks, blocks_of
 from ...pipelines.adapters import adapter_for
-from ...pipelines.enabling import SLOTS
-from ...pipelines.processor import check_processor, dense_backend, is_enabled, wrap
-from ...pipelines.state import LayerState, RunClock, TransformerState, key_text_mask
+from ...pipelines.attachment import Attachment, ForwardHooks, attach
+from ...pipelines.clock import RunClock
+from ...pipelines.enabling import transformers_of
+from ...pipelines.forwards import ForwardState
+from ...pipelines.processor import check_processor, is_enabled
+from ...pipelines.state import LayerState, TransformerState, key_text_mask
+from ...pipelines.watch import Watch
 from ..clips.clip import Pair, full_mode, generate_batch
 
 
@@ -38,6 +41,7 @@ class AttentionCall:
     layout     of the S tokens
     layer      index among the video self-attention layers, and its name
     step       denoising step, counted from 0
+    head       index of the one head that is here, None for all; see `one_head` of lab.calls.maps
     arranged   the tiled tokens of every head are in the order of blocks by content; see `in_order`
     """
 
@@ -49,7 +53,11 @@ class AttentionCall:
     layer: int
     name: str
     step: int
+    head: int | None = None
     arranged: bool = False
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}, head {self.head}, denoising step {self.step}"
 
     def blocks(self, config: SparseConfig) -> Blocks:
         """How `config` cuts this call's tokens into blocks, on the call's device. Raises as blocks_of does."""
@@ -96,43 +104,34 @@ def arrange(x: torch.Tensor, tiled: torch.Tensor, order: torch.Tensor) -> torch.
     return moved
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Recorder(LayerState):
     """A layer that attends as before and keeps a copy of its first call at each of the wanted steps."""
 
-    wanted: set[int]
-    device: torch.device
+    steps: Sequence[int]
+    layers: Sequence[int] | None
+    device: torch.device | str
     calls: list[AttentionCall]
     seen: set[int] = field(default_factory=set)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
     ) -> torch.Tensor:
-        step = self.owner.step
+        step, wanted = self.owner.step, self.layers is None or self.index in self.layers
         # as many keys as queries: not an IP-Adapter's cross-attention from the same processor
-        if step is not None and step in self.wanted - self.seen and k.shape[1] == q.shape[1]:
+        if wanted and step in self.steps and step not in self.seen and k.shape[1] == q.shape[1]:
             self.seen.add(step)
-            self.calls.append(self._call(q, k, v, mask, step))
+            layout = self._layout(q.shape[1])
+            valid = key_text_mask(mask, layout)
+            if valid is None:
+                valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
+            copies = {
+                name: x.detach().float().to(self.device, copy=True) for name, x in zip("qkv", (q, k, v), strict=True)
+            }
+            valid, name = valid.to(self.device, copy=True), self.name.partition(".")[2]
+            call = AttentionCall(**copies, text_mask=valid, layout=layout, layer=self.index, name=name, step=step)
+            self.calls.append(call)
         return self._dense(q, k, v, mask, scale)
-
-    def _call(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, step: int
-    ) -> AttentionCall:
-        layout = self._layout(q.shape[1])
-        valid = key_text_mask(mask, layout)
-        if valid is None:
-            valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
-        q, k, v = (x.detach().float().to(self.device, copy=True) for x in (q, k, v))
-        return AttentionCall(
-            q=q,
-            k=k,
-            v=v,
-            text_mask=valid.to(self.device, copy=True),
-            layout=layout,
-            layer=self.index,
-            name=self.name,
-            step=step,
-        )
 
 
 @contextmanager
@@ -149,9 +148,13 @@ def capture_attention(
     Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, CaptureError where
     the model is enabled already or a step never ran.
     """
+    for _, model in transformers_of(pipe)[0]:
+        count = len(adapter_for(model).attentions(model))
+        beyond = [index for index in layers or () if not 0 <= index < count]
+        if beyond:
+            raise ValueError(f"layers: got {beyond}; allowed: 0 to {count - 1}.")
     calls: list[AttentionCall] = []
-    recorder = partial(_Recorder, wanted=set(steps), device=torch.device(device), calls=calls)
-    with attending(pipe, SparseConfig(), recorder, layers):
+    with attending(pipe, SparseConfig(), partial(_Recorder, steps=steps, layers=layers, device=device, calls=calls)):
         yield calls
     missing = sorted(set(steps) - {call.step for call in calls})
     if missing:
@@ -184,56 +187,37 @@ def capture_calls(
     return calls
 
 
+class _Silence(Watch):
+    """What an instrument does to a pipeline is no reason to warn."""
+
+    def complaints(self, state: TransformerState, forward: ForwardState) -> list[str]:
+        return []
+
+
 @contextmanager
-def attending(
-    pipe: Any, config: SparseConfig, make: Callable[..., LayerState], layers: Sequence[int] | None = None
-) -> Iterator[None]:
+def attending(pipe: Any, config: SparseConfig, make: Callable[..., LayerState]) -> Iterator[None]:
     """Inside, self-attention of the pipeline's transformers is that of layers of the caller's own.
 
-    make(index=, name=, owner=, dense_backend=) gives a layer; config: what its owner holds; layers: indices in every
-    transformer, None for all. On exit every processor is back. Raises as capture_attention.
+    make: gives a layer from the fields of LayerState that `attach` fills; config: what its owner holds. On exit every
+    processor is back. Raises TypeError and CaptureError as capture_attention.
     """
-    clock = RunClock(pipe)
-    with ExitStack() as stack:
-        for slot in SLOTS:
-            model = getattr(pipe, slot, None)
-            if model is not None:
-                stack.enter_context(_attending(model, clock, config, make, layers))
-        yield
-
-
-@contextmanager
-def _attending(
-    model: Any, clock: RunClock, config: SparseConfig, make: Callable[..., LayerState], layers: Sequence[int] | None
-) -> Iterator[None]:
-    adapter = adapter_for(model)
-    attentions: list[tuple[str, Any]] = adapter.attentions(model)
-    chosen = range(len(attentions)) if layers is None else sorted(set(layers))
-    beyond = [index for index in chosen if not 0 <= index < len(attentions)]
-    if beyond:
-        raise ValueError(f"layers: got {beyond}; allowed: 0 to {len(attentions) - 1}.")
-    if any(is_enabled(module) for _, module in attentions):
-        raise CaptureError("attention of this pipeline: the model is enabled; call disable() of its handle first.")
-
-    state = TransformerState(config=config, backend="auto", clock=clock, text_first=adapter.text_first)
-    originals = []
-    signature = inspect.signature(type(model).forward)
-
-    def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = signature.bind_partial(module, *args, **kwargs).arguments
-        grid, text = adapter.grid(module, inputs), adapter.text(inputs)
-        state.begin_forward(grid, text=text, timestep=inputs.get("timestep"))
-
-    hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    clock, attachments = RunClock(pipe), []
     try:
-        for index in chosen:
-            name, module = attentions[index]
-            check_processor(module.processor, name)
-            layer = make(index=index, name=name, owner=state, dense_backend=dense_backend(module.processor))
-            originals.append((module, module.processor))
-            module.set_processor(wrap(module.processor, layer))
+        for name, model in transformers_of(pipe)[0]:
+            adapter = adapter_for(model)
+            attentions: list[tuple[str, Any]] = adapter.attentions(model)
+            if any(is_enabled(module) for _, module in attentions):
+                raise CaptureError(
+                    "attention of this pipeline: the model is enabled; call disable() of its handle first."
+                )
+            for layer, module in attentions:
+                check_processor(module.processor, layer)
+            text_first = adapter.text_first
+            state = TransformerState(name=name, config=config, backend="auto", clock=clock, text_first=text_first)
+            attachments.append(Attachment(state=state))
+            ForwardHooks(attachments[-1], adapter, _Silence()).register(model)
+            attach(attentions, state, make)
         yield
     finally:
-        hook.remove()
-        for module, processor in originals:
-            module.set_processor(processor)
+        for attachment in attachments:
+            attachment.detach()
