@@ -21,8 +21,7 @@ from rectified_spaattn.lab.calls.capture import AttentionCall, capture_calls
 from rectified_spaattn.lab.calls.error import attention_error, block_masses
 from rectified_spaattn.lab.calls.maps import HeadStudy, one_head, output_masses, study_head
 from rectified_spaattn.lab.clips.clip import Pair
-from rectified_spaattn.lab.pages.figures import KIND_COLOURS, CallName
-from rectified_spaattn.lab.pages.maps import maps_figure
+from rectified_spaattn.lab.pages.maps import KIND_COLOURS, maps_figure
 from tiny import wan_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,7 +117,7 @@ def test_a_grid_below_one_block_is_refused(call: AttentionCall) -> None:
 
 def test_the_picture_shows_the_masses_and_the_plan(study: HeadStudy, tmp_path: Path) -> None:
     path = tmp_path / "maps.png"
-    maps_figure(path, study, 0.8, "ipar", CallName(layer=2, head=1, step=3))
+    maps_figure(path, study, 0.8, "ipar")
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
     assert len(pixels) > 1_000_000
     assert len(np.unique(pixels[::7], axis=0)) > 500  # two colour scales
@@ -228,7 +227,7 @@ def test_axes_say_how_blocks_are_sorted(
     drawn: list[Any] = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
     study = study_head(call, CONFIG.replace(order=order), (0.8,), ("none", "row"))
-    maps_figure(tmp_path / "maps.png", study, 0.8, "row", CallName(layer=0, head=0, step=0))
+    maps_figure(tmp_path / "maps.png", study, 0.8, "row")
     axes = [axis for axis in drawn[0].axes if axis.get_xlabel()]
     assert len(axes) == 8
     assert {axis.get_ylabel() for axis in axes} == {f"query {label}"}

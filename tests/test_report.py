@@ -13,6 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from attention_calls import smooth_call
+from rectified_spaattn import SparseConfig
+from rectified_spaattn.lab.calls.maps import HeadResult, HeadStudy
 from rectified_spaattn.lab.clips.folder import Folder
 from rectified_spaattn.lab.pages import figures
 from rectified_spaattn.lab.pages.demo import write_report
@@ -149,26 +152,27 @@ def test_curve_figure_measures_how_compact_blocks_are(tmp_path: Path) -> None:
     assert Image.open(tmp_path / "curve.png").width > 800
 
 
-def test_plan_figure_counts_blocks_and_mass(tmp_path: Path) -> None:
+def test_shares_of_blocks_and_mass_by_hand() -> None:
     full = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.2, 0.2, 0.5, 0.1], [0.1, 0.1, 0.7, 0.1]])
     critical = torch.tensor([[True, False, False], [False, False, True], [False, False, True]])
     compensated = torch.tensor([[False, True, False], [True, False, False], [False, False, False]])
-    call = figures.CallName(layer=1, head=0, step=2)
-    found = figures.plan_figure(tmp_path / "plan.png", full, full, critical, compensated, call, 0.8)
-    assert found["correlation"] == pytest.approx(1)
-    assert found["critical_blocks"] == pytest.approx(1 / 3)
-    assert found["critical_mass"] == pytest.approx((0.4 + 0.5 + 0.7) / 3)
-    assert found["compensated_mass"] == pytest.approx((0.3 + 0.2) / 3)
-    assert found["rejected_mass"] == pytest.approx((0.2 + 0.2 + 0.2) / 3)
-    assert found["text_mass"] == pytest.approx(0.1)
-    assert Image.open(tmp_path / "plan.png").width > 800
+    scores = dict.fromkeys(("relative_error", "density", "kept_mass", "mass_error", "r_error", "misplaced"), 0.0)
+    maps = {"masses": full, "probability": full, "block_mask": critical, "compensated_mask": compensated}
+    result = HeadResult(sparsity=0.8, rectify="ipar", compensated=0.4, **scores, **maps)
+    study = HeadStudy(call=smooth_call(), blocks=smooth_call().blocks(SparseConfig()), full=full, results=(result,))
+    shares = study.shares(result)
+    assert shares["correlation"] == pytest.approx(1)
+    assert shares["critical_blocks"] == pytest.approx(1 / 3)
+    assert shares["critical_mass"] == pytest.approx((0.4 + 0.5 + 0.7) / 3)
+    assert shares["compensated_mass"] == pytest.approx((0.3 + 0.2) / 3)
+    assert shares["rejected_mass"] == pytest.approx((0.2 + 0.2 + 0.2) / 3)
+    assert shares["text_mass"] == pytest.approx(0.1)
+    assert result.scores() == {"sparsity": 0.8, "rectify": "ipar", "compensated": 0.4, **scores}
 
 
 def test_error_figure_is_drawn(tmp_path: Path) -> None:
     errors = {0.8: {mode: [0.1, 0.2] for mode in figures.MODE_COLOURS}}
-    full = torch.full((4, 5), 0.2)
-    call = figures.CallName(layer=1, head=0, step=2)
-    figures.error_figure(tmp_path / "error.png", errors, {"full": (full, 0.0), "sparse": (full, 0.5)}, call, 0.8)
+    figures.error_figure(tmp_path / "error.png", errors)
     assert Image.open(tmp_path / "error.png").width > 800
 
 
@@ -243,7 +247,7 @@ def metrics() -> dict[str, Any]:
             "step": 6, "layers": ["a"], "relative_error": [],
             "shown": {
                 "layer": 0, "head": 1, "sparsity": 0.8, "text_mass": 0.0345,
-                "misplaced": {"full attention": 0.0, "sparse, not rectified": 0.456, "rectified": 0.123},
+                "misplaced": {"sparse": 0.456, "rectified": 0.123},
             },
             "mean_distance_in_block": {"raster": 4.2021, "gilbert": 2.6034},
         },
@@ -258,7 +262,7 @@ def metrics() -> dict[str, Any]:
 @pytest.fixture
 def page(metrics: dict[str, Any], tmp_path: Path) -> _Page:
     (tmp_path / "figures").mkdir()
-    for name in ("side-by-side", "figures/curve", "figures/plan", "figures/error"):
+    for name in ("side-by-side", "figures/curve", "figures/maps", "figures/error"):
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
     write_mp4(tmp_path / "side-by-side.mp4", np.zeros((2, 16, 16, 3), dtype=np.uint8))
     report = write_report(Folder(tmp_path, [], {}), metrics)

@@ -1,8 +1,10 @@
 """What every command shows in the terminal alike: text in full width, tables that can be pasted, and bars."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from string import Formatter
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -34,6 +36,20 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def row_table(columns: Mapping[str, str], rows: Sequence[Any], title: str | None = None) -> Table:
+    """A Markdown table with one line a row.
+
+    columns: heading -> format string of the row, such as "{0.ms:.3f}"; a cell is empty where a value of it is None.
+    """
+    return markdown_table(tuple(columns), [[_cell(text, row) for text in columns.values()] for row in rows], title)
+
+
+def _cell(text: str, row: Any) -> str:
+    names = [name for _, name, _, _ in Formatter().parse(text) if name]
+    values = [Formatter().get_field(name, (row,), {})[0] for name in names]
+    return "" if any(value is None for value in values) else text.format(row)
 
 
 def progress_bars(console: Console, *more: ProgressColumn, disable: bool = False, transient: bool = False) -> Progress:

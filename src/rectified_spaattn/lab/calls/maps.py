@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from .capture import AttentionCall
 from .error import attention_error, block_masses, block_of_tokens, full_attention, kept_mass, misplaced
 
 OnResult = Callable[[str], None]  # what is finished, once a result
+KINDS = ("critical", "compensated", "rejected")  # what becomes of a block
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,11 +22,11 @@ class HeadResult:
     relative_error    |out - full| / |full| over the video tokens (Frobenius norms)
     density           computed query-key pairs over all pairs
     kept_mass         full-attention mass on the critical blocks and the isolated tokens, mean over query blocks
-    compensated       share of the dropped blocks that is compensated
     mass_error        mean over query blocks of |weight given to what is kept - its full-attention mass|
     r_error           the same for all that is not compensated: |R - full-attention mass of the critical, isolated and
                       rejected columns|, R being what the output gives them in all; 0 where nothing is compensated
     misplaced         share of the mass that lies on other blocks than under full attention: half the L1 distance
+    compensated       share of the dropped blocks that is compensated
     masses            float32 [nb, nb + 1], how the output weighs the values of every block and of the isolated tokens
     probability       float32 [nb, nb + 1], the estimate P the plan was made from
     block_mask        bool [nb, nb], the critical blocks
@@ -36,29 +38,35 @@ class HeadResult:
     relative_error: float
     density: float
     kept_mass: float
-    compensated: float
     mass_error: float
     r_error: float
     misplaced: float
+    compensated: float
     masses: torch.Tensor
     probability: torch.Tensor
     block_mask: torch.Tensor
     compensated_mask: torch.Tensor
 
     def kinds(self) -> torch.Tensor:
-        """int64 [nb, nb]: 0 for a critical block, 1 for a compensated one, 2 for a rejected one."""
+        """int64 [nb, nb]: the place in KINDS of every block."""
         return torch.where(self.block_mask, 0, torch.where(self.compensated_mask, 1, 2))
+
+    def scores(self) -> dict[str, Any]:
+        """All that is no map, by name."""
+        return {name: value for name, value in vars(self).items() if not isinstance(value, torch.Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeadStudy:
     """One head under every mode and sparsity.
 
-    blocks   of the tokens
+    call     in the order of the blocks
+    blocks   of its tokens
     full     float32 [nb, nb + 1], the block masses of full attention
     results  sparsity by sparsity, mode by mode
     """
 
+    call: AttentionCall
     blocks: Blocks
     full: torch.Tensor
     results: tuple[HeadResult, ...]
@@ -70,6 +78,19 @@ class HeadStudy:
                 return each
         raise KeyError((sparsity, rectify))
 
+    def shares(self, result: HeadResult) -> dict[str, float]:
+        """KIND_blocks, KIND_mass: the share of the blocks that is of a kind, and of the full-attention mass on them.
+
+        text_mass: on the isolated tokens; correlation: of the estimate with the full-attention masses.
+        """
+        both = torch.stack([self.full.flatten(), result.probability.flatten()])
+        shares = {"correlation": torch.corrcoef(both)[0, 1].item(), "text_mass": self.full[:, -1].mean().item()}
+        for index, kind in enumerate(KINDS):
+            blocks = result.kinds() == index
+            shares[f"{kind}_blocks"] = blocks.float().mean().item()
+            shares[f"{kind}_mass"] = (self.full[:, :-1] * blocks).sum(1).mean().item()
+        return shares
+
 
 def one_head(call: AttentionCall, head: int, device: torch.device | str = "cpu") -> AttentionCall:
     """The same call with batch 0 and one head alone, [1, S, 1, D], on `device`. Raises ValueError for no such head."""
@@ -77,7 +98,7 @@ def one_head(call: AttentionCall, head: int, device: torch.device | str = "cpu")
     if not 0 <= head < heads:
         raise ValueError(f"head: got {head}; allowed: 0 to {heads - 1}.")
     alone = {name: getattr(call, name)[:1, :, head : head + 1].to(device) for name in ("q", "k", "v")}
-    return replace(call, **alone, text_mask=call.text_mask[:1].to(device))
+    return replace(call, **alone, text_mask=call.text_mask[:1].to(device), head=head)
 
 
 def output_masses(call: AttentionCall, config: SparseConfig, backend: str = "auto") -> torch.Tensor:
@@ -128,7 +149,7 @@ def study_head(
         for mode in modes:
             results.append(_result(call, config.replace(sparsity=sparsity, rectify=mode), exact, full, backend))
             on_result(f"{mode} at {sparsity:.4g}")
-    return HeadStudy(blocks=blocks, full=full.cpu(), results=tuple(results))
+    return HeadStudy(call=call, blocks=blocks, full=full.cpu(), results=tuple(results))
 
 
 def _result(
@@ -147,10 +168,10 @@ def _result(
         relative_error=error.relative_error,
         density=error.density,
         kept_mass=kept_mass(critical, full),
-        compensated=int(compensated.sum()) / dropped if dropped else 0.0,
         mass_error=on_kept.abs().mean().item(),
         r_error=on_compensated.abs().mean().item(),
         misplaced=misplaced(masses, full),
+        compensated=int(compensated.sum()) / dropped if dropped else 0.0,
         masses=masses.cpu(),
         probability=error.stats.probability[0, 0].float().cpu(),
         block_mask=critical.cpu(),

@@ -17,11 +17,12 @@ from ..clips.options import DemoOptions
 from ..clips.summary import ClipRecord, ModeSummary, plain, wins
 from ..rows import write_atomically
 from .clips import column_label, side_by_side
-from .figures import CallName, curve_figure, error_figure, plan_figure
+from .figures import curve_figure, error_figure
 from .html import data_uri, render
+from .maps import maps_figure
 from .video import FPS, Row, difference, labelled_grid, read_mp4, write_png
 
-_FIGURES = ("curve", "plan", "error")
+_FIGURES = ("curve", "error", "maps")
 _METRICS, _REPORT, _VIDEO, _STILL = "metrics.json", "report.html", "side-by-side.mp4", "side-by-side.png"
 FILES = (_METRICS, _REPORT, _VIDEO, _STILL, *(f"figures/{name}.png" for name in _FIGURES))
 _ROWS = 3  # pairs in the side-by-side video
@@ -97,31 +98,16 @@ def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> dic
 
     The maps show the middle layer and the middle head, whatever they look like, at the highest sparsity.
     """
-    highest = max(options.sparsity)
-    call = calls[len(calls) // 2]
-    head = call.q.shape[2] // 2
-    name = CallName(layer=call.layer, head=head, step=call.step)
-    paper = options.paper(highest)
-
-    study = study_head(one_head(call, head), paper, [highest], ("none", paper.rectify))
-    none, rectified = (study.result(highest, mode) for mode in ("none", paper.rectify))
-    maps = {
-        "full attention": (study.full, 0.0),
-        "sparse, not rectified": (none.masses, none.misplaced),
-        "rectified": (rectified.masses, rectified.misplaced),
-    }
-    shown, errors = {}, _errors(calls, options)
-
-    def plan(to: Path) -> None:
-        masks = (rectified.probability, rectified.block_mask, rectified.compensated_mask)
-        shown.update(plan_figure(to, study.full, *masks, name, highest))
-
+    call, sparsity, errors = calls[len(calls) // 2], max(options.sparsity), _errors(calls, options)
+    head, paper = call.q.shape[2] // 2, options.paper(sparsity)
+    study = study_head(one_head(call, head), paper, [sparsity], ("none", paper.rectify))
+    none, rectified = study.results
     distances: dict[str, float] = {}
     folder = options.out / "figures"
-    write_atomically(folder / "plan.png", plan)
-    write_atomically(folder / "error.png", lambda to: error_figure(to, errors, maps, name, highest))
+    write_atomically(folder / "maps.png", lambda to: maps_figure(to, study, sparsity, paper.rectify))
+    write_atomically(folder / "error.png", lambda to: error_figure(to, errors))
     write_atomically(folder / "curve.png", lambda to: distances.update(curve_figure(to)))
-    misplaced = {label: share for label, (_, share) in maps.items()}
+    shown = {"layer": call.layer, "head": head, "sparsity": sparsity, **study.shares(rectified)}
     return {
         "step": call.step,
         "layers": [each.name for each in calls],
@@ -130,7 +116,7 @@ def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> dic
             for sparsity, by_mode in errors.items()
             for mode, values in by_mode.items()
         ],
-        "shown": {"layer": call.layer, "head": head, "sparsity": highest, **shown, "misplaced": misplaced},
+        "shown": shown | {"misplaced": {"sparse": none.misplaced, "rectified": rectified.misplaced}},
         "mean_distance_in_block": distances,
     }
 

@@ -1,20 +1,12 @@
 """Pages: one file with everything inside, from a template and numbers."""
 
 import base64
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..rows import write_atomically
 
 _MIME = {".png": "image/png", ".mp4": "video/mp4"}
-
-
-def write_inspection(path: Path, record: Mapping[str, Any], figures: Mapping[float, Path]) -> None:
-    """Render the page of one inspected head. record: see cli.inspect_run; figures: sparsity -> PNG, embedded."""
-    images = {sparsity: data_uri(file) for sparsity, file in figures.items()}
-    render("inspect.html", path, r=record, figures=images, raw=json.dumps(record, indent=2))
 
 
 def render(template: str, path: Path, **values: Any) -> None:
