@@ -67,7 +67,7 @@ def no_timing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         timed.extend(map(str, calls))
         raise AssertionError(f"timed {list(calls)}")
 
-    monkeypatch.setattr(op, "interleaved", refuse)
+    monkeypatch.setattr(op, "durations", refuse)
     return timed
 
 

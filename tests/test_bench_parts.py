@@ -1,6 +1,5 @@
 """The parts of the operator benchmark: shapes, baselines, timing. GPUs are played by fakes."""
 
-import statistics
 import sys
 from itertools import pairwise
 from types import ModuleType
@@ -12,7 +11,7 @@ from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.bench import baselines, timing
 from rectified_spaattn.lab.bench.baselines import BASELINES
 from rectified_spaattn.lab.bench.shapes import MODEL_SHAPES, SHAPES, Case
-from rectified_spaattn.lab.bench.timing import Timed, interleaved, sets_for, summary
+from rectified_spaattn.lab.bench.timing import Timed, durations, sets_for, time_columns
 
 CPU = torch.device("cpu")
 
@@ -50,7 +49,7 @@ def test_calls_are_interleaved_on_rotating_inputs_and_the_warm_up_does_not_count
         name: Timed(lambda i, name=name: seen.append((name, i)), repeats)  # type: ignore[misc]
         for name, repeats in (("a", 5), ("b", 3), ("c", 5))
     }
-    times = interleaved(calls, 3, CPU, lambda finished, total: rounds.append((finished, total)))
+    times = durations(calls, 3, CPU, lambda finished, total: rounds.append((finished, total)))
     names = [name for name, _ in seen]
     rounds_of_three = [names[i : i + 3] for i in range(0, 15, 3)]
     assert all(sorted(each) == ["a", "b", "c"] for each in rounds_of_three)
@@ -58,15 +57,13 @@ def test_calls_are_interleaved_on_rotating_inputs_and_the_warm_up_does_not_count
     assert sorted(names[15:17]) == sorted(names[17:]) == ["a", "c"]
     assert all(before[1] != after[1] for before, after in pairwise(seen))
     assert len(seen) == 19
-    assert {name: timing.repeats for name, timing in times.items()} == {"a": 5, "b": 3, "c": 5}
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 5, "b": 3, "c": 5}
     assert rounds == [(number, 7) for number in range(1, 8)]
 
 
-def test_summary_and_number_of_input_sets() -> None:
-    seconds = [0.004, 0.001, 0.003, 0.002, 0.010]
-    timing = summary(seconds)
-    assert timing.median == pytest.approx(1000 * statistics.median(seconds))
-    assert timing == pytest.approx((3, 2, 4, 1, 10, 5))
+def test_columns_and_number_of_input_sets() -> None:
+    columns = time_columns("ms", [4.0, 1.0, 3.0, 2.0, 10.0])
+    assert columns == {"ms": 3.0, "ms_q1": 2.0, "ms_q3": 4.0, "ms_min": 1.0, "ms_max": 10.0, "repeats": 5}
     gib = 2**30
     assert sets_for(2 * gib, cache_bytes=50 << 20, free_bytes=100 * gib) == 3
     assert sets_for(10 << 20, cache_bytes=50 << 20, free_bytes=100 * gib) == 16  # 20 asked for

@@ -7,9 +7,9 @@ import torch
 
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.bench import timing
-from rectified_spaattn.lab.bench.model_rows import Key, Schedule, forward_rows, schedule_rows
+from rectified_spaattn.lab.bench.model_rows import Key, forward_rows, schedule_rows
 from rectified_spaattn.lab.bench.models import MODELS
-from rectified_spaattn.lab.bench.rows import ForwardRow
+from rectified_spaattn.lab.bench.rows import ForwardRow, Schedule
 from rectified_spaattn.lab.bench.shapes import Case, Variant
 from rectified_spaattn.lab.bench.timing import Timed, durations
 
@@ -70,7 +70,7 @@ def test_a_run_is_the_sum_of_its_steps() -> None:
     layers dense, 0.5 + 38 * 0.1 + 2 * 0.3 = 4.9 s; 2 * (5 * 12.5 + 45 * 4.9) = 566 s. Compiled: dense 10.5 s, sparse
     0.5 + 38 * 0.05 + 2 * 0.25 = 2.9 s; 2 * (5 * 10.5 + 45 * 2.9) = 366 s.
     """
-    eager, compiled = schedule_rows(MODELS["wan2.1-14b"], Schedule(50, 50, 5, 2, 2), "wan2.1-t2v", "", wan_rows())
+    eager, compiled = schedule_rows(MODELS["wan2.1-14b"], Schedule(50, 50, 5, 2, 2), wan_rows())
     assert (eager.dense_forward_s, eager.sparse_forward_s, eager.total_s) == pytest.approx((12.5, 4.9, 566.0))
     assert (compiled.dense_forward_s, compiled.sparse_forward_s, compiled.total_s) == pytest.approx((10.5, 2.9, 366.0))
     assert eager.dense_total_s == compiled.dense_total_s == pytest.approx(1250.0)
@@ -80,7 +80,7 @@ def test_a_run_is_the_sum_of_its_steps() -> None:
     # 1250 / 4.61 = 271.1 s: eager 125 + 9.8 (n - 5), n = 19.9; compiled 105 + 5.8 (n - 5), n = 33.6
     assert (eager.steps_for_composed, compiled.steps_for_composed) == (19, 33)
 
-    cached = schedule_rows(MODELS["wan2.1-14b"], Schedule(50, 20, 5, 2, 2), "wan2.1-t2v", "a log", wan_rows())
+    cached = schedule_rows(MODELS["wan2.1-14b"], Schedule(50, 20, 5, 2, 2, "wan2.1-t2v", "a log"), wan_rows())
     assert cached[0].total_s == pytest.approx(2 * (5 * 12.5 + 15 * 4.9))
     assert (cached[0].computed_steps, cached[0].source) == (20, "a log")
 
@@ -90,17 +90,17 @@ def test_published_figures_stand_beside_the_sparsity_they_are_for() -> None:
     at = [Variant("sparse", "triton", sparsity) for sparsity in (0.797, 0.8, 0.8895)]
     seconds = {Key(mode, "eager", n): [0.1 * n] * 2 for mode in (DENSE, *at) for n in (1, 2)}
     rows = forward_rows(model, "full", case_of(model.name), seconds, {}, dict.fromkeys(at, 0.2))
-    made = schedule_rows(model, Schedule(50, 50, 0, 1), model.preset, "", rows)
+    made = schedule_rows(model, Schedule(50, 50, 0, 1), rows)
     assert [(row.paper, row.paper_composed) for row in made] == [(2.50, 5.24), (None, 5.24), (3.33, 5.24)]
 
 
 def test_schedule_arithmetic_refuses_what_it_cannot_know() -> None:
     hunyuan = MODELS["hunyuan-video"]
     with pytest.raises(ValueError, match="a unit has 3"):
-        schedule_rows(hunyuan, Schedule(50, 50, 0, 1, 20), hunyuan.preset, "", [])
+        schedule_rows(hunyuan, Schedule(50, 50, 0, 1, 20), [])
     for values in ((50, 51, 0, 1), (50, 4, 5, 1), (0, 0, 0, 1)):
         with pytest.raises(ValueError, match=r"steps: got .*allowed"):
-            Schedule(*values).check()
+            Schedule(*values)
     plan = Schedule(50, 50, 5, 1)
     assert plan.most_computed(10.0, 1.0, 50.0) == 5
     assert plan.most_computed(10.0, 1.0, 49.0) is None

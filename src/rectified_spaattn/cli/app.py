@@ -11,8 +11,7 @@ from ..lab.bench.model import ModelSettings
 from ..lab.bench.op import OpSettings
 from ..lab.bench.shapes import BenchError
 from ..lab.clips.options import ClipError, DemoOptions, EvaluateOptions, GenerateOptions
-from .bench import op
-from .bench_model import model
+from .bench import model, op
 from .doctor import doctor
 from .inspect import inspect
 from .options import command

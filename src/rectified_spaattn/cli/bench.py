@@ -1,60 +1,115 @@
-"""`rectified-spaattn bench op`: settings in, tables and CSV files out."""
+"""`rectified-spaattn bench`: settings in, tables and CSV files out."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from ..lab.bench.check import Check
-from ..lab.bench.op import OpSettings, measure
-from ..lab.bench.rows import Row, StageRow
-from ..lab.bench.shapes import BenchError
+from ..lab.bench.model import ModelResult, ModelSettings
+from ..lab.bench.model import measure as measure_model
+from ..lab.bench.op import OpResult, OpSettings
+from ..lab.bench.op import measure as measure_op
+from ..lab.bench.rows import ForwardRow, StageRow
+from ..lab.bench.settings import BenchSettings
+from ..lab.bench.shapes import BenchError, Watch
 from ..lab.machine import Origin, machine
 from ..lab.rows import write_rows
-from .console import markdown_table, print_wide, progress
+from .console import print_wide, progress, row_table
 from .options import command_line
 
-ROWS_CSV, STAGES_CSV = "op-speed.csv", "op-stages.csv"
-_TIMES = ("ms", "quartiles", "min to max")
+_OP_FILES = {"rows": "op-speed.csv", "stages": "op-stages.csv"}
+_MODEL_FILES = {"forwards": "model-forward.csv", "schedules": "model-schedule.csv"}
+_TIMES = {
+    "ms": "{0.ms:.3f}",
+    "quartiles": "{0.ms_q1:.3f} to {0.ms_q3:.3f}",
+    "min to max": "{0.ms_min:.3f} to {0.ms_max:.3f}",
+}
+_SPEED = {
+    "attention": "{0.label}",
+    "sparsity": "{0.sparsity:.4g}",
+    "density": "{0.density:.3f}",
+    "ideal": "{0.ideal:.2f}x",
+    **_TIMES,
+    "TFLOP/s": "{0.tflops:.3g}",
+    "extra GiB": "{0.extra_gib:.2f}",
+}
+_STAGES = {"stage": "{0.stage}", **_TIMES, "share": "{0.share:.1%}"}
+_FULL = {
+    "attention": "{0.label}",
+    "sparsity": "{0.sparsity:.4g}",
+    "run": "{0.how}",
+    "scaled": "{0.seconds:.3f}",
+    "measured": "{0.measured_s:.3f}",
+    "off by": "{0.off_by:+.1%}",
+}
+_RUNS = {
+    "attention": "{0.name}",
+    "sparsity": "{0.sparsity:.4g}",
+    "run": "{0.how}",
+    "seconds": "{0.total_s:.1f}",
+    "speed-up": "{0.speedup:.2f}x",
+    "paper": "{0.paper:.2f}x",
+}
+Shown = Iterator[Table | str]
 
 
 def op(settings: OpSettings) -> None:
     """The operator against dense attention on the shapes of published models."""
-    cases, console = settings.cases(), Console()
-    if cases[0].device.type == "cpu" and not settings.shape:
+    cases = settings.cases()
+    device = cases[0].device
+    if device.type == "cpu" and not settings.shape:
         raise BenchError(f"{cases[0].shape.name} takes very long on a CPU. Name a shape: --shape tiny.")
-    origin = machine(cases[0].device).origin(command_line())
-    print_wide(console, origin_line(origin))
-    rows: list[Row] = []
-    stages: list[StageRow] = []
-    for case in cases:
+    measures = {case.shape.name: partial(measure_op, case, settings) for case in cases}
+    _run(settings, device, measures, _op_tables, _OP_FILES)
+
+
+def model(settings: ModelSettings) -> None:
+    """Whole transformers of published models, random weights: a forward, and the denoising run it makes."""
+    device = settings.where()
+    if device.type == "cpu" and settings.size == "full":
+        raise BenchError("size: got 'full' on a CPU, where a forward takes hours; allowed: --size tiny.")
+    measures = {name: partial(measure_model, name, settings) for name in settings.model}
+    _run(settings, device, measures, _model_tables, _MODEL_FILES)
+
+
+def _run(
+    settings: BenchSettings,
+    device: torch.device,
+    measures: Mapping[str, Callable[[Watch], Any]],
+    tables: Callable[[Any, str], Shown],
+    files: Mapping[str, str],
+) -> None:
+    """Measure one after the other; print what `tables` makes of each result, and write its fields `files` as CSV."""
+    console, origin = Console(), machine(device).origin(command_line())
+    print_wide(console, _origin_line(origin))
+    rows: dict[str, list[Any]] = {field: [] for field in files}
+    for name, measure in measures.items():
         with progress(console) as watch:
-            result = measure(case, settings, watch)
-        print_wide(console, checks_line(case.shape.name, result.checks))
-        print_wide(console, speed_table(result.rows, origin.device))
-        for row in result.rows:
-            if row.not_run:
-                print_wide(console, f"not run: {row.kind} {row.name}: {row.not_run}")
-        for table in stage_tables(result.stages):
-            print_wide(console, table)
-        rows, stages = rows + result.rows, stages + result.stages
-        if settings.csv_dir is not None:  # after every shape: a long run that is stopped leaves what it measured
-            write_rows(settings.csv_dir / ROWS_CSV, rows, origin)
-            if stages:
-                write_rows(settings.csv_dir / STAGES_CSV, stages, origin)
+            result = measure(watch)
+        print_wide(console, _checks_line(name, result.checks))
+        for shown in tables(result, origin.device):
+            print_wide(console, shown)
+        for field, file in files.items():
+            rows[field] += getattr(result, field)
+            if settings.csv_dir is not None:  # after every one: a long run that is stopped leaves what it measured
+                write_rows(settings.csv_dir / file, rows[field], origin)
     if settings.csv_dir is not None:
-        print_wide(console, f"Rows: {settings.csv_dir / ROWS_CSV}")
-        none = "none, as no backend that ran offers its stages"
-        print_wide(console, f"Stages: {settings.csv_dir / STAGES_CSV if stages else none}")
+        for field, file in files.items():
+            print_wide(console, f"{field.capitalize()}: {settings.csv_dir / file}")
 
 
-def origin_line(origin: Origin) -> str:
+def _origin_line(origin: Origin) -> str:
     versions = {"torch": origin.torch, "triton": origin.triton, "flash-attn-4": origin.flash_attn_4}
     listed = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
     return f"{origin.device}, {listed}, commit {origin.commit or 'unknown'}"
 
 
-def checks_line(name: str, checks: Sequence[Check]) -> str:
+def _checks_line(name: str, checks: Sequence[Check]) -> str:
     """How close the closest of the checks came to its limit."""
     worst = max(checks, key=lambda each: each.error / each.allowed)
     return (
@@ -63,54 +118,81 @@ def checks_line(name: str, checks: Sequence[Check]) -> str:
     )
 
 
-def speed_table(rows: Sequence[Row], device: str) -> Table:
-    """The measured rows of one shape."""
-    measured = [row for row in rows if not row.not_run]
+def _op_tables(result: OpResult, device: str) -> Shown:
+    """The measured rows of one shape, what did not run, and the stages of every backend at every sparsity."""
+    measured = [row for row in result.rows if not row.not_run]
     first = measured[0]
-    lines = [
-        (
-            f"dense {row.name}" if row.kind == "dense" else row.name,
-            "" if row.sparsity is None else f"{row.sparsity:.4g}",
-            f"{row.density:.3f}",
-            f"{row.ideal:.2f}x",
-            *_times(row),
-            f"{row.tflops:.3g}",
-            "" if row.extra_bytes is None else f"{row.extra_bytes / 2**30:.2f}",
-            f"{row.ratio:.2f}x",
-        )
-        for row in measured
-    ]
-    columns = (
-        "attention",
-        "sparsity",
-        "density",
-        "ideal",
-        *_TIMES,
-        "TFLOP/s",
-        "extra GiB",
-        f"speed-up over {first.dense}",
-    )
     title = (
         f"{first.shape}: {first.tokens:,} tokens, {first.heads} heads of {first.head_dim}, {first.dtype}, block "
         f"{first.block_size}, {first.rectify}, {first.order}, {device}, median of {first.repeats}"
     )
-    return markdown_table(columns, lines, title)
-
-
-def stage_tables(stages: Sequence[StageRow]) -> list[Table]:
-    """One table a backend and sparsity."""
-    calls = dict.fromkeys((row.shape, row.backend, row.sparsity) for row in stages)
-    return [_stage_table([r for r in stages if (r.shape, r.backend, r.sparsity) == call]) for call in calls]
+    yield row_table(_SPEED | {f"speed-up over {first.dense}": "{0.ratio:.2f}x"}, measured, title)
+    for row in result.rows:
+        if row.not_run:
+            yield f"not run: {row.kind} {row.name}: {row.not_run}"
+    for call in dict.fromkeys((row.backend, row.sparsity) for row in result.stages):
+        yield _stage_table([row for row in result.stages if (row.backend, row.sparsity) == call])
 
 
 def _stage_table(rows: Sequence[StageRow]) -> Table:
     first = rows[0]
-    lines = [(row.stage, *_times(row), f"{row.share:.1%}") for row in rows]
-    lines.append(("sum of stages", f"{sum(row.ms for row in rows):.3f}", "", "", "100%"))
-    lines.append(("whole call", f"{first.whole_ms:.3f}", "", "", ""))
+    single = replace(first, ms_q1=None, ms_min=None)
+    total = replace(single, stage="sum of stages", ms=sum(row.ms or 0.0 for row in rows), share=1.0)
+    whole = replace(single, stage="whole call", ms=first.whole_ms, share=None)
     title = f"{first.shape}: stages of {first.backend}, {first.rectify}, {first.order}, at {first.sparsity:.4g}"
-    return markdown_table(("stage", *_TIMES, "share"), lines, title)
+    return row_table(_STAGES, [*rows, total, whole], title)
 
 
-def _times(row: Row | StageRow) -> tuple[str, str, str]:
-    return f"{row.ms:.3f}", f"{row.ms_q1:.3f} to {row.ms_q3:.3f}", f"{row.ms_min:.3f} to {row.ms_max:.3f}"
+def _model_tables(result: ModelResult, device: str) -> Shown:
+    """Forwards of two depths, and the whole model scaled from them; then the runs that they make."""
+    forwards, runs = result.forwards, result.schedules
+    first, run = forwards[0], runs[0]
+    size = "" if first.size == "full" else f" ({first.size})"
+    batch = "" if first.batch == 1 else f"batch {first.batch}, "
+    yield (
+        f"{first.model}{size}: seconds of a forward, {batch}{first.tokens:,} tokens, {first.heads} heads of "
+        f"{first.head_dim}, {first.dtype}, {first.rectify}, {first.order}, random weights, {device}, "
+        f"median of {first.repeats}"
+    )
+    yield row_table(_forward_columns(first), forwards)
+    a_unit = first.layers // first.units
+    few, more = first.layers_low // a_unit, first.layers_high // a_unit
+    yield (
+        f"Scaled, round by round: t({first.layers_low}) + {first.units - few} * (t({first.layers_high}) - "
+        f"t({first.layers_low})) / {more - few}, where t(n) is the time of n layers; the whole model is {first.units} "
+        f"times {_layers(a_unit)}. Nothing deeper than {first.layers_high} layers was built for this column."
+    )
+    for baseline, reason in result.not_run.items():
+        yield f"not run: dense {baseline}: {reason}"
+    whole = [row for row in forwards if row.measured_s is not None]
+    if whole:
+        yield f"{first.model}: scaled, and measured with all layers, one forward:"
+        yield row_table(_FULL, whole)
+    computed = f"{run.computed_steps} computed ({run.source})" if run.source else "all computed"
+    yield (
+        f"{run.model}: a run of {run.steps} steps, {computed}, {run.calls} forward(s) a step, "
+        f"{run.dense_steps} dense steps and {run.dense_layers} dense layers ({run.preset}); "
+        f"{run.dense_total_s:.4g} s with eager dense {run.dense}"
+    )
+    goal = run.paper_composed  # the most computed steps with which the paper's figure with TeaCache is reached
+    composed = {} if goal is None else {f"at most ... computed steps for {goal:.2f}x": "{0.composed}"}
+    yield row_table(_RUNS | composed, runs)
+
+
+def _forward_columns(first: ForwardRow) -> dict[str, str]:
+    return {
+        "attention": "{0.label}",
+        "sparsity": "{0.sparsity:.4g}",
+        "density": "{0.density:.4f}",
+        "run": "{0.how}",
+        _layers(first.layers_low): "{0.low_s:.4f}",
+        _layers(first.layers_high): "{0.high_s:.4f}",
+        f"{first.layers} layers (scaled)": "{0.seconds:.3f}",
+        "quartiles": "{0.seconds_q1:.3f} to {0.seconds_q3:.3f}",
+        "min to max": "{0.seconds_min:.3f} to {0.seconds_max:.3f}",
+        f"speed-up over eager {first.dense}": "{0.ratio:.2f}x",
+    }
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"

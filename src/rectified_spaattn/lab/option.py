@@ -1,10 +1,10 @@
 """A field of a frozen dataclass that a command fills: declared once, with what the command line shows of it."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from ..config import ORDERS, RECTIFY, SparseConfig
+from ..config import ORDERS, RECTIFY, SparseConfig, check_choice
 from ..presets import PRESET_NAMES, preset
 
 DEFAULT = SparseConfig()
@@ -13,12 +13,23 @@ DEFAULT = SparseConfig()
 def option(help: str, default: Any = MISSING, *, choices: Sequence[str] = (), flag: str = "", unset: str = "") -> Any:
     """`default` is the field's (without one it must be given); the rest is what the command line shows.
 
-    help     one sentence; choices: words that are listed behind it (checking them is the dataclass's own affair)
+    help     one sentence; choices: words that are listed behind it, and that check_choices allows
     flag     names in place of "--field-name", separated by spaces; "ARGUMENT" for a positional argument
     unset    what happens where nothing is given, in words: shown in place of the default
     """
     listed = f"{help} One of {', '.join(choices)}." if choices else help
-    return field(default=default, metadata={"help": listed, "flag": flag, "unset": unset})
+    return field(default=default, metadata={"help": listed, "choices": tuple(choices), "flag": flag, "unset": unset})
+
+
+def check_choices(options: Any) -> None:
+    """Raises TypeError or ValueError for a value of a field that is none of its choices, or that comes twice."""
+    for each in fields(options):
+        value, choices = getattr(options, each.name), each.metadata.get("choices", ())
+        values = value if isinstance(value, tuple) else () if value is None else (value,)
+        for word in values if choices else ():
+            check_choice(each.name, word, choices)
+        if len(set(values)) != len(values):
+            raise ValueError(f"{each.name}: got {list(values)}; allowed: values that differ.")
 
 
 @dataclass(frozen=True, kw_only=True)

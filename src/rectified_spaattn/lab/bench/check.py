@@ -37,27 +37,48 @@ def check_dense(case: Case, name: str) -> Check:
     return require(_against_sdpa(name, "dense attention", BASELINES[name].run(*qkv), qkv))
 
 
+class _Call(NamedTuple):
+    """One sparse call. order: int64 [H, nb * b], places of the tiled tokens, block after block."""
+
+    name: str
+    config: SparseConfig
+    blocks: Blocks
+    qkv: Tensors
+    out: torch.Tensor
+    stats: SparseStats
+    order: torch.Tensor
+
+
+def _call(case: Case, name: str, backend: str, config: SparseConfig, qkv: Tensors) -> _Call:
+    """Raises BenchError for an order that is none."""
+    out, stats = rectified_attention(*qkv, case.layout(), config, backend=backend, return_stats=True)
+    blocks = case.blocks()
+    order = blocks.tiled.expand(stats.r.shape[1], -1) if stats.token_order is None else stats.token_order[0]
+    if not bool((order.sort(-1).values == blocks.tiled.sort().values).all()):
+        raise BenchError(f"{name}: got an order that does not hold every tiled token once. Nothing was timed.")
+    return _Call(name, config, blocks, qkv, out, stats, order)
+
+
 def check_small(case: Case, name: str) -> list[Check]:
     """A backend on the small form of the case: with every block kept, and as configured against the reference backend.
 
     Raises BenchError where it is wrong.
     """
-    small = case.small()
-    layout, blocks, config, qkv = small.layout(), small.blocks(), case.config, small.inputs(0)[0]
+    small, config = case.small(), case.config
+    layout, qkv = small.layout(), small.inputs(0)[0]
     whole = rectified_attention(*qkv, layout, config.replace(sparsity=0.0), backend=name)
     dense = require(_against_sdpa(name, "sparsity 0 is dense attention", whole, qkv))
 
-    qkv = _blockwise(qkv, blocks)
-    got, stats = rectified_attention(*qkv, layout, config, backend=name, return_stats=True)
-    order, mask = _order_of(name, stats, blocks), stats.block_mask
-    want, oracle = rectified_attention(
-        *qkv, layout, config, block_mask=mask, token_order=stats.token_order, backend="reference", return_stats=True
-    )
-    _require_choices(name, stats, oracle, blocks, config)
-    same = (stats.compensated == oracle.compensated).all(-1)  # [1, H, nb]
-    compared = _tokens_of(same, blocks, order)  # bool [1, S, H]
+    qkv = _blockwise(qkv, small.blocks())
+    call = _call(small, name, name, config, qkv)
+    choices = {"block_mask": call.stats.block_mask, "token_order": call.stats.token_order}
+    want, oracle = rectified_attention(*qkv, layout, config, backend="reference", return_stats=True, **choices)
+    _require_choices(call, oracle)
+    same = (call.stats.compensated == oracle.compensated).all(-1)  # [1, H, nb]
+    tokens = same.new_ones(1, same.shape[1], layout.sequence)  # of these query blocks, and every isolated one
+    tokens.scatter_(2, call.order[None], same.repeat_interleave(config.block_size, dim=-1))
     budget = _against_sdpa(name, "", sdpa(*qkv), qkv).allowed
-    error = _largest((got.double() - want)[compared]) / _largest(want)
+    error = _largest((call.out.double() - want)[tokens.transpose(1, 2)]) / _largest(want)
     return [dense, require(Check(name, f"{config.sparsity:.4g} sparse is the reference", error, budget))]
 
 
@@ -66,23 +87,21 @@ def check_sample(case: Case, variant: Variant, qkv: Tensors, generator: torch.Ge
 
     qkv: [1, S, H, D]; generator: on the CPU. Also returns the density. Raises BenchError where the backend is wrong.
     """
-    name, config, blocks = str(variant), case.config_of(variant), case.blocks()
-    out, stats = rectified_attention(*qkv, case.layout(), config, backend=variant.name, return_stats=True)
+    name = str(variant)
+    call = _call(case, name, variant.name, case.config_of(variant), qkv)
+    stats, isolated = call.stats, call.blocks.isolated
     heads, nb = stats.r.shape[1:]
-    order = _order_of(name, stats, blocks)
     compensation = (stats.probability[..., :-1] * stats.compensated).sum(-1)
-    off = _largest(stats.r - (1 - compensation))
-    checks = [Check(name, "R", off, _R_TOLERANCE)]
-
-    errors = []
-    for _ in range(_SAMPLED_BLOCKS):
-        h, n = (int(torch.randint(high, (), generator=generator)) for high in (heads, nb))
-        errors.append(_block_errors(h, n, out, stats, qkv, order.view(heads, nb, -1)[h], blocks.isolated, config))
-    checks.append(_worst(name, "sampled blocks", errors, case.dtype))
-    if blocks.isolated.numel():
+    checks = [Check(name, "R", _largest(stats.r - (1 - compensation)), _R_TOLERANCE)]
+    samples = [
+        [int(torch.randint(high, (), generator=generator)) for high in (heads, nb)] for _ in range(_SAMPLED_BLOCKS)
+    ]
+    checks.append(_worst(name, "sampled blocks", [_block_errors(call, h, n) for h, n in samples], case.dtype))
+    if isolated.numel():
         h = int(torch.randint(heads, (), generator=generator))
-        exact, own = _attend(blocks.isolated, torch.cat([blocks.tiled, blocks.isolated]), h, qkv)
-        error = (out[0, blocks.isolated, h].double() - exact, own - exact, exact)
+        keys = torch.cat([call.blocks.tiled, isolated])
+        exact, own = _attend(isolated, keys, h, qkv), _sdpa(isolated, keys, h, qkv)
+        error = (call.out[0, isolated, h].double() - exact, own - exact, exact)
         checks.append(_worst(name, "isolated queries", [error], case.dtype))
     return [require(each) for each in checks], stats.density
 
@@ -91,48 +110,43 @@ def check_sample(case: Case, variant: Variant, qkv: Tensors, generator: torch.Ge
 _Errors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _block_errors(
-    h: int,
-    n: int,
-    out: torch.Tensor,
-    stats: SparseStats,
-    qkv: Tensors,
-    places: torch.Tensor,
-    isolated: torch.Tensor,
-    config: SparseConfig,
-) -> _Errors:
-    """Query block n of head h in float64, from the stats' choices. places: [nb, b], of the head's tiled tokens."""
-    keys = torch.cat([places[stats.block_mask[0, h, n]].flatten(), isolated])
-    got, (exact, own) = out[0, places[n], h].double(), _attend(places[n], keys, h, qkv)
-    if config.rectify == "row":
-        want = _with_pooled_keys(places[n], keys, places[stats.compensated[0, h, n]], h, qkv)
-        return got - want, own - exact, want
-    weights = stats.probability[0, h, n, :-1].double() * stats.compensated[0, h, n]
-    v_mean = qkv[2][0, places, h].double().mean(1)  # [nb, D]
-    r = stats.r[0, h, n].double()
+def _block_errors(call: _Call, h: int, n: int) -> _Errors:
+    """Query block n of head h in float64, from the stats' choices."""
+    stats, qkv = call.stats, call.qkv
+    places = call.order[h].view(call.blocks.num_blocks, -1)  # [nb, b]
+    mask, compensated = stats.block_mask[0, h, n], stats.compensated[0, h, n]
+    queries, keys = places[n], torch.cat([places[mask].flatten(), call.blocks.isolated])
+    got, exact = call.out[0, queries, h].double(), _attend(queries, keys, h, qkv)
+    own = _sdpa(queries, keys, h, qkv) - exact
+    if call.config.rule.tail:
+        want = _attend(queries, keys, h, qkv, places[compensated])
+        return got - want, own, want
+    weights = stats.probability[0, h, n, :-1].double() * compensated
+    r, v_mean = stats.r[0, h, n].double(), qkv[2][0, places, h].double().mean(1)  # [nb, D]
     want = r * exact + weights @ v_mean
-    return got - want, r * (own - exact), want
+    return got - want, r * own, want
 
 
-def _attend(queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of some tokens of head h to others, in float64 and by SDPA in the inputs' dtype: [queries, D] twice."""
-    q, k, v = (x[0, places, h] for x, places in zip(qkv, (queries, keys, keys), strict=True))
-    own = scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0]
-    logits = q.double() @ k.double().T * q.shape[-1] ** -0.5
-    return logits.softmax(-1) @ v.double(), own.double()
+def _sdpa(queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors) -> torch.Tensor:
+    """Attention of some tokens of head h to others by SDPA in the inputs' dtype, as float64 [queries, D]."""
+    q, k, v = (x[0, places, h][None, None] for x, places in zip(qkv, (queries, keys, keys), strict=True))
+    return scaled_dot_product_attention(q, k, v)[0, 0].double()
 
 
-def _with_pooled_keys(
-    queries: torch.Tensor, keys: torch.Tensor, pooled: torch.Tensor, h: int, qkv: Tensors
+def _attend(
+    queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors, pooled: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What "row" makes of some tokens of head h, float64 [queries, D]. pooled: places [blocks, b] of one key each."""
+    """The same in float64, [queries, D]. pooled: places [blocks, b] that join the softmax as one key each."""
     scale = qkv[0].shape[-1] ** -0.5
     q, k, v = (x[0, places, h].double() for x, places in zip(qkv, (queries, keys, keys), strict=True))
-    k_blocks, v_blocks = (x[0, pooled, h].double() for x in qkv[1:])  # [blocks, b, D]
-    spread = scale**2 * k_blocks.var(1, unbiased=False) @ q.mean(0).square()
-    added = math.log(pooled.shape[1]) + (spread / 2).clamp(max=CAP)
-    logits = torch.cat([scale * q @ k.T, scale * q @ k_blocks.mean(1).T + added], 1)
-    return logits.softmax(-1) @ torch.cat([v, v_blocks.mean(1)])
+    logits = scale * q @ k.T
+    if pooled is not None:
+        k_blocks, v_blocks = (x[0, pooled, h].double() for x in qkv[1:])  # [blocks, b, D]
+        spread = scale**2 * k_blocks.var(1, unbiased=False) @ q.mean(0).square()
+        added = math.log(pooled.shape[1]) + (spread / 2).clamp(max=CAP)
+        logits = torch.cat([logits, scale * q @ k_blocks.mean(1).T + added], 1)
+        v = torch.cat([v, v_blocks.mean(1)])
+    return logits.softmax(-1) @ v
 
 
 def _worst(name: str, what: str, errors: list[_Errors], dtype: torch.dtype) -> Check:
@@ -150,9 +164,10 @@ def _budget(sdpa_error: float, dtype: torch.dtype) -> float:
     return 2 * sdpa_error + torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
 
 
-def _require_choices(name: str, stats: SparseStats, oracle: SparseStats, blocks: Blocks, config: SparseConfig) -> None:
+def _require_choices(call: _Call, oracle: SparseStats) -> None:
     """Stages 3 and 4 made the reference's choices, up to ties."""
-    best = _best_blocks(oracle.probability, blocks, config)
+    stats, config = call.stats, call.config
+    best = _best_blocks(oracle.probability, call.blocks, config)
     sizes, wanted = stats.block_mask.sum(-1), best.sum(-1)
     probability = oracle.probability[..., :-1]
     mass, most = ((probability * mask).sum(-1) for mask in (stats.block_mask, best))
@@ -168,7 +183,7 @@ def _require_choices(name: str, stats: SparseStats, oracle: SparseStats, blocks:
     elif not same >= _SAME_CHOICES:
         problem = f"{same:.1%} of the blocks compensated as the reference does; allowed: {_SAME_CHOICES:.0%} or more"
     if problem:
-        raise BenchError(f"{name}: got {problem}. Nothing was timed.")
+        raise BenchError(f"{call.name}: got {problem}. Nothing was timed.")
 
 
 def _best_blocks(probability: torch.Tensor, blocks: Blocks, config: SparseConfig) -> torch.Tensor:
@@ -202,23 +217,6 @@ def _blockwise(qkv: Tensors, blocks: Blocks) -> Tensors:
     first = blocks.tiled[::b].repeat_interleave(b)
     q, k, v = (x.index_copy(1, blocks.tiled, x[:, first] + 0.5 * x[:, blocks.tiled]) for x in qkv)
     return q, k, v
-
-
-def _order_of(name: str, stats: SparseStats, blocks: Blocks) -> torch.Tensor:
-    """int64 [H, nb * b]: places of the tiled tokens of the one sample, block after block."""
-    if stats.token_order is None:
-        return blocks.tiled.expand(stats.r.shape[1], -1)
-    order = stats.token_order[0]
-    if not bool((order.sort(-1).values == blocks.tiled.sort().values).all()):
-        raise BenchError(f"{name}: got an order that does not hold every tiled token once. Nothing was timed.")
-    return order
-
-
-def _tokens_of(same: torch.Tensor, blocks: Blocks, order: torch.Tensor) -> torch.Tensor:
-    """bool [1, H, nb] -> bool [1, S, H]: the tokens of these query blocks, and every isolated one."""
-    tokens = same.new_ones(1, same.shape[1], blocks.sequence)
-    tokens.scatter_(2, order[None], same.repeat_interleave(blocks.block_size, dim=-1))
-    return tokens.transpose(1, 2)
 
 
 def _largest(x: torch.Tensor) -> float:

@@ -8,16 +8,15 @@ import torch
 from torch import nn
 
 from ...backends import choose
-from ...config import check_choice
 from ...presets import preset
 from ..option import option
 from .baselines import BASELINES
 from .check import Check
 from .model_check import check_first_runs, check_model
-from .model_rows import Key, Schedule, Times, forward_rows, schedule_rows
+from .model_rows import Key, Times, forward_rows, schedule_rows
 from .models import MODELS, SIZES, Model
-from .rows import ForwardRow, ScheduleRow
-from .settings import BenchSettings, check_names, runnable
+from .rows import ForwardRow, Schedule, ScheduleRow
+from .settings import BenchSettings, runnable
 from .shapes import DTYPES, REMOVED, BenchError, Case, Variant, Watch
 from .timing import Timed, durations
 from .weights import build, compile_blocks, enable, inputs_for, output, shallow_copy
@@ -59,8 +58,6 @@ class ModelSettings(BenchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names("model", self.model, tuple(MODELS))
-        check_choice("size", self.size, tuple(SIZES))
         if not self.model:
             raise ValueError(f"model: got none; allowed: one or more of {list(MODELS)}.")
         if (self.computed_steps is None) != (self.computed_steps_source == ""):
@@ -90,7 +87,8 @@ class ModelSettings(BenchSettings):
         steps = model.steps if self.steps is None else self.steps
         computed = steps if self.computed_steps is None else self.computed_steps
         dense = published.dense_step_count(steps)
-        return Schedule(steps, computed, dense, model.calls, len(published.dense_layers)).check()
+        layers, name = len(published.dense_layers), self.preset or model.preset
+        return Schedule(steps, computed, dense, model.calls, layers, name, self.computed_steps_source)
 
 
 class ModelResult(NamedTuple):
@@ -137,10 +135,7 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> ModelResult:
         every = {key: make(key) for key in ends}
         whole = _time(every, inputs, 1, device, partial(watch, f"{name}: all layers, once"))
     rows = forward_rows(model, settings.size, case, seconds, whole, density)
-    runs = schedule_rows(
-        model, settings.schedule_of(model), settings.preset or model.preset, settings.computed_steps_source, rows
-    )
-    return ModelResult(checks, rows, runs, not_run)
+    return ModelResult(checks, rows, schedule_rows(model, settings.schedule_of(model), rows), not_run)
 
 
 def _variants(model: Model, settings: ModelSettings, case: Case) -> tuple[list[Variant], dict[str, str]]:

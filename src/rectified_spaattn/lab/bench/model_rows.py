@@ -3,51 +3,15 @@
 import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .baselines import compared_with
 from .models import Model
-from .rows import ForwardRow, ScheduleRow, case_columns
+from .rows import ForwardRow, ModelRow, Schedule, ScheduleRow, case_columns
 from .shapes import Case, Variant
-from .timing import summary
-
-_SECONDS = ("seconds", "seconds_q1", "seconds_q3", "seconds_min", "seconds_max")
-_COMMON = ("model", "size", "name", "how", "dense", "sparsity", "density", "rectify", "order", "config")
-
-
-class Schedule(NamedTuple):
-    """A denoising run.
-
-    steps: of the run; computed: those that no cache skips; dense: those with full attention, all of them computed;
-    calls: forwards a step; dense_layers: with full attention in the other steps.
-    """
-
-    steps: int
-    computed: int
-    dense: int
-    calls: int
-    dense_layers: int = 0
-
-    def check(self) -> "Schedule":
-        """Itself. Raises ValueError unless dense <= computed <= steps."""
-        if self.steps < 1:
-            raise ValueError(f"steps: got {self.steps}; allowed: 1 or more.")
-        if not self.dense <= self.computed <= self.steps:
-            raise ValueError(
-                f"computed steps: got {self.computed}; allowed: {self.dense} to {self.steps}: the dense steps at the "
-                "start are computed, and no more than there are."
-            )
-        return self
-
-    def seconds(self, dense_forward: float, sparse_forward: float) -> float:
-        return self.calls * (self.dense * dense_forward + (self.computed - self.dense) * sparse_forward)
-
-    def most_computed(self, dense_forward: float, sparse_forward: float, allowed: float) -> int | None:
-        """Most computed steps with which it takes `allowed` seconds or less; None where the dense steps take longer."""
-        counts = range(max(self.dense, 1), self.steps + 1)
-        fit = (n for n in counts if self._replace(computed=n).seconds(dense_forward, sparse_forward) <= allowed)
-        return max(fit, default=None)
+from .timing import time_columns
 
 
 class Key(NamedTuple):
@@ -79,17 +43,14 @@ def forward_rows(
     }
     against = compared_with([variant.name for variant, _ in kinds if variant.kind == "dense"])
     dense = median(scaled[Variant("dense", against), "eager"])
-
     rows = []
-    for kind in kinds:
-        variant, how = kind
-        few, more = (median(seconds[Key(*kind, units)]) for units in (low, high))
+    for (variant, how), times in scaled.items():
+        few, more = (median(seconds[Key(variant, how, units)]) for units in (low, high))
         unit = (more - few) / (high - low)
-        times = [each / 1000 for each in summary(scaled[kind])[:5]]  # from milliseconds
-        columns: dict[str, Any] = case_columns(case, variant) | dict(zip(_SECONDS, times, strict=True))
         rows.append(
             ForwardRow(
-                **columns,
+                **case_columns(case, variant),
+                **time_columns("seconds", times),
                 model=model.name,
                 size=size,
                 batch=model.batch,
@@ -104,53 +65,44 @@ def forward_rows(
                 high_s=more,
                 unit_s=unit,
                 constant_s=few - unit * low,
-                repeats=len(scaled[kind]),
-                measured_s=whole.get(Key(*kind, model.units), [None])[0],
+                measured_s=whole.get(Key(variant, how, model.units), [None])[0],
                 dense=against,
                 dense_s=dense,
-                ratio=dense / times[0],
+                ratio=dense / median(times),
             )
         )
     return rows
 
 
-def schedule_rows(
-    model: Model, plan: Schedule, preset: str, source: str, rows: Sequence[ForwardRow]
-) -> list[ScheduleRow]:
+def schedule_rows(model: Model, schedule: Schedule, rows: Sequence[ForwardRow]) -> list[ScheduleRow]:
     """One row for every sparse forward. Dense steps take the baseline's time, eager or compiled as the sparse ones.
 
     Raises ValueError for dense layers where one unit is several layers: the time of a single layer is not known.
     """
-    if plan.dense_layers and model.layers_a_unit > 1:
-        raise ValueError(f"dense_layers: got {plan.dense_layers}, a unit has {model.layers_a_unit}; allowed: none.")
+    if schedule.dense_layers and model.layers_a_unit > 1:
+        raise ValueError(f"dense_layers: got {schedule.dense_layers}, a unit has {model.layers_a_unit}; allowed: none.")
     dense = {row.how: row for row in rows if row.kind == "dense" and row.name == row.dense}
-    all_dense = plan._replace(computed=plan.steps, dense=plan.steps).seconds(dense["eager"].seconds, 0.0)
-    goal = model.paper_composed
+    all_dense = replace(schedule, computed_steps=schedule.steps, dense_steps=schedule.steps)
+    dense_total, goal = all_dense.seconds(dense["eager"].seconds, 0.0), model.paper_composed
     runs = []
     for row in rows:
-        if row.kind != "sparse" or row.sparsity is None:
+        if row.sparsity is None:
             continue
-        full = dense[row.how]
-        step = row.seconds + plan.dense_layers * (full.unit_s - row.unit_s)
-        total = plan.seconds(full.seconds, step)
+        full, at = dense[row.how], row.sparsity
+        step = row.seconds + schedule.dense_layers * (full.unit_s - row.unit_s)
+        total = schedule.seconds(full.seconds, step)
         runs.append(
             ScheduleRow(
-                **{name: getattr(row, name) for name in _COMMON},
-                preset=preset,
-                steps=plan.steps,
-                computed_steps=plan.computed,
-                source=source,
-                dense_steps=plan.dense,
-                dense_layers=plan.dense_layers,
-                calls=plan.calls,
+                **{each.name: getattr(row, each.name) for each in fields(ModelRow)},
+                **asdict(schedule),
                 dense_forward_s=full.seconds,
                 sparse_forward_s=step,
                 total_s=total,
-                dense_total_s=all_dense,
-                speedup=all_dense / total,
-                paper=next((gain for at, gain in model.paper.items() if math.isclose(at, row.sparsity)), None),
+                dense_total_s=dense_total,
+                speedup=dense_total / total,
+                paper=next((gain for sparsity, gain in model.paper.items() if math.isclose(sparsity, at)), None),
                 paper_composed=goal,
-                steps_for_composed=None if goal is None else plan.most_computed(full.seconds, step, all_dense / goal),
+                steps_for_composed=goal and schedule.most_computed(full.seconds, step, dense_total / goal),
             )
         )
     return runs

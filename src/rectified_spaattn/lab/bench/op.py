@@ -12,10 +12,10 @@ from ..option import option
 from .baselines import BASELINES, compared_with
 from .check import Check, check_dense, check_sample, check_small
 from .rows import Row, StageRow, case_columns, config_columns
-from .settings import FEWEST_REPEATS, BenchSettings, check_names, runnable
+from .settings import FEWEST_REPEATS, BenchSettings, runnable
 from .shapes import DTYPES, MODEL_SHAPES, SHAPES, Case, Tensors, Variant, Watch
 from .stages import stages_of
-from .timing import Timed, Timing, extra_memory, input_sets, interleaved
+from .timing import Timed, durations, extra_memory, input_sets, time_columns
 
 BACKEND_NAMES = tuple(name for name in BACKENDS if name != "reference")  # the oracle is not timed
 _SLOW_ON_GPUS = ("torch",)  # a third of the repeats
@@ -35,8 +35,6 @@ class OpSettings(BenchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_names("shape", self.shape, tuple(SHAPES))
-        check_names("backend", self.backend, BACKEND_NAMES)
         if self.all_shapes and self.shape:
             raise ValueError("--all-shapes: got --shape, too; allowed: one of the two.")
         if not self.sparsity:
@@ -64,67 +62,65 @@ class OpResult(NamedTuple):
     stages: list[StageRow]
 
 
+@torch.inference_mode()
 def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
     """Checks everything, then times everything in one interleaved loop, then the stages.
 
     Raises BenchError, before anything is timed, where a result is wrong or something asked for cannot run.
     """
-    shape = case.shape
+    shape, device = case.shape, case.device
     reasons = {name: baseline.why_not(case) for name, baseline in BASELINES.items()}
     baselines, no_baselines = runnable("baseline", settings.baseline, reasons, shape.name)
     reasons = {name: BACKENDS[name].why_not(case.call()) for name in BACKEND_NAMES}
     backends, no_backends = runnable("backend", settings.backend, reasons, shape.name)
-    dense = [Variant("dense", name) for name in baselines]
     sparse = [Variant("sparse", name, sparsity) for name in backends for sparsity in sorted(settings.sparsity)]
-    with torch.inference_mode():
-        checks, densities, stages = [], {}, []
-        for number, name in enumerate((*baselines, *backends)):
-            watch(f"{shape.name}: checking {name}", number, len(baselines) + len(backends))
-            checks += [check_dense(case, name)] if number < len(baselines) else check_small(case, name)
-        sets, sampling = _inputs(case), torch.Generator().manual_seed(0)
-        for number, each in enumerate(sparse):
-            watch(f"{shape.name}: checking {each} at full size", number, len(sparse))
-            more, densities[each] = check_sample(case, each, sets[0], sampling)
-            checks += more
-        calls = {each: _timed(each, case, sets, settings.repeats) for each in (*dense, *sparse)}
-        times = interleaved(calls, len(sets), case.device, partial(watch, f"{shape.name}: timing"))
-        extra = {each: extra_memory(partial(timed.call, 0), case.device) for each, timed in calls.items()}
-        for each in sparse:
-            stages += _stage_rows(each, case, sets[0], settings.repeats, times[each], watch)
+    variants = [*(Variant("dense", name) for name in baselines), *sparse]
+    checks, densities, stages = [], {}, []
+    for number, name in enumerate((*baselines, *backends)):
+        watch(f"{shape.name}: checking {name}", number, len(baselines) + len(backends))
+        checks += [check_dense(case, name)] if number < len(baselines) else check_small(case, name)
+    size = 3 * shape.tokens * shape.heads * shape.head_dim * case.dtype.itemsize
+    sets, sampling = case.inputs(1, input_sets(size, device)), torch.Generator().manual_seed(0)
+    for number, each in enumerate(sparse):
+        watch(f"{shape.name}: checking {each} at full size", number, len(sparse))
+        more, densities[each] = check_sample(case, each, sets[0], sampling)
+        checks += more
+    calls = {each: _timed(each, case, sets, settings.repeats) for each in variants}
+    times = durations(calls, len(sets), device, partial(watch, f"{shape.name}: timing"))
+    extra = {each: extra_memory(partial(timed.call, 0), device) for each, timed in calls.items()}
+    times_ms = {each: time_columns("ms", [1000 * seconds for seconds in times[each]]) for each in variants}
+    for each in sparse:
+        stages += _stage_rows(each, case, sets[0], settings.repeats, times_ms[each]["ms"], watch)
 
     against = compared_with(baselines)
-    dense_ms = times[Variant("dense", against)].median
+    dense_ms = times_ms[Variant("dense", against)]["ms"]
     rows = []
-    for each, timing in times.items():
-        density = densities.get(each, 1.0)
+    for each, columns in times_ms.items():
+        density, ms = densities.get(each, 1.0), columns["ms"]
         operations = 4 * shape.tokens**2 * shape.heads * shape.head_dim * density
         rows.append(
             Row(
                 shape=shape.name,
                 **case_columns(case, each),
-                **timing.columns(),
+                **columns,
                 density=density,
                 ideal=1 / density,
                 input_sets=len(sets),
                 dense=against,
                 dense_ms=dense_ms,
-                ratio=dense_ms / timing.median,
-                tflops=operations / timing.median / 1e9,  # per ms to 10^12 per s
+                ratio=dense_ms / ms,
+                tflops=operations / ms / 1e9,  # per ms to 10^12 per s
                 extra_bytes=extra[each],
             )
         )
-    unable = [("dense", *each) for each in no_baselines.items()] + [("sparse", *each) for each in no_backends.items()]
-    rows += [Row(shape=shape.name, **case_columns(case, Variant(kind, n)), not_run=why) for kind, n, why in unable]
+    for kind, unable in (("dense", no_baselines), ("sparse", no_backends)):
+        for name, why in unable.items():
+            rows.append(Row(shape=shape.name, **case_columns(case, Variant(kind, name)), not_run=why))
     return OpResult(checks, rows, stages)
 
 
-def _inputs(case: Case) -> list[Tensors]:
-    size = 3 * case.shape.tokens * case.shape.heads * case.shape.head_dim * case.dtype.itemsize
-    return case.inputs(1, input_sets(size, case.device))
-
-
 def _timed(variant: Variant, case: Case, sets: list[Tensors], repeats: int) -> Timed:
-    if variant.sparsity is None:
+    if variant.kind == "dense":
         run = BASELINES[variant.name].run
         return Timed(lambda i: run(*sets[i]), repeats)
     if case.device.type == "cuda" and variant.name in _SLOW_ON_GPUS:
@@ -134,26 +130,17 @@ def _timed(variant: Variant, case: Case, sets: list[Tensors], repeats: int) -> T
 
 
 def _stage_rows(
-    variant: Variant, case: Case, qkv: Tensors, repeats: int, whole: Timing, watch: Watch
+    variant: Variant, case: Case, qkv: Tensors, repeats: int, whole_ms: float, watch: Watch
 ) -> list[StageRow]:
     """The stages one by one, each again and again on the same intermediate results."""
-    if variant.sparsity is None:
-        return []
-    config = case.config_of(variant)
+    name, config = case.shape.name, case.config_of(variant)
     stages = stages_of(variant.name, case._replace(config=config), qkv)
-    calls = {name: Timed(lambda _, run=run: run(), repeats) for name, run in stages.items()}  # type: ignore[misc]
-    times = interleaved(calls, 1, case.device, partial(watch, f"{case.shape.name}: stages of {variant.name}"))
-    total = sum(timing.median for timing in times.values())
+    calls = {stage: Timed(lambda _, run=run: run(), repeats) for stage, run in stages.items()}  # type: ignore[misc]
+    times = durations(calls, 1, case.device, partial(watch, f"{name}: stages of {variant.name}"))
+    columns = {stage: time_columns("ms", [1000 * each for each in seconds]) for stage, seconds in times.items()}
+    total = sum(each["ms"] for each in columns.values())
+    common = {"shape": name, "backend": variant.name, "sparsity": variant.sparsity, **config_columns(config)}
     return [
-        StageRow(
-            shape=case.shape.name,
-            backend=variant.name,
-            sparsity=variant.sparsity,
-            **config_columns(config),
-            stage=stage,
-            **timing.columns(),
-            share=timing.median / total,
-            whole_ms=whole.median,
-        )
-        for stage, timing in times.items()
+        StageRow(**common, **each, stage=stage, share=each["ms"] / total, whole_ms=whole_ms)
+        for stage, each in columns.items()
     ]

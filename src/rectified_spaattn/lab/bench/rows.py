@@ -1,7 +1,7 @@
 """The rows of the benchmarks' CSV files. `config` is the whole SparseConfig, as JSON."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...config import SparseConfig
@@ -30,6 +30,7 @@ class _ConfigRow:
     rectify: str
     order: str
     config: str = ""
+    sparsity: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +42,26 @@ class _CaseRow(_ConfigRow):
     dtype: str
     kind: str
     name: str
-    sparsity: float | None = None
     density: float | None = None
+
+    @property
+    def label(self) -> str:
+        """What ran, in words."""
+        return {"dense": f"dense {self.name}", "sparse": self.name, "removed": "attention removed"}[self.kind]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(_CaseRow):
+class _TimedRow(_ConfigRow):
+    ms: float | None = None
+    ms_q1: float | None = None
+    ms_q3: float | None = None
+    ms_min: float | None = None
+    ms_max: float | None = None
+    repeats: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(_CaseRow, _TimedRow):
     """One baseline, or one backend at one sparsity, on one shape.
 
     kind         "dense" or "sparse"
@@ -60,12 +75,6 @@ class Row(_CaseRow):
 
     shape: str
     ideal: float | None = None
-    ms: float | None = None
-    ms_q1: float | None = None
-    ms_q3: float | None = None
-    ms_min: float | None = None
-    ms_max: float | None = None
-    repeats: int | None = None
     input_sets: int | None = None
     dense: str = ""
     dense_ms: float | None = None
@@ -74,9 +83,13 @@ class Row(_CaseRow):
     extra_bytes: int | None = None
     not_run: str = ""
 
+    @property
+    def extra_gib(self) -> float | None:
+        return None if self.extra_bytes is None else self.extra_bytes / 2**30
+
 
 @dataclass(frozen=True, kw_only=True)
-class StageRow(_ConfigRow):
+class StageRow(_TimedRow):
     """One stage of a backend: milliseconds as in Row, and its share of the sum of all stages' medians.
 
     whole_ms: the median of the whole call, timed on its own.
@@ -84,20 +97,29 @@ class StageRow(_ConfigRow):
 
     shape: str
     backend: str
-    sparsity: float
     stage: str
-    ms: float
-    ms_q1: float
-    ms_q3: float
-    ms_min: float
-    ms_max: float
-    repeats: int
-    share: float
+    share: float | None
     whole_ms: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForwardRow(_CaseRow):
+class ModelRow(_ConfigRow):
+    """What rows of a model's forwards and runs have in common.
+
+    how    "eager" or "compiled"; size: see SIZES of models.py
+    dense  the baseline that the speed-up is over
+    """
+
+    model: str
+    size: str
+    name: str
+    how: str
+    dense: str
+    density: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardRow(_CaseRow, ModelRow):
     """One forward of a whole transformer with one kind of attention.
 
     kind         "dense", "sparse", or "removed" (v copied in the place of attention: what sparsity cannot reach)
@@ -106,15 +128,11 @@ class ForwardRow(_CaseRow):
     seconds ...  of the whole model, scaled from the two round by round: median, quartiles, extremes
     unit_s, constant_s  seconds of one unit of layers, and of everything but the layers, from the medians
     measured_s   one forward of all layers, None where it was not run
-    how          "eager" or "compiled"
-    dense        the baseline of `ratio`, and its eager median; ratio = dense_s / seconds
+    dense_s      eager median of the baseline; ratio = dense_s / seconds
     """
 
-    model: str
-    size: str
     batch: int
     diffusers: str
-    how: str
     layers: int
     layers_low: int
     layers_high: int
@@ -130,37 +148,67 @@ class ForwardRow(_CaseRow):
     seconds_max: float
     repeats: int
     measured_s: float | None
-    dense: str
     dense_s: float
     ratio: float
 
+    @property
+    def off_by(self) -> float | None:
+        """How far the scaled time is from the measured one, as a share of it."""
+        return None if self.measured_s is None else self.seconds / self.measured_s - 1
 
-@dataclass(frozen=True, kw_only=True)
-class ScheduleRow(_ConfigRow):
-    """A denoising run, computed from forwards and a preset's schedule.
 
-    computed_steps       of `steps`; the others are skipped by a cache and cost nothing here. source: who says so
-    dense_forward_s      a forward of a dense step; sparse_forward_s: of another, its dense layers included
-    total_s              calls * (dense_steps * dense_forward_s + (computed_steps - dense_steps) * sparse_forward_s)
-    dense, dense_total_s the eager baseline and all steps with it; speedup = dense_total_s / total_s
-    paper                published speed-up at this sparsity; paper_composed: with TeaCache; None where there is none
-    steps_for_composed   most computed steps with which `paper_composed` is reached, None where it never is
+@dataclass(frozen=True)
+class Schedule:
+    """A denoising run. Raises ValueError unless dense_steps <= computed_steps <= steps.
+
+    steps           of the run
+    computed_steps  those that no cache skips, the others cost nothing; source: who says so
+    dense_steps     those with full attention, all of them computed
+    calls           forwards a step
+    dense_layers    with full attention in the other steps
+    preset          whose schedule it is
     """
 
-    model: str
-    size: str
-    name: str
-    how: str
-    dense: str
-    sparsity: float
-    density: float
-    preset: str
     steps: int
     computed_steps: int
-    source: str
     dense_steps: int
-    dense_layers: int
     calls: int
+    dense_layers: int = 0
+    preset: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps: got {self.steps}; allowed: 1 or more.")
+        if not self.dense_steps <= self.computed_steps <= self.steps:
+            raise ValueError(
+                f"computed steps: got {self.computed_steps}; allowed: {self.dense_steps} to {self.steps}: the dense "
+                "steps at the start are computed, and no more than there are."
+            )
+
+    def seconds(self, dense_forward: float, sparse_forward: float) -> float:
+        sparse_steps = self.computed_steps - self.dense_steps
+        return self.calls * (self.dense_steps * dense_forward + sparse_steps * sparse_forward)
+
+    def most_computed(self, dense_forward: float, sparse_forward: float, allowed: float) -> int | None:
+        """Most computed steps with which it takes `allowed` seconds or less; None where the dense steps take longer."""
+        counts = range(max(self.dense_steps, 1), self.steps + 1)
+        runs = (replace(self, computed_steps=count) for count in counts)
+        fit = (each.computed_steps for each in runs if each.seconds(dense_forward, sparse_forward) <= allowed)
+        return max(fit, default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleRow(ModelRow, Schedule):
+    """A denoising run, computed from forwards and a preset's schedule.
+
+    dense_forward_s     a forward of a dense step; sparse_forward_s: of another, its dense layers included
+    total_s             calls * (dense_steps * dense_forward_s + (computed_steps - dense_steps) * sparse_forward_s)
+    dense_total_s       all steps with the eager baseline; speedup = dense_total_s / total_s
+    paper               published speed-up at this sparsity; paper_composed: with TeaCache; None where there is none
+    steps_for_composed  most computed steps with which `paper_composed` is reached, None where it never is
+    """
+
     dense_forward_s: float
     sparse_forward_s: float
     total_s: float
@@ -169,3 +217,8 @@ class ScheduleRow(_ConfigRow):
     paper: float | None
     paper_composed: float | None
     steps_for_composed: int | None
+
+    @property
+    def composed(self) -> str:
+        """`steps_for_composed` in words."""
+        return f"{self.steps_for_composed or 'none'}"

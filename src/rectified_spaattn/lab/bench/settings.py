@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from ...config import SparseConfig, check_choice
+from ...config import SparseConfig
 from ..machine import DEVICES, device_of
-from ..option import ConfigOptions, option
+from ..option import ConfigOptions, check_choices, option
 from .baselines import BASELINES
 from .shapes import DTYPES, BenchError
 
@@ -34,13 +34,9 @@ class BenchSettings(ConfigOptions):
     csv_dir: Path | None = option("Folder for the rows as CSV files.", None)
 
     def __post_init__(self) -> None:
-        check_names("baseline", self.baseline, tuple(BASELINES))
-        check_choice("dtype", self.dtype, tuple(DTYPES))
-        check_choice("device", self.device, DEVICES)
+        check_choices(self)
         if self.repeats < FEWEST_REPEATS:
             raise ValueError(f"repeats: got {self.repeats}; allowed: {FEWEST_REPEATS} or more.")
-        if len(set(self.sparsity)) != len(self.sparsity):
-            raise ValueError(f"sparsity: got {list(self.sparsity)}; allowed: values that differ.")
         for sparsity in self.sparsity:
             self.config(sparsity=sparsity)
         self.config()
@@ -60,14 +56,6 @@ class BenchSettings(ConfigOptions):
             raise BenchError(
                 f"{error} Or choose what is small: `bench op --shape tiny`, `bench model --size tiny`."
             ) from error
-
-
-def check_names(what: str, names: Sequence[str], allowed: Sequence[str]) -> None:
-    """Raises ValueError for a name that is not allowed or comes twice."""
-    for name in names:
-        check_choice(what, name, tuple(allowed))
-    if len(set(names)) != len(names):
-        raise ValueError(f"{what}: got {list(names)}; allowed: names that differ.")
 
 
 def runnable(

@@ -24,34 +24,11 @@ class Timed(NamedTuple):
     repeats: int
 
 
-class Timing(NamedTuple):
-    """Milliseconds: the median, the quartiles and the extremes of `repeats` calls."""
-
-    median: float
-    q1: float
-    q3: float
-    low: float
-    high: float
-    repeats: int
-
-    def columns(self) -> dict[str, Any]:
-        """As rows have them."""
-        names = ("ms", "ms_q1", "ms_q3", "ms_min", "ms_max", "repeats")
-        return dict(zip(names, self, strict=True))
-
-
-def summary(seconds: Sequence[float]) -> Timing:
-    """Of two or more durations in seconds."""
-    ms = [1000 * each for each in seconds]
-    q1, median, q3 = statistics.quantiles(ms, n=4, method="inclusive")
-    return Timing(median, q1, q3, min(ms), max(ms), len(ms))
-
-
-def interleaved(
-    calls: Mapping[K, Timed], sets: int, device: torch.device, on_round: Callable[[int, int], None]
-) -> dict[K, Timing]:
-    """Times all calls after a warm-up; see durations."""
-    return {name: summary(seconds) for name, seconds in durations(calls, sets, device, on_round).items()}
+def time_columns(name: str, durations: Sequence[float]) -> dict[str, Any]:
+    """As rows have them, of two or more durations: NAME, the median; _q1, _q3, _min and _max of it; repeats."""
+    q1, median, q3 = statistics.quantiles(durations, n=4, method="inclusive")
+    values = {"": median, "_q1": q1, "_q3": q3, "_min": min(durations), "_max": max(durations)}
+    return {f"{name}{end}": value for end, value in values.items()} | {"repeats": len(durations)}
 
 
 def durations(
