@@ -31,9 +31,10 @@ from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
 from rectified_spaattn.lab.demo_model.prompts import PROMPTS
 from rectified_spaattn.lab.machine import Origin, device_of, machine
 from rectified_spaattn.lab.option import option
-from rectified_spaattn.lab.rows import read_rows, write_rows
+from rectified_spaattn.lab.rows import write_rows
 
 from .demo_model.scenes import sample_scene
+from .rows import read_rows
 
 FRAMES = 16
 DEV_PAIRS, HELD_OUT_PAIRS = 24, 16

@@ -16,7 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rectified_spaattn.lab.bench.rows import Row
 from rectified_spaattn.lab.pages.figures import GREY, PALETTE
-from rectified_spaattn.lab.rows import read_rows
+
+from .rows import read_rows
 
 
 class Point(NamedTuple):

@@ -22,10 +22,10 @@ from rectified_spaattn.lab.clips.clip import Pair
 from rectified_spaattn.lab.clips.intervals import bootstrap
 from rectified_spaattn.lab.option import option
 from rectified_spaattn.lab.pages.figures import MODE_COLOURS
-from rectified_spaattn.lab.rows import read_rows
 
 from . import harness
 from .ablation import FLOOR_SETTING, Row
+from .rows import read_rows
 
 # Timed as "ipar+gapr", of which they leave out a part: 0.04 ms of the gain or 0.1 ms of C, of 30 and more
 TIMED_AS = {"none": "ipar+gapr", "pooled": "ipar+gapr", "ipar": "ipar+gapr"}

@@ -17,11 +17,11 @@ from rectified_spaattn.lab.demo_model.model import tokenize
 from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
 from rectified_spaattn.lab.demo_model.prompts import PROMPTS
 from rectified_spaattn.lab.pages.clips import score_text
-from rectified_spaattn.lab.rows import read_rows
 from studies.ablation import FLOOR, Options, Row, ablation
 from studies.allocation import allocation, exact
 from studies.harness import split_pairs
 from studies.pareto import Point, at_time
+from studies.rows import read_rows
 from study_runs import run_study, table_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,7 +21,7 @@ from rectified_spaattn.lab.bench.rows import Row, StageRow
 from rectified_spaattn.lab.bench.shapes import SHAPES, BenchError, Case
 from rectified_spaattn.lab.bench.stages import stages_of
 from rectified_spaattn.lab.bench.timing import Timed
-from rectified_spaattn.lab.rows import read_rows
+from studies.rows import read_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -24,8 +24,8 @@ from rectified_spaattn.lab.bench.models import MODELS, tiny
 from rectified_spaattn.lab.bench.rows import ForwardRow, ScheduleRow
 from rectified_spaattn.lab.bench.shapes import REMOVED, BenchError, Case, Variant
 from rectified_spaattn.lab.bench.weights import build, compile_blocks, exact, inputs_for, output, shallow_copy
-from rectified_spaattn.lab.rows import read_rows
 from rectified_spaattn.pipelines.state import LayerState
+from studies.rows import read_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,7 +100,7 @@ def test_random_weights_are_made_in_half_precision_and_shared_by_copies(name: st
 @pytest.mark.usefixtures("quiet")
 def test_every_model_is_measured_without_a_warning(name: str) -> None:
     model = tiny(MODELS[name])
-    result = run(name, sparsity=(0.75,), units=2)
+    result = run(name, sparsity=(0.75,))
     assert [(row.kind, row.name, row.sparsity) for row in result.forwards] == [
         ("dense", "sdpa", None),
         ("sparse", "torch", 0.75),
@@ -154,7 +154,7 @@ def test_unasked_sparsities_are_the_presets_the_papers_and_a_high_one() -> None:
 def test_every_kind_of_layer_is_compiled(name: str) -> None:
     model = tiny(MODELS[name])
     whole = build(model, 2, CPU, torch.float32)
-    compile_blocks(whole, model, "eager")
+    compile_blocks(whole, "eager")
     compiled = [type(each).__name__ for each in whole.modules() if each._compiled_call_impl is not None]
     layers = [each for each in compiled if each.endswith(("TransformerBlock", "CogVideoXBlock"))]
     assert len(layers) == 2 * model.layers_a_unit
@@ -242,7 +242,6 @@ def test_a_call_that_ran_dense_is_refused(monkeypatch: pytest.MonkeyPatch, no_ti
         ({"baseline": ("fa5",)}, "baseline: got 'fa5'"),
         ({"order": "peano"}, "order: got 'peano'"),
         ({"sparsity": (1.0,)}, "sparsity: got 1.0"),
-        ({"units": 1}, "units: got 1; allowed for hunyuan-video: 2 to 20"),
         ({"size": "tiny", "block_size": 512}, "block_size: got 512; allowed for hunyuan-video"),
         ({"computed_steps": 20}, "computed steps: got 20 from ''; allowed: both or neither"),
         ({"computed_steps": 60, "computed_steps_source": "x"}, "computed steps: got 60; allowed: 0 to 50"),
@@ -346,5 +345,5 @@ def test_command_says_what_is_wrong(arguments: list[str], code: int, problem: st
 
 def test_help_names_the_models_and_options() -> None:
     printed = invoke("--help").output
-    for part in (*MODELS, "--units", "--full", "--no-compile", "--computed-steps-source", "--csv-dir", "--preset"):
+    for part in (*MODELS, "--full", "--no-compile", "--computed-steps-source", "--csv-dir", "--preset"):
         assert part in printed

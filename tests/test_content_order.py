@@ -8,7 +8,6 @@ import torch
 from attention_calls import smooth_call
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.error import attention_error, full_attention
-from rectified_spaattn.lab.rows import read_rows
 from rectified_spaattn.method import arrange
 from studies.content_order import (
     IN_USE,
@@ -22,6 +21,7 @@ from studies.content_order import (
     judge,
 )
 from studies.harness import EXACT
+from studies.rows import read_rows
 from study_runs import run_study, table_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -100,7 +100,7 @@ def test_a_wrong_backend_ends_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_backend_that_ignores_a_setting_is_wrong(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """What users run has more settings than sparsity: the choice of blocks is judged by all of them."""
     call, config = Call(CPU, torch.float32, 64, 64), SparseConfig(block_size=64, **asked)
-    assert check("torch", call, config).wrong == ""
+    assert check("torch", call, config).wrong is None
     right = BACKENDS["torch"]
 
     def plan(inputs: Any) -> Any:
@@ -133,7 +133,7 @@ def test_interpreted_kernels_are_checked_too(monkeypatch: pytest.MonkeyPatch) ->
     if BACKENDS["triton"].why_not(call) is not None:
         pytest.skip("triton runs on the GPU here, where test_gpu.py checks it")
     checked = check("triton", call, SparseConfig(block_size=64))
-    assert checked.wrong == ""
+    assert checked.wrong is None
     assert checked.error is not None
 
 

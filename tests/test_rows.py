@@ -10,7 +10,8 @@ import torch
 
 from rectified_spaattn.lab import rows as lab_rows
 from rectified_spaattn.lab.machine import Origin, device_of, machine
-from rectified_spaattn.lab.rows import read_rows, write_atomically, write_rows
+from rectified_spaattn.lab.rows import write_atomically, write_rows
+from studies.rows import read_rows
 
 CPU = torch.device("cpu")
 ORIGIN = Origin(device="=a GPU", torch="1", triton="2", flash_attn_4="", commit="c", command="-x", created="now")

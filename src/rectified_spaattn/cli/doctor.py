@@ -2,17 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..backends import BACKENDS, Call
-from ..config import SparseConfig
+from ..backends import BACKENDS
 from ..lab.bench.doctor import DoctorSettings, SelfCheck, Verdict, calls_to_check, check, healthy, verdicts
 from ..lab.machine import Machine, device_of, machine
-from .console import markdown_table, print_wide, progress
+from .console import markdown_table, print_wide, progress, row_table
+
+_CALL = "{0.dtype}, head_dim {0.head_dim}, block_size {0.block_size}"
+_CHECKS = {
+    "backend": "{0.backend}",
+    "call": _CALL,
+    "error": "{0.error:.2g}",
+    "allowed": "{0.allowed:.2g}",
+    "result": "{0.result}",
+}
 
 
 def doctor(settings: DoctorSettings) -> None:
@@ -22,27 +29,35 @@ def doctor(settings: DoctorSettings) -> None:
     """
     console, device, config = Console(), device_of(settings.device), settings.config()
     here, judged, checks = machine(device), verdicts(device, config), []
+    calls, rows = calls_to_check(judged), list(judged.values())
     if not settings.json:
-        print_wide(console, machine_table(here))
-        print_wide(console, verdict_table(judged))
-        print_wide(console, "\n".join(f"({number}) {reason}" for number, reason in enumerate(_reasons(judged), 1)))
-    calls = calls_to_check(judged)
+        print_wide(console, _machine_table(here))
+        for shown in _verdicts(rows):
+            print_wide(console, shown)
     with progress(console, quiet=settings.json) as watch:
         for number, (name, call) in enumerate(calls):
-            watch(f"checking {name}, {_call(call)}", number, len(calls))
+            watch(f"checking {name}, {_CALL.format(judged[call])}", number, len(calls))
             checks.append(check(name, call, config))
     if settings.json:
-        print_wide(console, json.dumps(record(here, config, judged, checks), indent=2))
+        record = {
+            **here.to_dict(),
+            "config": config.to_dict(),
+            "calls": [each._asdict() for each in rows],
+            "checks": [each._asdict() for each in checks],
+            "healthy": healthy(checks),
+        }
+        print_wide(console, json.dumps(record, indent=2))
     else:
-        print_wide(console, check_table(checks, config))
+        used = f"sparsity {config.sparsity:g}, top_p {config.top_p:g}, {config.rectify}, {config.order}"
+        print_wide(console, row_table(_CHECKS, checks, f"Self-check on small inputs, relative error: {used}"))
         for each in checks:
             if each.wrong:
-                print_wide(console, f"WRONG: {each.backend}, {_call(each.call)}: {each.wrong}")
-        print_wide(console, conclusion(checks))
+                print_wide(console, f"WRONG: {each.backend}, {_CALL.format(each)}: {each.wrong}")
+        print_wide(console, _conclusion(checks))
     raise typer.Exit(0 if healthy(checks) else 1)
 
 
-def machine_table(here: Machine) -> Table:
+def _machine_table(here: Machine) -> Table:
     memory = here.device["memory_bytes"]
     device = here.device | {"memory_bytes": memory and f"{memory / 2**30:.1f} GiB"}
     rows = [(name, version or "not installed") for name, version in here.versions.items()]
@@ -50,61 +65,20 @@ def machine_table(here: Machine) -> Table:
     return markdown_table(("", "version or value"), rows, "This machine")
 
 
-def verdict_table(judged: Sequence[Verdict]) -> Table:
-    """One row a call, one column a backend; a number stands for a reason."""
-    reasons = _reasons(judged)
+def _verdicts(judged: Sequence[Verdict]) -> tuple[Table, str]:
+    """One row a call, one column a backend; and the reasons, which stand as numbers there."""
+    reasons = list(dict.fromkeys(why for each in judged for why in each.why_not.values() if why))
     rows = []
     for each in judged:
         able = ("yes" if why is None else f"no ({reasons.index(why) + 1})" for why in each.why_not.values())
-        rows.append((*map(str, _plain(each.call).values()), *able, each.auto))
-    return markdown_table(("dtype", "head_dim", "block_size", *BACKENDS, '"auto" takes'), rows, "What runs")
+        rows.append((each.dtype, str(each.head_dim), str(each.block_size), *able, each.auto))
+    table = markdown_table(("dtype", "head_dim", "block_size", *BACKENDS, '"auto" takes'), rows, "What runs")
+    return table, "\n".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
 
 
-def check_table(checks: Sequence[SelfCheck], config: SparseConfig) -> Table:
-    settings = f"sparsity {config.sparsity:g}, top_p {config.top_p:g}, {config.rectify}, {config.order}"
-    rows = []
-    for each in checks:
-        numbers = ("" if value is None else f"{value:.2g}" for value in (each.error, each.allowed))
-        rows.append((each.backend, _call(each.call), *numbers, "WRONG" if each.wrong else "right"))
-    columns = ("backend", "call", "error", "allowed", "result")
-    return markdown_table(columns, rows, f"Self-check on small inputs, relative error: {settings}")
-
-
-def conclusion(checks: Sequence[SelfCheck]) -> str:
+def _conclusion(checks: Sequence[SelfCheck]) -> str:
     wrong = sorted({each.backend for each in checks if each.wrong})
     if wrong:
         return f"WRONG here: {', '.join(wrong)}. Do not use it; please report this output."
     right = list(dict.fromkeys(each.backend for each in checks))
     return f"Right here: {', '.join(right)}." if right else "No backend can run here."
-
-
-def record(
-    here: Machine, config: SparseConfig, judged: Sequence[Verdict], checks: Sequence[SelfCheck]
-) -> dict[str, Any]:
-    """The same as JSON has it."""
-
-    def flat(each: Verdict | SelfCheck) -> dict[str, Any]:
-        values = each._asdict()
-        return {**_plain(values.pop("call")), **values}
-
-    return {
-        **here.to_dict(),
-        "config": config.to_dict(),
-        "calls": [flat(each) for each in judged],
-        "checks": [flat(each) | {"wrong": each.wrong or None} for each in checks],
-        "healthy": healthy(checks),
-    }
-
-
-def _reasons(judged: Sequence[Verdict]) -> list[str]:
-    return list(dict.fromkeys(reason for each in judged for reason in each.why_not.values() if reason))
-
-
-def _plain(call: Call) -> dict[str, Any]:
-    dtype = str(call.dtype).removeprefix("torch.")
-    return {"dtype": dtype, "head_dim": call.head_dim, "block_size": call.block_size}
-
-
-def _call(call: Call) -> str:
-    dtype, head_dim, block_size = _plain(call).values()
-    return f"{dtype}, head_dim {head_dim}, block_size {block_size}"

@@ -1,6 +1,7 @@
 """Dense attention to compare with. Every baseline takes and gives [B, S, H, D]."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -24,13 +25,8 @@ def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return out.transpose(1, 2)
 
 
-def _cudnn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        return sdpa(q, k, v)
-
-
-def _flash2(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+def _by(kernel: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    with sdpa_kernel(kernel):
         return sdpa(q, k, v)
 
 
@@ -42,23 +38,20 @@ def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _no_cudnn(case: Case) -> str | None:
-    if case.device.type == "cuda" and (torch.version.cuda is None or not torch.backends.cudnn.is_available()):
-        return "this build of torch has no cuDNN"
-    return _no_gpu_for(case, (8, 0), 128)
+    there = torch.version.cuda is not None and torch.backends.cudnn.is_available()
+    return _no_gpu_for(case, (8, 0), 128) or (None if there else "this build of torch has no cuDNN")
 
 
 def _no_flash2(case: Case) -> str | None:
-    if case.device.type == "cuda" and not torch.backends.cuda.is_flash_attention_available():
-        return "this build of torch has no FlashAttention-2"
-    return _no_gpu_for(case, (8, 0), 256)
+    there = torch.backends.cuda.is_flash_attention_available()
+    return _no_gpu_for(case, (8, 0), 256) or (None if there else "this build of torch has no FlashAttention-2")
 
 
 def _no_fa4(case: Case) -> str | None:
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         return "flash-attn-4 is not installed (pip install --pre flash-attn-4)"
-    if case.device.type == "cuda" and torch.version.cuda is None:
-        return "needs an NVIDIA GPU, this build of torch is for another"
-    return _no_gpu_for(case, (9, 0), 128)
+    there = case.device.type != "cuda" or torch.version.cuda is not None
+    return _no_gpu_for(case, (9, 0), 128) if there else "needs an NVIDIA GPU, this build of torch is for another"
 
 
 def _no_gpu_for(case: Case, oldest: tuple[int, int], head_dim: int) -> str | None:
@@ -76,8 +69,8 @@ def _no_gpu_for(case: Case, oldest: tuple[int, int], head_dim: int) -> str | Non
 
 
 BASELINES: dict[str, Baseline] = {
-    "cudnn": Baseline(_cudnn, _no_cudnn),
-    "flash2": Baseline(_flash2, _no_flash2),
+    "cudnn": Baseline(partial(_by, SDPBackend.CUDNN_ATTENTION), _no_cudnn),
+    "flash2": Baseline(partial(_by, SDPBackend.FLASH_ATTENTION), _no_flash2),
     "fa4": Baseline(_fa4, _no_fa4),
     "sdpa": Baseline(sdpa, lambda case: None),
 }

@@ -1,6 +1,7 @@
 """What every backend would do on a machine, and whether those that run are right with the settings that users have."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -39,31 +40,42 @@ class DoctorSettings(ConfigOptions):
 class Verdict(NamedTuple):
     """One call. why_not: backend -> the reason why it cannot run, None where it can. auto: what "auto" takes."""
 
-    call: Call
+    dtype: str
+    head_dim: int
+    block_size: int
     why_not: dict[str, str | None]
     auto: str
 
 
 class SelfCheck(NamedTuple):
-    """One backend on small inputs. error, allowed: relative to the largest exact value; wrong: what was, else ""."""
+    """One backend on small inputs. error, allowed: relative to the largest exact value; wrong: what was."""
 
     backend: str
-    call: Call
+    dtype: str
+    head_dim: int
+    block_size: int
     error: float | None
     allowed: float | None
-    wrong: str
+    wrong: str | None
+
+    @property
+    def result(self) -> str:
+        return "WRONG" if self.wrong else "right"
 
 
-def verdicts(device: torch.device, config: SparseConfig) -> list[Verdict]:
+def verdicts(device: torch.device, config: SparseConfig) -> dict[Call, Verdict]:
     """For every dtype, with the head dims of the supported models."""
-    calls = [Call(device, dtype, dim, config.block_size) for dtype in DTYPES.values() for dim in HEAD_DIMS]
-    reasons = [{name: backend.why_not(call) for name, backend in BACKENDS.items()} for call in calls]
-    return [Verdict(call, why_not, choose("auto", call)) for call, why_not in zip(calls, reasons, strict=True)]
+    judged = {}
+    for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
+        call = Call(device, DTYPES[dtype], head_dim, config.block_size)
+        why_not = {name: backend.why_not(call) for name, backend in BACKENDS.items()}
+        judged[call] = Verdict(dtype, head_dim, config.block_size, why_not, choose("auto", call))
+    return judged
 
 
-def calls_to_check(judged: Sequence[Verdict]) -> list[tuple[str, Call]]:
+def calls_to_check(judged: Mapping[Call, Verdict]) -> list[tuple[str, Call]]:
     """For every backend and dtype, the last of the calls that it can run."""
-    able = {(name, each.call.dtype): each.call for name in BACKENDS for each in judged if each.why_not[name] is None}
+    able = {(name, call.dtype): call for name in BACKENDS for call, each in judged.items() if not each.why_not[name]}
     return [(name, call) for (name, _), call in able.items()]
 
 
@@ -73,13 +85,14 @@ def check(name: str, call: Call, config: SparseConfig) -> SelfCheck:
     A backend that raises is reported as wrong: that it says it can run a call and then cannot is what to find here.
     """
     case = Case(replace(_CHECKED, head_dim=call.head_dim), config, call.dtype, call.device)
+    error = allowed = wrong = None
     try:
-        worst = max(check_small(case, name), key=lambda each: each.error / each.allowed)
-    except BenchError as error:
-        return SelfCheck(name, call, None, None, str(error))
-    except Exception as error:
-        return SelfCheck(name, call, None, None, f"{type(error).__name__}: {error}")
-    return SelfCheck(name, call, worst.error, worst.allowed, "")
+        _, _, error, allowed = max(check_small(case, name), key=lambda each: each.error / each.allowed)
+    except BenchError as problem:
+        wrong = str(problem)
+    except Exception as problem:
+        wrong = f"{type(problem).__name__}: {problem}"
+    return SelfCheck(name, case.dtype_name, call.head_dim, call.block_size, error, allowed, wrong)
 
 
 def healthy(checks: Sequence[SelfCheck]) -> bool:

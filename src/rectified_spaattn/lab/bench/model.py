@@ -29,8 +29,6 @@ _UNASKED = {"cuda": ("cudnn", "fa4"), "cpu": ("sdpa",)}  # baselines timed where
 class ModelSettings(BenchSettings):
     """One run. Raises ValueError or TypeError for values out of range.
 
-    units           of layers in the deeper of the two models that are timed, the other has one; None for 2, or 3 where
-                    a unit is a single layer
     computed_steps  of `steps`; computed_steps_source: who says that a cache skips the others
     """
 
@@ -44,11 +42,6 @@ class ModelSettings(BenchSettings):
     )
     backend: str = option("Backend of sparse attention, or auto.", "auto")
     repeats: int = option("Rounds that count, after one that warms up.", 3)
-    units: int | None = option(
-        "Units of layers in the deeper of the two models that are timed; the other has one.",
-        None,
-        unset="2 where a unit is 1 double and 2 single layers, 3 where it is one layer",
-    )
     full: bool = option("Also run all layers once: eager dense, and the sparsest, compiled where it is.", False)
     compile: bool = option("Also time compile_repeated_blocks(fullgraph=True).", True, flag="--compile/--no-compile")
     compiler: str = option("Backend of torch.compile.", "inductor")
@@ -70,16 +63,11 @@ class ModelSettings(BenchSettings):
         for name in self.model:
             model, block_size = self.sized(name), self.config().block_size
             self.schedule_of(model)
-            if not 2 <= self.units_of(model) <= model.units:
-                raise ValueError(f"units: got {self.units}; allowed for {name}: 2 to {model.units}.")
             if model.shape.video // block_size < 2:
                 raise ValueError(f"block_size: got {block_size}; allowed for {name}: one that gives two blocks.")
 
     def sized(self, name: str) -> Model:
         return SIZES[self.size](MODELS[name])
-
-    def units_of(self, model: Model) -> int:
-        return self.units if self.units is not None else 2 if model.layers_a_unit > 1 else 3
 
     def schedule_of(self, model: Model) -> Schedule:
         """The preset's. Raises ValueError for step counts that do not fit it."""
@@ -109,7 +97,7 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> ModelResult:
     model, device, dtype = settings.sized(name), settings.where(), DTYPES[settings.dtype]
     case = Case(model.shape, settings.config(), dtype, device)
     variants, not_run = _variants(model, settings, case)
-    depth = settings.units_of(model)
+    depth = 2 if model.layers_a_unit > 1 else 3  # units of the deeper of the two models that are timed
     hows = ("eager", "compiled") if settings.compile else ("eager",)
     watch(f"{name}: making weights", 0, 1)
     weights = build(model, model.units if settings.full else depth, device, dtype)
@@ -160,7 +148,7 @@ class _Forward:
         self._handle = enable(self._transformer, key.variant, case.config)
         self._layers = key.units * model.layers_a_unit
         if key.how == "compiled":
-            compile_blocks(self._transformer, model, compiler)
+            compile_blocks(self._transformer, compiler)
 
     def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
         return output(self._transformer, inputs)

@@ -55,38 +55,41 @@ class Model:
         return {**self.config, **heads, **{kind: count * units for kind, count in self.unit.items()}}
 
 
-def _hunyuan_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
-    t, h, w = grid
-    c, text = model.config, model.shape.text
-    video = make(model.batch, c["in_channels"], t, 2 * h, 2 * w)
-    return {
-        "hidden_states": video,
-        "timestep": _filled(video, 500, torch.int64),
-        "encoder_hidden_states": make(model.batch, text, c["text_embed_dim"]),
-        "encoder_attention_mask": torch.ones(model.batch, text, dtype=torch.bool, device=video.device),
-        "pooled_projections": make(model.batch, c["pooled_projection_dim"]),
-        "guidance": _filled(video, 6000),
-    }
-
-
-def _wan_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
-    t, h, w = grid
+def _inputs(model: Model, latents: torch.Tensor, make: Make) -> dict[str, Any]:
+    """What all forwards take, and what `config` says that one takes, too. latents: [batch, ...]."""
     c = model.config
-    video = make(model.batch, c["in_channels"], t, 2 * h, 2 * w)
+    width = next(c[name] for name in ("text_embed_dim", "text_dim", "joint_attention_dim") if name in c)
     inputs = {
-        "hidden_states": video,
-        "timestep": _filled(video, 500, torch.int64),
-        "encoder_hidden_states": make(model.batch, _WAN_TEXT, c["text_dim"]),
+        "hidden_states": latents,
+        "encoder_hidden_states": make(model.batch, model.shape.text or _WAN_TEXT, width),
+        "timestep": torch.full((model.batch,), 500, device=latents.device),
     }
+    if "pooled_projection_dim" in c:
+        inputs["pooled_projections"] = make(model.batch, c["pooled_projection_dim"])
+        inputs["guidance"] = torch.full((model.batch,), 6000).to(latents)
     if "image_dim" in c:
         inputs["encoder_hidden_states_image"] = make(model.batch, _CLIP_TOKENS, c["image_dim"])
     return inputs
 
 
+def _video(model: Model, grid: Grid, make: Make) -> torch.Tensor:
+    t, h, w = grid
+    return make(model.batch, model.config["in_channels"], t, 2 * h, 2 * w)
+
+
+def _hunyuan_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    valid = torch.ones(model.batch, model.shape.text, dtype=torch.bool)
+    inputs = _inputs(model, _video(model, grid, make), make)
+    return inputs | {"encoder_attention_mask": valid.to(inputs["timestep"].device)}
+
+
+def _wan_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    return _inputs(model, _video(model, grid, make), make)
+
+
 def _wan_timestep_a_token(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
     inputs = _wan_inputs(model, grid, make)
-    inputs["timestep"] = inputs["timestep"][:, None].repeat(1, math.prod(grid))
-    return inputs
+    return inputs | {"timestep": inputs["timestep"][:, None].repeat(1, math.prod(grid))}
 
 
 def _cogvideox_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
@@ -94,43 +97,27 @@ def _cogvideox_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
 
     t, h, w = grid
     c, p = model.config, 2
-    video = make(model.batch, t * c["patch_size_t"], c["in_channels"], h * p, w * p)
-    return {
-        "hidden_states": video,
-        "encoder_hidden_states": make(model.batch, model.shape.text, c["text_embed_dim"]),
-        "timestep": _filled(video, 500, torch.int64),
-        "image_rotary_emb": get_3d_rotary_pos_embed(
-            embed_dim=model.shape.head_dim,
-            crops_coords=None,
-            grid_size=(h, w),
-            temporal_size=t,
-            grid_type="slice",
-            max_size=(c["sample_height"] // p, c["sample_width"] // p),
-            device=video.device,
-        ),
-    }
+    latents = make(model.batch, t * c["patch_size_t"], c["in_channels"], h * p, w * p)
+    rotary = get_3d_rotary_pos_embed(
+        embed_dim=model.shape.head_dim,
+        crops_coords=None,
+        grid_size=(h, w),
+        temporal_size=t,
+        grid_type="slice",
+        max_size=(c["sample_height"] // p, c["sample_width"] // p),
+        device=latents.device,
+    )
+    return _inputs(model, latents, make) | {"image_rotary_emb": rotary}
 
 
 def _flux_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
-    _, h, w = grid
-    c, text = model.config, model.shape.text
-    image = make(model.batch, h * w, c["in_channels"])
-    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
-    return {
-        "hidden_states": image,
-        "encoder_hidden_states": make(model.batch, text, c["joint_attention_dim"]),
-        "pooled_projections": make(model.batch, c["pooled_projection_dim"]),
-        "timestep": _filled(image, 0.5),
-        "guidance": _filled(image, 4.0),  # 4000 is exact in bfloat16
-        "img_ids": places.to(image),
-        "txt_ids": torch.zeros(text, 3).to(image),
+    image = make(model.batch, math.prod(grid), model.config["in_channels"])
+    places = torch.cartesian_prod(*(torch.arange(side) for side in grid))  # [tokens, 3]
+    inputs = _inputs(model, image, make) | {
+        "timestep": torch.full((model.batch,), 0.5).to(image),
+        "guidance": torch.full((model.batch,), 4.0).to(image),  # 4000 is exact in bfloat16
     }
-
-
-def _filled(like: torch.Tensor, value: float, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """[batch]: the same value for every sample."""
-    return torch.full((like.shape[0],), value, dtype=dtype or like.dtype, device=like.device)
+    return inputs | {"img_ids": places.to(image), "txt_ids": torch.zeros(model.shape.text, 3).to(image)}
 
 
 _WAN_TEXT, _CLIP_TOKENS = 512, 257  # cross-attention only: not part of the self-attention's sequence

@@ -19,7 +19,7 @@ def case_columns(case: Case, variant: Variant) -> dict[str, Any]:
         "heads": case.shape.heads,
         "head_dim": case.shape.head_dim,
         "block_size": case.config.block_size,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "dtype": case.dtype_name,
         **variant._asdict(),
         **config_columns(case.config_of(variant)),
     }

@@ -77,6 +77,10 @@ class Case(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
     def small(self) -> "Case":
         return self._replace(shape=self.shape.small())
 

@@ -42,16 +42,17 @@ def shallow_copy(transformer: nn.Module, model: Model, units: int) -> Any:
     """The first `units` units as a model of their own, with processors of its own, on the same weights."""
     shared = {id(tensor): tensor for tensor in chain(transformer.parameters(), transformer.buffers())}
     twin: Any = copy.deepcopy(transformer, shared)
-    for kind, count in model.unit.items():
-        name = _name_of_blocks(twin, kind)
+    for name, count in zip(_block_lists(twin), model.unit.values(), strict=True):
         setattr(twin, name, getattr(twin, name)[: units * count])
     return twin
 
 
-def _name_of_blocks(transformer: Any, kind: str) -> str:
-    """Where a transformer keeps the layers whose number is this argument of its class."""
-    names = {"num_layers": ("transformer_blocks", "blocks"), "num_single_layers": ("single_transformer_blocks",)}[kind]
-    return next(name for name in names if hasattr(transformer, name))
+def _block_lists(transformer: nn.Module) -> list[str]:
+    """Where a transformer keeps its layers, in the order of `unit`."""
+    from ...pipelines.adapters import adapter_for
+
+    attentions = adapter_for(transformer).attentions(transformer)
+    return list(dict.fromkeys(name.partition(".")[0] for name, _ in attentions))
 
 
 def enable(transformer: Any, variant: Variant, config: SparseConfig) -> Any:
@@ -78,13 +79,13 @@ def _copy_v(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return v.clone()
 
 
-def compile_blocks(transformer: Any, model: Model, compiler: str) -> None:
+def compile_blocks(transformer: Any, compiler: str) -> None:
     """compile_repeated_blocks(fullgraph=True); for CogVideoX, which diffusers names no repeated blocks of, by hand."""
     if transformer._repeated_blocks:
         transformer.compile_repeated_blocks(fullgraph=True, backend=compiler)
         return
-    for kind in model.unit:
-        for block in getattr(transformer, _name_of_blocks(transformer, kind)):
+    for name in _block_lists(transformer):
+        for block in getattr(transformer, name):
             block.compile(fullgraph=True, backend=compiler)
 
 
