@@ -17,12 +17,13 @@ from ..clips.options import DemoOptions
 from ..clips.summary import ClipRecord, ModeSummary, plain, wins
 from ..rows import write_atomically
 from .clips import column_label, side_by_side
-from .figures import curve_figure, error_figure
+from .figures import error_figure
 from .html import data_uri, render
 from .maps import maps_figure
 from .video import FPS, Row, difference, labelled_grid, read_mp4, write_png
 
-_FIGURES = ("curve", "error", "maps")
+_FIGURES = ("error", "maps")
+_CURVE = Path(__file__).with_name("curve.png")  # by studies/curve_figure.py
 _METRICS, _REPORT, _VIDEO, _STILL = "metrics.json", "report.html", "side-by-side.mp4", "side-by-side.png"
 FILES = (_METRICS, _REPORT, _VIDEO, _STILL, *(f"figures/{name}.png" for name in _FIGURES))
 _ROWS = 3  # pairs in the side-by-side video
@@ -47,6 +48,7 @@ def write_report(folder: Folder, metrics: dict[str, Any]) -> Path:
     root, text = folder.root, json.dumps(metrics, indent=2, allow_nan=False) + "\n"
     write_atomically(root / _METRICS, lambda to: to.write_text(text, encoding="utf-8"))
     figures = {name: data_uri(root / "figures" / f"{name}.png") for name in _FIGURES}
+    figures["curve"] = data_uri(_CURVE)
     media = {"video": data_uri(root / _VIDEO), "still": data_uri(root / _STILL), "figures": figures}
     render("demo.html", root / _REPORT, m=metrics, raw=text, **media)
     return root / _REPORT
@@ -102,11 +104,9 @@ def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> dic
     head, paper = call.q.shape[2] // 2, options.paper(sparsity)
     study = study_head(one_head(call, head), paper, [sparsity], ("none", paper.rectify))
     none, rectified = study.results
-    distances: dict[str, float] = {}
     folder = options.out / "figures"
     write_atomically(folder / "maps.png", lambda to: maps_figure(to, study, sparsity, paper.rectify))
     write_atomically(folder / "error.png", lambda to: error_figure(to, errors))
-    write_atomically(folder / "curve.png", lambda to: distances.update(curve_figure(to)))
     shown = {"layer": call.layer, "head": head, "sparsity": sparsity, **study.shares(rectified)}
     return {
         "step": call.step,
@@ -117,7 +117,6 @@ def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> dic
             for mode, values in by_mode.items()
         ],
         "shown": shown | {"misplaced": {"sparse": none.misplaced, "rectified": rectified.misplaced}},
-        "mean_distance_in_block": distances,
     }
 
 
