@@ -172,8 +172,8 @@ def test_shares_of_blocks_and_mass_by_hand() -> None:
 
 
 def test_error_figure_is_drawn(tmp_path: Path) -> None:
-    errors = {0.8: {mode: [0.1, 0.2] for mode in figures.MODE_COLOURS}}
-    figures.error_figure(tmp_path / "error.png", errors)
+    row = {"sparsity": 0.8, "mean": 0.15, "by_layer": [0.1, 0.2]}
+    figures.error_figure(tmp_path / "error.png", [row | {"rectify": mode} for mode in figures.MODE_COLOURS])
     assert Image.open(tmp_path / "error.png").width > 800
 
 

@@ -55,7 +55,7 @@ def reference(inputs: "Inputs") -> Reference:
                 weights = (logits - logits.max()).exp()
                 weights = weights / weights.sum()
                 p = torch.cat([weights[:nb], weights[nb:].sum().view(1)])
-                keep = block_mask[i, h, n].cpu() if block_mask is not None else _critical(p, n, blocks, config)
+                keep = block_mask[i, h, n].cpu() if block_mask is not None else critical_blocks(p, n, blocks, config)
                 dropped = ~keep
                 worth = (k_mean @ q_mean[n]).abs()
                 error = (k_mean @ dq[n]).abs() + (dk @ q_mean[n]).abs()
@@ -71,7 +71,7 @@ def reference(inputs: "Inputs") -> Reference:
                     raise ValueError(f"block_mask: got no critical block for query block {n}; allowed: at least one.")
                 r[i, h, n] = 1 - p[:nb][compensate].sum()  # an empty sum is 0, also where p is not finite
                 if config.rectify == "row":
-                    result = _with_pooled_keys(qt[n], k_kept, v_kept, kt[compensate], vt[compensate], scale)
+                    result = with_pooled_keys(qt[n], k_kept, v_kept, kt[compensate], vt[compensate], scale)
                 else:
                     attended = (scale * (qt[n] @ k_kept.T)).softmax(-1) @ v_kept
                     result = r[i, h, n] * attended + (p[:nb][compensate, None] * v_mean[compensate]).sum(0)
@@ -85,7 +85,7 @@ def reference(inputs: "Inputs") -> Reference:
     return Reference(out.to(device), *(x.to(device) for x in plan))
 
 
-def _with_pooled_keys(
+def with_pooled_keys(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_blocks: torch.Tensor, v_blocks: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """Attention of q [b, D] to k, v [keys, D] and to blocks [m, b, D], each one key that stands for all of its own."""
@@ -99,7 +99,8 @@ def _with_pooled_keys(
     return logits.softmax(-1) @ torch.cat([v, v_blocks.mean(1)])
 
 
-def _critical(p: torch.Tensor, n: int, blocks: "Blocks", config: "SparseConfig") -> torch.Tensor:
+def critical_blocks(p: torch.Tensor, n: int, blocks: "Blocks", config: "SparseConfig") -> torch.Tensor:
+    """bool [nb]: stage 3 for query block n, from its row of the estimate, p [nb + 1]."""
     nb = len(p) - 1
     if config.top_p == 1 or not p.isfinite().all():
         return torch.ones(nb, dtype=torch.bool)

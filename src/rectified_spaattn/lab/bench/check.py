@@ -4,7 +4,6 @@ The error budget comes from what scaled_dot_product_attention does on the same n
 error, and rounding: one more in the dtype for R * sparse + C, and a few in float32, in which plans are made.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...attention import SparseStats, rectified_attention
 from ...config import SparseConfig
-from ...method.tail import CAP
+from ...method.reference import critical_blocks, with_pooled_keys
 from ...orders import Blocks
 from .baselines import BASELINES, sdpa
 from .shapes import BenchError, Case, Tensors, Variant
@@ -99,8 +98,7 @@ def check_sample(case: Case, variant: Variant, qkv: Tensors, generator: torch.Ge
     checks.append(_worst(name, "sampled blocks", [_block_errors(call, h, n) for h, n in samples], case.dtype))
     if isolated.numel():
         h = int(torch.randint(heads, (), generator=generator))
-        keys = torch.cat([call.blocks.tiled, isolated])
-        exact, own = _attend(isolated, keys, h, qkv), _sdpa(isolated, keys, h, qkv)
+        exact, own = _attend(isolated, torch.cat([call.blocks.tiled, isolated]), h, qkv)
         error = (call.out[0, isolated, h].double() - exact, own - exact, exact)
         checks.append(_worst(name, "isolated queries", [error], case.dtype))
     return [require(each) for each in checks], stats.density
@@ -116,37 +114,23 @@ def _block_errors(call: _Call, h: int, n: int) -> _Errors:
     places = call.order[h].view(call.blocks.num_blocks, -1)  # [nb, b]
     mask, compensated = stats.block_mask[0, h, n], stats.compensated[0, h, n]
     queries, keys = places[n], torch.cat([places[mask].flatten(), call.blocks.isolated])
-    got, exact = call.out[0, queries, h].double(), _attend(queries, keys, h, qkv)
-    own = _sdpa(queries, keys, h, qkv) - exact
+    got, (exact, own) = call.out[0, queries, h].double(), _attend(queries, keys, h, qkv)
     if call.config.rule.tail:
-        want = _attend(queries, keys, h, qkv, places[compensated])
-        return got - want, own, want
+        q, k, v = (x[0, at, h].double() for x, at in zip(qkv, (queries, keys, keys), strict=True))
+        k_blocks, v_blocks = (x[0, places[compensated], h].double() for x in qkv[1:])  # [blocks, b, D]
+        want = with_pooled_keys(q, k, v, k_blocks, v_blocks, q.shape[-1] ** -0.5)
+        return got - want, own - exact, want
     weights = stats.probability[0, h, n, :-1].double() * compensated
     r, v_mean = stats.r[0, h, n].double(), qkv[2][0, places, h].double().mean(1)  # [nb, D]
     want = r * exact + weights @ v_mean
-    return got - want, r * own, want
+    return got - want, r * (own - exact), want
 
 
-def _sdpa(queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors) -> torch.Tensor:
-    """Attention of some tokens of head h to others by SDPA in the inputs' dtype, as float64 [queries, D]."""
-    q, k, v = (x[0, places, h][None, None] for x, places in zip(qkv, (queries, keys, keys), strict=True))
-    return scaled_dot_product_attention(q, k, v)[0, 0].double()
-
-
-def _attend(
-    queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors, pooled: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The same in float64, [queries, D]. pooled: places [blocks, b] that join the softmax as one key each."""
-    scale = qkv[0].shape[-1] ** -0.5
-    q, k, v = (x[0, places, h].double() for x, places in zip(qkv, (queries, keys, keys), strict=True))
-    logits = scale * q @ k.T
-    if pooled is not None:
-        k_blocks, v_blocks = (x[0, pooled, h].double() for x in qkv[1:])  # [blocks, b, D]
-        spread = scale**2 * k_blocks.var(1, unbiased=False) @ q.mean(0).square()
-        added = math.log(pooled.shape[1]) + (spread / 2).clamp(max=CAP)
-        logits = torch.cat([logits, scale * q @ k_blocks.mean(1).T + added], 1)
-        v = torch.cat([v, v_blocks.mean(1)])
-    return logits.softmax(-1) @ v
+def _attend(queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of some tokens of head h to others, in float64 and by SDPA in the inputs' dtype: [queries, D] twice."""
+    picked = [x[None, :, places, h] for x, places in zip(qkv, (queries, keys, keys), strict=True)]  # [1, 1, n, D]
+    exact, own = (scaled_dot_product_attention(*each) for each in ([x.double() for x in picked], picked))
+    return exact[0, 0], own[0, 0].double()
 
 
 def _worst(name: str, what: str, errors: list[_Errors], dtype: torch.dtype) -> Check:
@@ -167,7 +151,9 @@ def _budget(sdpa_error: float, dtype: torch.dtype) -> float:
 def _require_choices(call: _Call, oracle: SparseStats) -> None:
     """Stages 3 and 4 made the reference's choices, up to ties."""
     stats, config = call.stats, call.config
-    best = _best_blocks(oracle.probability, call.blocks, config)
+    estimate = oracle.probability[0].cpu()
+    rows = [[critical_blocks(p, n, call.blocks, config) for n, p in enumerate(head)] for head in estimate]
+    best = torch.stack([torch.stack(row) for row in rows])[None].to(stats.block_mask.device)  # [1, H, nb, nb]
     sizes, wanted = stats.block_mask.sum(-1), best.sum(-1)
     probability = oracle.probability[..., :-1]
     mass, most = ((probability * mask).sum(-1) for mask in (stats.block_mask, best))
@@ -184,21 +170,6 @@ def _require_choices(call: _Call, oracle: SparseStats) -> None:
         problem = f"{same:.1%} of the blocks compensated as the reference does; allowed: {_SAME_CHOICES:.0%} or more"
     if problem:
         raise BenchError(f"{call.name}: got {problem}. Nothing was timed.")
-
-
-def _best_blocks(probability: torch.Tensor, blocks: Blocks, config: SparseConfig) -> torch.Tensor:
-    """bool [1, H, nb, nb]: stage 3 in its own words. probability: [1, H, nb, nb + 1]."""
-    by_mass = probability[..., :-1].double().sort(-1, descending=True)
-    before = probability[..., -1:].double() + by_mass.values.cumsum(-1) - by_mass.values  # mass without the block
-    top_k = max(1, math.floor((1.0 - config.sparsity) * blocks.num_blocks))
-    rank = torch.arange(blocks.num_blocks, device=probability.device)
-    kept = (rank < top_k) | (before < config.top_p) | (config.top_p == 1)
-    best = torch.zeros_like(kept).scatter(-1, by_mass.indices, kept)
-    if config.neighbours:
-        best |= blocks.neighbours
-    if config.first_frame:
-        best |= blocks.first_frame[:, None] & blocks.first_frame
-    return best
 
 
 def require(check: Check) -> Check:

@@ -17,7 +17,7 @@ from .model_rows import Key, Times, forward_rows, schedule_rows
 from .models import MODELS, SIZES, Model
 from .rows import ForwardRow, Schedule, ScheduleRow
 from .settings import BenchSettings, runnable
-from .shapes import DTYPES, REMOVED, BenchError, Case, Variant, Watch
+from .shapes import REMOVED, BenchError, Case, Variant, Watch
 from .timing import Timed, durations
 from .weights import build, compile_blocks, enable, inputs_for, output, shallow_copy
 
@@ -61,10 +61,9 @@ class ModelSettings(BenchSettings):
         if self.computed_steps is not None and len(self.model) > 1:
             raise ValueError(f"computed steps: got {len(self.model)} models; allowed: one, as caches differ.")
         for name in self.model:
-            model, block_size = self.sized(name), self.config().block_size
+            model = self.sized(name)
             self.schedule_of(model)
-            if model.shape.video // block_size < 2:
-                raise ValueError(f"block_size: got {block_size}; allowed for {name}: one that gives two blocks.")
+            self.check_blocks(model.shape, name)
 
     def sized(self, name: str) -> Model:
         return SIZES[self.size](MODELS[name])
@@ -94,8 +93,9 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> ModelResult:
 
     Raises BenchError, before anything is timed, where a result is wrong or something asked for cannot run.
     """
-    model, device, dtype = settings.sized(name), settings.where(), DTYPES[settings.dtype]
-    case = Case(model.shape, settings.config(), dtype, device)
+    model = settings.sized(name)
+    case = settings.case(model.shape)
+    device, dtype = case.device, case.dtype
     variants, not_run = _variants(model, settings, case)
     depth = 2 if model.layers_a_unit > 1 else 3  # units of the deeper of the two models that are timed
     hows = ("eager", "compiled") if settings.compile else ("eager",)

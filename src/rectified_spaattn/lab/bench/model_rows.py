@@ -33,15 +33,15 @@ def forward_rows(
     seconds: of two depths each; whole: of all layers, one round, for some or none; density: of the sparse variants.
     """
     low, high = sorted({key.units for key in seconds})
-    kinds = list(dict.fromkeys((key.variant, key.how) for key in seconds))
     scaled = {
-        kind: [
+        (key.variant, key.how): [
             few + (more - few) / (high - low) * (model.units - low)
-            for few, more in zip(seconds[Key(*kind, low)], seconds[Key(*kind, high)], strict=True)
+            for few, more in zip(times, seconds[key._replace(units=high)], strict=True)
         ]
-        for kind in kinds
+        for key, times in seconds.items()
+        if key.units == low
     }
-    against = compared_with([variant.name for variant, _ in kinds if variant.kind == "dense"])
+    against = compared_with([variant.name for variant, _ in scaled if variant.kind == "dense"])
     dense = median(scaled[Variant("dense", against), "eager"])
     rows = []
     for (variant, how), times in scaled.items():

@@ -13,7 +13,7 @@ from .baselines import BASELINES, compared_with
 from .check import Check, check_dense, check_sample, check_small
 from .rows import Row, StageRow, case_columns, config_columns
 from .settings import FEWEST_REPEATS, BenchSettings, runnable
-from .shapes import DTYPES, MODEL_SHAPES, SHAPES, Case, Tensors, Variant, Watch
+from .shapes import MODEL_SHAPES, SHAPES, Case, Tensors, Variant, Watch
 from .stages import stages_of
 from .timing import Timed, durations, extra_memory, input_sets, time_columns
 
@@ -40,9 +40,7 @@ class OpSettings(BenchSettings):
         if not self.sparsity:
             raise ValueError("sparsity: got none; allowed: one or more.")
         for name in self.shapes:
-            size = self.config().block_size
-            if SHAPES[name].small().video // size < 2:
-                raise ValueError(f"block_size: got {size}; allowed for {name}: one that gives two blocks.")
+            self.check_blocks(SHAPES[name].small(), name)
 
     @property
     def shapes(self) -> tuple[str, ...]:
@@ -50,8 +48,7 @@ class OpSettings(BenchSettings):
 
     def cases(self) -> list[Case]:
         """Raises BenchError where a GPU is asked for and there is none."""
-        device = self.where()
-        return [Case(SHAPES[name], self.config(), DTYPES[self.dtype], device) for name in self.shapes]
+        return [self.case(SHAPES[name]) for name in self.shapes]
 
 
 class OpResult(NamedTuple):

@@ -11,7 +11,7 @@ from ...config import SparseConfig
 from ..machine import DEVICES, device_of
 from ..option import ConfigOptions, check_choices, option
 from .baselines import BASELINES
-from .shapes import DTYPES, BenchError
+from .shapes import DTYPES, BenchError, Case, Shape
 
 FEWEST_REPEATS = 2  # for quartiles
 
@@ -47,6 +47,16 @@ class BenchSettings(ConfigOptions):
         """
         nominal = {"top_p": 0.0, "neighbours": False, "first_frame": False, "dense_steps": 0, "dense_layers": ()}
         return super().config(**nominal, **more)
+
+    def case(self, shape: Shape) -> Case:
+        """Raises BenchError where a GPU is asked for and there is none."""
+        return Case(shape, self.config(), DTYPES[self.dtype], self.where())
+
+    def check_blocks(self, shape: Shape, name: str) -> None:
+        """Raises ValueError for a block size of which the shape has no two blocks."""
+        size = self.config().block_size
+        if shape.video // size < 2:
+            raise ValueError(f"block_size: got {size}; allowed for {name}: one that gives two blocks.")
 
     def where(self) -> torch.device:
         """Raises BenchError where a GPU is asked for and there is none."""

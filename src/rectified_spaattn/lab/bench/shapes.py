@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -102,11 +103,8 @@ class Case(NamedTuple):
         """Sets of q, k, v [1, S, H, D] of independent normal numbers."""
         generator = torch.Generator(self.device).manual_seed(seed)
         size = (1, self.shape.tokens, self.shape.heads, self.shape.head_dim)
-
-        def made() -> torch.Tensor:
-            return torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
-
-        return [(made(), made(), made()) for _ in range(sets)]
+        normal = partial(torch.randn, size, generator=generator, dtype=self.dtype, device=self.device)
+        return [(normal(), normal(), normal()) for _ in range(sets)]
 
 
 class Variant(NamedTuple):

@@ -1,8 +1,10 @@
 """The demo's page: the clips beside each other, single attention calls, and report.html."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -111,25 +113,18 @@ def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> dic
     return {
         "step": call.step,
         "layers": [each.name for each in calls],
-        "relative_error": [
-            {"sparsity": sparsity, "rectify": mode, "mean": sum(values) / len(values), "by_layer": values}
-            for sparsity, by_mode in errors.items()
-            for mode, values in by_mode.items()
-        ],
+        "relative_error": errors,
         "shown": shown | {"misplaced": {"sparse": none.misplaced, "rectified": rectified.misplaced}},
     }
 
 
-def _errors(calls: Sequence[AttentionCall], options: DemoOptions) -> dict[float, dict[str, list[float]]]:
-    """sparsity -> rectify mode -> relative output error of every layer."""
-    exact = [full_attention(call) for call in calls]
-    return {
-        sparsity: {
-            mode: [
-                attention_error(call, options.paper(sparsity).replace(rectify=mode), full=full).relative_error
-                for call, full in zip(calls, exact, strict=True)
-            ]
-            for mode in RECTIFY
-        }
-        for sparsity in options.sparsity
-    }
+def _errors(calls: Sequence[AttentionCall], options: DemoOptions) -> list[dict[str, Any]]:
+    """One row a sparsity and rectify mode: the relative output error of every layer, and the mean."""
+    exact, rows = [full_attention(call) for call in calls], []
+    for sparsity, mode in itertools.product(options.sparsity, RECTIFY):
+        config = options.paper(sparsity).replace(rectify=mode)
+        by_layer = [
+            attention_error(call, config, full=full).relative_error for call, full in zip(calls, exact, strict=True)
+        ]
+        rows.append({"sparsity": sparsity, "rectify": mode, "mean": fmean(by_layer), "by_layer": by_layer})
+    return rows

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
@@ -21,28 +21,26 @@ MODE_LABELS = {
 _DPI = 130
 
 
-def error_figure(path: Path, errors: Mapping[float, Mapping[str, Sequence[float]]]) -> None:
-    """Output errors as bars. errors: sparsity -> rectify mode -> relative output error of every layer."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axis, modes, worst = figure.subplots(), list(next(iter(errors.values()))), max(errors)
-    width = 0.8 / len(modes)
-    for place, mode in enumerate(modes):
-        x = np.arange(len(errors)) + (place - (len(modes) - 1) / 2) * width
-        means = [float(np.mean(by_mode[mode])) for by_mode in errors.values()]
-        bars = axis.bar(x, means, width * 0.92, color=MODE_COLOURS[mode], label=MODE_LABELS[mode])
-        labels = axis.bar_label(bars, labels=[f"{mean:.3f}" for mean in means], padding=3, fontsize=9)
-        for label in labels:  # stays readable over the dots
-            label.set(bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}, zorder=4)
-        for left, by_mode in zip(x, errors.values(), strict=True):
-            values = by_mode[mode]
-            axis.scatter([left] * len(values), values, s=12, color="#222222", alpha=0.55, zorder=3, linewidths=0)
-    axis.set_xticks(np.arange(len(errors)), [f"{sparsity:.0%} sparsity" for sparsity in errors])
+def error_figure(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Output errors as bars. rows: sparsity, rectify, and the relative output errors: mean, by_layer."""
+    sparsities, modes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("sparsity", "rectify"))
+    figure, width, worst = Figure(figsize=(12, 4), layout="constrained"), 0.8 / len(modes), max(sparsities)
+    axis = figure.subplots()
+    for row in rows:
+        group, place, values = sparsities.index(row["sparsity"]), modes.index(row["rectify"]), row["by_layer"]
+        x, name = group + (place - (len(modes) - 1) / 2) * width, MODE_LABELS[row["rectify"]] if group == 0 else None
+        bar = axis.bar(x, row["mean"], width * 0.92, color=MODE_COLOURS[row["rectify"]], label=name)
+        [label] = axis.bar_label(bar, fmt="%.3f", padding=3, fontsize=9)  # stays readable over the dots
+        label.set(bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}, zorder=4)
+        axis.scatter([x] * len(values), values, s=12, color="#222222", alpha=0.55, zorder=3, linewidths=0)
+    axis.set_xticks(range(len(sparsities)), [f"{sparsity:.0%} sparsity" for sparsity in sparsities])
     axis.set_ylabel("relative output error\n(bar: mean, dots: layers)")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, ncols=len(modes), loc="upper left", fontsize=9)
     axis.set_ylim(0, axis.get_ylim()[1] * 1.18)
-    none, rectified = (float(np.mean(errors[worst][mode])) for mode in ("none", "ipar+gapr"))
-    change = f"{1 - rectified / none:.0%} lower" if rectified < none else f"{rectified / none - 1:.0%} higher"
+    means = {row["rectify"]: row["mean"] for row in rows if row["sparsity"] == worst}
+    ratio = means["ipar+gapr"] / means["none"]
+    change = f"{1 - ratio:.0%} lower" if ratio < 1 else f"{ratio - 1:.0%} higher"
     title = f"At {worst:.0%} sparsity the output error of an attention call is {change} with rectification"
     figure.suptitle(title, fontsize=11, fontweight="bold")
     figure.savefig(path, dpi=_DPI)
