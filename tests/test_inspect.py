@@ -67,17 +67,16 @@ def test_masses_read_off_the_output_are_those_of_the_plan(mode: str, text: int) 
 def test_masses_of_every_mode_sum_to_one(study: HeadStudy) -> None:
     assert study.full.shape == (16, 17)
     torch.testing.assert_close(study.full.sum(1), torch.ones(16))
-    assert [(each.sparsity, each.rectify) for each in study.results] == [
-        (sparsity, mode) for sparsity in SPARSITIES for mode in RECTIFY
-    ]
-    for each in study.results:
+    places = [(sparsity, mode) for sparsity in SPARSITIES for mode in RECTIFY]
+    assert list(study.results) == [(each.sparsity, each.rectify) for each in study.results.values()] == places
+    for each in study.results.values():
         torch.testing.assert_close(each.masses.sum(1), torch.ones(16), atol=1e-5, rtol=1e-5)
         assert 0 <= each.misplaced <= 1
         assert each.misplaced + 1e-6 >= each.mass_error / 2
 
 
 def test_nothing_is_lost_where_nothing_is_dropped(call: AttentionCall) -> None:
-    for each in study_head(call, CONFIG, (0.0,)).results:
+    for each in study_head(call, CONFIG, (0.0,)).results.values():
         assert each.relative_error == pytest.approx(0, abs=1e-5)
         assert (each.kept_mass, each.misplaced, each.mass_error) == pytest.approx((1, 0, 0), abs=1e-5)
         assert (each.density, each.compensated) == (1, 0)
@@ -85,24 +84,24 @@ def test_nothing_is_lost_where_nothing_is_dropped(call: AttentionCall) -> None:
 
 
 def test_mass_errors_are_what_they_are_defined_as(call: AttentionCall, study: HeadStudy) -> None:
-    none = study.result(0.8, "none")
+    none = study.results[0.8, "none"]
     assert none.mass_error == pytest.approx(1 - none.kept_mass, abs=1e-5)  # the kept keys get everything
     assert none.mass_error == pytest.approx(none.misplaced, abs=1e-5)
     assert (none.r_error, none.compensated) == (pytest.approx(0, abs=1e-5), 0)
     for mode in ("pooled", "ipar", "ipar+gapr"):
-        each = study.result(0.8, mode)
+        each = study.results[0.8, mode]
         r = attention_error(call, CONFIG.replace(rectify=mode)).stats.r[0, 0]
         true = (study.full[:, :-1] * ~each.compensated_mask).sum(1) + study.full[:, -1]
         assert each.r_error == pytest.approx((r - true).abs().mean().item(), abs=1e-5)
-    ipar = study.result(0.8, "ipar")  # nothing is rejected, so both sets are the same
+    ipar = study.results[0.8, "ipar"]  # nothing is rejected, so both sets are the same
     assert ipar.mass_error == pytest.approx(ipar.r_error, abs=1e-5)
     assert ipar.misplaced < none.misplaced
     with pytest.raises(KeyError):
-        study.result(0.7, "none")
+        study.results[0.7, "none"]
 
 
 def test_kinds_tell_the_three_sets_apart(study: HeadStudy) -> None:
-    for each in study.results:
+    for each in study.results.values():
         kinds = each.kinds()
         assert torch.equal(kinds == 0, each.block_mask)
         assert torch.equal(kinds == 1, each.compensated_mask)
@@ -121,7 +120,7 @@ def test_the_picture_shows_the_masses_and_the_plan(study: HeadStudy, tmp_path: P
     pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
     assert len(pixels) > 1_000_000
     assert len(np.unique(pixels[::7], axis=0)) > 500  # two colour scales
-    result = study.result(0.8, "ipar")
+    result = study.results[0.8, "ipar"]
     found = {}
     for kind, colour in KIND_COLOURS.items():
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
@@ -205,7 +204,7 @@ def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
 def test_a_head_sorted_by_content_is_studied_in_that_order(call: AttentionCall, mode: str) -> None:
     config = CONFIG.replace(rectify=mode, order="content")
     study = study_head(call, config, (0.8,), (mode,))
-    (result,) = study.results
+    (result,) = study.results.values()
     error = attention_error(call, config)
     assert error.stats.token_order is not None
     assert study.blocks.by_content

@@ -45,7 +45,7 @@ def test_rows_and_their_origin_come_back_as_they_were(tmp_path: Path) -> None:
 def test_no_cell_is_a_formula_and_none_and_nan_are_empty(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     write_rows(path, [{"a": "=1+1", "b": None, "c": math.nan, "d": "-1.5", "e": -2}])
-    assert path.read_text() == "a,b,c,d,e\n'=1+1,,,-1.5,-2\n"
+    assert path.read_text() == "a,b,c,d,e\n'=1+1,,,'-1.5,-2\n"
     write_rows(path, [Row(name="", count=1, ms=math.nan, kept=True)], ORIGIN)
     (row,), _ = read_rows(path, Row)
     assert math.isnan(row.ms)

@@ -115,7 +115,7 @@ def run(options: InspectOptions) -> None:
         maps_figure(path, study, sparsity, config.rectify)
     call, where = study.call, machine(device)
     place = {"layer": call.layer, "head": call.head, "step": call.step}
-    rows = [place | result.scores() for result in study.results]
+    rows = [place | result.scores() for result in study.results.values()]
     write_rows(out / "results.csv", rows, where.origin(command_line()))
     record = {
         "command": command_line(),

@@ -1,7 +1,7 @@
 """Rows: dataclasses to CSV, in files that are complete or not there at all.
 
 A cell is a number, True or False, or text. None and NaN are empty cells. Text that a spreadsheet would take for a
-formula (it begins with = + - @ and is no number) gets a ' in front.
+formula (it begins with = + - @) gets a ' in front.
 """
 
 import csv
@@ -71,14 +71,4 @@ def _flush(path: Path, flags: int) -> None:
 def _text(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
-    text = str(value)
-    quoted = isinstance(value, str) and FORMULA.match(text) is not None and not _is_number(text)
-    return f"'{text}" if quoted else text
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else str(value)

@@ -70,8 +70,10 @@ def check_small(case: Case, name: str) -> list[Check]:
 
     qkv = _blockwise(qkv, small.blocks())
     call = _call(small, name, name, config, qkv)
-    choices = {"block_mask": call.stats.block_mask, "token_order": call.stats.token_order}
-    want, oracle = rectified_attention(*qkv, layout, config, backend="reference", return_stats=True, **choices)
+    mask, order = call.stats.block_mask, call.stats.token_order
+    want, oracle = rectified_attention(
+        *qkv, layout, config, block_mask=mask, token_order=order, backend="reference", return_stats=True
+    )
     _require_choices(call, oracle)
     same = (call.stats.compensated == oracle.compensated).all(-1)  # [1, H, nb]
     tokens = same.new_ones(1, same.shape[1], layout.sequence)  # of these query blocks, and every isolated one
@@ -128,9 +130,9 @@ def _block_errors(call: _Call, h: int, n: int) -> _Errors:
 
 def _attend(queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of some tokens of head h to others, in float64 and by SDPA in the inputs' dtype: [queries, D] twice."""
-    picked = [x[None, :, places, h] for x, places in zip(qkv, (queries, keys, keys), strict=True)]  # [1, 1, n, D]
-    exact, own = (scaled_dot_product_attention(*each) for each in ([x.double() for x in picked], picked))
-    return exact[0, 0], own[0, 0].double()
+    q, k, v = (x[None, :, places, h] for x, places in zip(qkv, (queries, keys, keys), strict=True))  # [1, 1, n, D]
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
+    return exact[0, 0], scaled_dot_product_attention(q, k, v)[0, 0].double()
 
 
 def _worst(name: str, what: str, errors: list[_Errors], dtype: torch.dtype) -> Check:

@@ -51,8 +51,6 @@ class ModelSettings(BenchSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model:
-            raise ValueError(f"model: got none; allowed: one or more of {list(MODELS)}.")
         if (self.computed_steps is None) != (self.computed_steps_source == ""):
             raise ValueError(
                 f"computed steps: got {self.computed_steps} from {self.computed_steps_source!r}; allowed: both or "

@@ -102,7 +102,7 @@ def schedule_rows(model: Model, schedule: Schedule, rows: Sequence[ForwardRow]) 
                 speedup=dense_total / total,
                 paper=next((gain for sparsity, gain in model.paper.items() if math.isclose(sparsity, at)), None),
                 paper_composed=goal,
-                steps_for_composed=goal and schedule.most_computed(full.seconds, step, dense_total / goal),
+                steps_for_composed=schedule.most_computed(full.seconds, step, dense_total / goal) if goal else None,
             )
         )
     return runs

@@ -125,8 +125,20 @@ _GUIDED = {"pooled_projection_dim": 768, "guidance_embeds": True}
 _WAN: Mapping[str, Any] = {"patch_size": (1, 2, 2), "text_dim": 4096, "in_channels": 16, "ffn_dim": 13824}
 _WAN_I2V = {"in_channels": 36, "out_channels": 16, "image_dim": 1280, "added_kv_proj_dim": 5120}
 _COGVIDEOX = {"in_channels": 16, "text_embed_dim": 4096, "patch_size_t": 2, "patch_bias": False}
-_COGVIDEOX_SAMPLE = {"sample_height": 300, "sample_width": 300, "sample_frames": 81}
+_COGVIDEOX |= {"sample_height": 300, "sample_width": 300, "sample_frames": 81}
 
+_WAN_T2V = Model(  # Wan-AI/Wan2.1-T2V-14B-Diffusers, 720x1280, 81 frames; guidance is a second call
+    name="wan2.1-14b",
+    transformer="WanTransformer3DModel",
+    config=_WAN,
+    shape=SHAPES["wan-14b"],
+    units=40,
+    inputs=_wan_inputs,
+    preset="wan2.1-t2v",
+    calls=2,
+    paper={0.797: 1.80},
+    paper_composed=4.61,
+)
 _MODELS = (
     Model(  # hunyuanvideo-community/HunyuanVideo, 720x1280, 128 frames; guidance is embedded
         name="hunyuan-video",
@@ -140,43 +152,30 @@ _MODELS = (
         paper={0.797: 2.50, 0.8895: 3.33},
         paper_composed=5.24,
     ),
-    Model(  # Wan-AI/Wan2.1-T2V-14B-Diffusers, 720x1280, 81 frames; guidance is a second call
-        name="wan2.1-14b",
-        transformer="WanTransformer3DModel",
-        config=_WAN,
-        shape=SHAPES["wan-14b"],
-        units=40,
-        inputs=_wan_inputs,
-        preset="wan2.1-t2v",
-        calls=2,
-        paper={0.797: 1.80},
-        paper_composed=4.61,
-    ),
-    Model(  # Wan-AI/Wan2.1-I2V-14B-720P-Diffusers: image latents are channels, its CLIP tokens are attended to
+    _WAN_T2V,
+    replace(  # Wan-AI/Wan2.1-I2V-14B-720P-Diffusers: image latents are channels, its CLIP tokens are attended to
+        _WAN_T2V,
         name="wan2.1-14b-i2v",
-        transformer="WanTransformer3DModel",
         config={**_WAN, **_WAN_I2V},
-        shape=SHAPES["wan-14b"],
-        units=40,
-        inputs=_wan_inputs,
         preset="wan2.1-i2v",
-        calls=2,
         paper={0.839: 2.08},
+        paper_composed=None,
     ),
-    Model(  # Wan-AI/Wan2.2-TI2V-5B-Diffusers, 704x1280, 121 frames (VAE 4x16x16); every token has a timestep
+    replace(  # Wan-AI/Wan2.2-TI2V-5B-Diffusers, 704x1280, 121 frames (VAE 4x16x16); every token has a timestep
+        _WAN_T2V,
         name="wan2.2-ti2v-5b",
-        transformer="WanTransformer3DModel",
         config={**_WAN, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336},
         shape=Shape(name="wan2.2-ti2v-5b", grid=(31, 22, 40), heads=24),
         units=30,
         inputs=_wan_timestep_a_token,
         preset="wan2.2-ti2v-5b",
-        calls=2,
+        paper={},
+        paper_composed=None,
     ),
     Model(  # zai-org/CogVideoX1.5-5B, 768x1360, 81 frames; guidance is a second sample of the batch
         name="cogvideox1.5-5b",
         transformer="CogVideoXTransformer3DModel",
-        config={**_COGVIDEOX, **_COGVIDEOX_SAMPLE, "use_rotary_positional_embeddings": True},
+        config={**_COGVIDEOX, "use_rotary_positional_embeddings": True},
         shape=SHAPES["cogvideox1.5"],
         units=42,
         inputs=_cogvideox_inputs,

@@ -217,8 +217,3 @@ class ScheduleRow(ModelRow, Schedule):
     paper: float | None
     paper_composed: float | None
     steps_for_composed: int | None
-
-    @property
-    def composed(self) -> str:
-        """`steps_for_composed` in words."""
-        return f"{self.steps_for_composed or 'none'}"

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...config import SparseConfig
 from ..machine import DEVICES, device_of
 from ..option import ConfigOptions, check_choices, option
@@ -35,6 +33,7 @@ class BenchSettings(ConfigOptions):
 
     def __post_init__(self) -> None:
         check_choices(self)
+        device_of(self.device)
         if self.repeats < FEWEST_REPEATS:
             raise ValueError(f"repeats: got {self.repeats}; allowed: {FEWEST_REPEATS} or more.")
         for sparsity in self.sparsity:
@@ -49,23 +48,13 @@ class BenchSettings(ConfigOptions):
         return super().config(**nominal, **more)
 
     def case(self, shape: Shape) -> Case:
-        """Raises BenchError where a GPU is asked for and there is none."""
-        return Case(shape, self.config(), DTYPES[self.dtype], self.where())
+        return Case(shape, self.config(), DTYPES[self.dtype], device_of(self.device))
 
     def check_blocks(self, shape: Shape, name: str) -> None:
         """Raises ValueError for a block size of which the shape has no two blocks."""
         size = self.config().block_size
         if shape.video // size < 2:
             raise ValueError(f"block_size: got {size}; allowed for {name}: one that gives two blocks.")
-
-    def where(self) -> torch.device:
-        """Raises BenchError where a GPU is asked for and there is none."""
-        try:
-            return device_of(self.device)
-        except ValueError as error:
-            raise BenchError(
-                f"{error} Or choose what is small: `bench op --shape tiny`, `bench model --size tiny`."
-            ) from error
 
 
 def runnable(

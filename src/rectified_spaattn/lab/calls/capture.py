@@ -32,7 +32,7 @@ class _EndRun(Exception):
     """Leaves a pipeline early."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class AttentionCall:
     """One full-attention call, copied to the CPU unless `capture_attention` got another device.
 
@@ -119,18 +119,15 @@ class _Recorder(LayerState):
     ) -> torch.Tensor:
         step, wanted = self.owner.step, self.layers is None or self.index in self.layers
         # as many keys as queries: not an IP-Adapter's cross-attention from the same processor
-        if wanted and step in self.steps and step not in self.seen and k.shape[1] == q.shape[1]:
+        if step is not None and wanted and step in set(self.steps) - self.seen and k.shape[1] == q.shape[1]:
             self.seen.add(step)
             layout = self._layout(q.shape[1])
             valid = key_text_mask(mask, layout)
             if valid is None:
                 valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
-            copies = {
-                name: x.detach().float().to(self.device, copy=True) for name, x in zip("qkv", (q, k, v), strict=True)
-            }
+            copies = [x.detach().float().to(self.device, copy=True) for x in (q, k, v)]
             valid, name = valid.to(self.device, copy=True), self.name.partition(".")[2]
-            call = AttentionCall(**copies, text_mask=valid, layout=layout, layer=self.index, name=name, step=step)
-            self.calls.append(call)
+            self.calls.append(AttentionCall(*copies, valid, layout, layer=self.index, name=name, step=step))
         return self._dense(q, k, v, mask, scale)
 
 

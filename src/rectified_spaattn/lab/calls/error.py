@@ -1,7 +1,7 @@
 """What one attention call loses by sparsity: the error of its output, and where its attention mass goes."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -12,17 +12,12 @@ from ...orders import Blocks
 from .capture import AttentionCall
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AttentionError:
-    """One call under one config.
-
-    relative_error  |out - full| / |full| over all video tokens and heads (Frobenius norms); 0 is exact
-    density         computed query-key pairs over all pairs
-    stats           the plan of the call
+class AttentionError(NamedTuple):
+    """One call under one config: |out - full| / |full| over all video tokens and heads (Frobenius norms), 0 is exact;
+    and its stats.
     """
 
     relative_error: float
-    density: float
     stats: SparseStats
 
 
@@ -42,7 +37,7 @@ def attention_error(
     full = full_attention(call) if full is None else full
     out, stats = call.sparse(config, backend=backend)
     error = (out - full)[:, call.video].norm() / full[:, call.video].norm()
-    return AttentionError(relative_error=error.item(), density=stats.density, stats=stats)
+    return AttentionError(error.item(), stats)
 
 
 def block_masses(

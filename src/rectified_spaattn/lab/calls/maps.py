@@ -1,5 +1,6 @@
 """One head of one attention call, block by block: where its attention mass goes under every rectify mode."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,20 +64,13 @@ class HeadStudy:
     call     in the order of the blocks
     blocks   of its tokens
     full     float32 [nb, nb + 1], the block masses of full attention
-    results  sparsity by sparsity, mode by mode
+    results  (sparsity, mode) -> what came of it, sparsity by sparsity
     """
 
     call: AttentionCall
     blocks: Blocks
     full: torch.Tensor
-    results: tuple[HeadResult, ...]
-
-    def result(self, sparsity: float, rectify: str) -> HeadResult:
-        """Raises KeyError where it was not studied."""
-        for each in self.results:
-            if (each.sparsity, each.rectify) == (sparsity, rectify):
-                return each
-        raise KeyError((sparsity, rectify))
+    results: dict[tuple[float, str], HeadResult]
 
     def shares(self, result: HeadResult) -> dict[str, float]:
         """KIND_blocks, KIND_mass: the share of the blocks that is of a kind, and of the full-attention mass on them.
@@ -144,12 +138,11 @@ def study_head(
     on_result("full attention")
     full = block_masses(call, blocks, 0)
     on_result("block masses of full attention")
-    results = []
-    for sparsity in sparsities:
-        for mode in modes:
-            results.append(_result(call, config.replace(sparsity=sparsity, rectify=mode), exact, full, backend))
-            on_result(f"{mode} at {sparsity:.4g}")
-    return HeadStudy(call=call, blocks=blocks, full=full.cpu(), results=tuple(results))
+    results = {}
+    for sparsity, mode in itertools.product(sparsities, modes):
+        results[sparsity, mode] = _result(call, config.replace(sparsity=sparsity, rectify=mode), exact, full, backend)
+        on_result(f"{mode} at {sparsity:.4g}")
+    return HeadStudy(call=call, blocks=blocks, full=full.cpu(), results=results)
 
 
 def _result(
@@ -166,7 +159,7 @@ def _result(
         sparsity=config.sparsity,
         rectify=config.rectify,
         relative_error=error.relative_error,
-        density=error.density,
+        density=error.stats.density,
         kept_mass=kept_mass(critical, full),
         mass_error=on_kept.abs().mean().item(),
         r_error=on_compensated.abs().mean().item(),

@@ -105,7 +105,7 @@ def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> dic
     call, sparsity, errors = calls[len(calls) // 2], max(options.sparsity), _errors(calls, options)
     head, paper = call.q.shape[2] // 2, options.paper(sparsity)
     study = study_head(one_head(call, head), paper, [sparsity], ("none", paper.rectify))
-    none, rectified = study.results
+    none, rectified = study.results.values()
     folder = options.out / "figures"
     write_atomically(folder / "maps.png", lambda to: maps_figure(to, study, sparsity, paper.rectify))
     write_atomically(folder / "error.png", lambda to: error_figure(to, errors))

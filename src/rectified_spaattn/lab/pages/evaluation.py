@@ -43,23 +43,11 @@ def write_evaluation(
     pairs = list(dict.fromkeys(record.pair for record in records))[:_ROWS]
     videos = {pair: [read_mp4(folder.video(each.mode.name, pair)) for each in shown] for pair in pairs}
     side_by_side(video, shown, videos, fps)
-    render(
-        "evaluation.html",
-        report,
-        m=manifest,
-        summaries=summaries,
-        names=_names(summaries),
-        titles=_TITLES,
-        heads=HEADS,
-        floor=next(each for each in summaries if each.mode.name == FLOOR),
-        clips=clips,
-        full=FULL,
-        interval=score_text,
-        infinity=math.inf,
-        figure=data_uri(figure),
-        video=data_uri(video),
-        raw=json.dumps(manifest, indent=2),
-    )
+    floor = next(each for each in summaries if each.mode.name == FLOOR)
+    rows = {"summaries": summaries, "names": _names(summaries), "floor": floor, "clips": clips}
+    words = {"titles": _TITLES, "heads": HEADS, "full": FULL, "interval": score_text, "infinity": math.inf}
+    media = {"figure": data_uri(figure), "video": data_uri(video)}
+    render("evaluation.html", report, m=manifest, raw=json.dumps(manifest, indent=2), **rows, **words, **media)
     return summaries
 
 

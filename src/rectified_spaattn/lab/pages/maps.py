@@ -27,7 +27,7 @@ def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str) -> 
 
     rectify: the mode that is shown beside "none". Raises KeyError where the study has not both at `sparsity`.
     """
-    full, none, rectified = study.full, study.result(sparsity, "none"), study.result(sparsity, rectify)
+    full, none, rectified = study.full, study.results[sparsity, "none"], study.results[sparsity, rectify]
     shares, by_content = study.shares(rectified), study.blocks.by_content
     block, shown = "block, sorted by content" if by_content else "block", MODE_LABELS.get(rectify, rectify)
     above = {
