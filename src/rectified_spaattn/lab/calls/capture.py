@@ -32,7 +32,7 @@ class _EndRun(Exception):
     """Leaves a pipeline early."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class AttentionCall:
     """One full-attention call, copied to the CPU unless `capture_attention` got another device.
 
@@ -125,10 +125,22 @@ class _Recorder(LayerState):
             valid = key_text_mask(mask, layout)
             if valid is None:
                 valid = q.new_ones(q.shape[0], layout.text, dtype=torch.bool)
-            copies = [x.detach().float().to(self.device, copy=True) for x in (q, k, v)]
-            valid, name = valid.to(self.device, copy=True), self.name.partition(".")[2]
-            self.calls.append(AttentionCall(*copies, valid, layout, layer=self.index, name=name, step=step))
+            self.calls.append(
+                AttentionCall(
+                    q=self._copy(q.float()),
+                    k=self._copy(k.float()),
+                    v=self._copy(v.float()),
+                    text_mask=self._copy(valid),
+                    layout=layout,
+                    layer=self.index,
+                    name=self.name.partition(".")[2],  # behind that of the transformer
+                    step=step,
+                )
+            )
         return self._dense(q, k, v, mask, scale)
+
+    def _copy(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach().to(self.device, copy=True)
 
 
 @contextmanager
