@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .config import SparseConfig
     from .layout import TokenLayout
     from .pipelines import Handle, disable, enable
-    from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, enable_teacache
+    from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, disable_teacache, enable_teacache
     from .presets import PRESETS, preset
 
 _HOME = {
@@ -28,6 +28,7 @@ _HOME = {
     "disable": "pipelines",
     "enable": "pipelines",
     "Handle": "pipelines",
+    "disable_teacache": "pipelines.teacache",
     "enable_teacache": "pipelines.teacache",
     "TeaCacheHandle": "pipelines.teacache",
     "TeaCacheStats": "pipelines.teacache",
@@ -44,6 +45,7 @@ __all__ = [
     "TokenLayout",
     "attend",
     "disable",
+    "disable_teacache",
     "enable",
     "enable_teacache",
     "plan",

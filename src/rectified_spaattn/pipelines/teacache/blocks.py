@@ -1,8 +1,8 @@
-"""What stands in for the blocks of a transformer during one forward."""
+"""What stands in for the blocks of a transformer during one pass."""
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,86 +10,84 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
-from .models import Arguments, CachedModel, Fit
-from .state import Branch
+from .models import Arguments, CachedModel
 
 
 @dataclass(kw_only=True)
-class Forward:
-    """One forward of a transformer.
+class Pass:
+    """One pass through a transformer, with its blocks or without. Tensors of blocks: [B, S, C].
 
-    forced   the step is computed whatever the signal says
-    start    input of the first block: [B, S, C]
-    skipped  whether the blocks are left out; None until the first one was reached
+    residual  what the blocks added at an earlier step: they are left out and it is added again. None: they run
+    signal    what tells how much changed, of this pass
+    start     input of the first block
+    end       output of the last block, where the blocks ran
     """
 
-    branch: Branch
-    forced: bool
-    fit: Fit
-    threshold: float
-    signal: Callable[[nn.Module, Arguments], torch.Tensor]
-    start: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    skipped: bool | None = None
-
-    def enter(self, block: nn.Module, arguments: Arguments) -> None:
-        """At the first block: decide."""
-        self.start = arguments["hidden_states"]
-        signal = self.signal(block, arguments).detach()
-        compute = self.branch.must_compute(signal, self.start.shape, self.forced, self.fit, self.threshold)
-        self.skipped = not compute
-
-    def leave(self, end: torch.Tensor) -> None:
-        """After the last computed block: keep what the blocks added."""
-        self.branch.residual = (end - self.start).detach()
+    residual: torch.Tensor | None = None
+    signal: torch.Tensor | None = None
+    start: torch.Tensor | None = None
+    end: torch.Tensor | None = None
 
 
 @dataclass(kw_only=True)
 class StandIn:
-    """Called in place of one block: runs it, or hands its input on where the step is skipped.
+    """Called in place of one block: runs it, or hands its input on where the blocks are left out.
 
     It stands outside of the block, so code compiled for the block stays as it is. The last one gives out first input +
-    residual whatever it got: what a ControlNet adds between blocks is in the residual already.
+    residual whatever it got: what a ControlNet adds between blocks is in the residual already. torch.compile may trace
+    it: whether the blocks run is known before the pass.
+
+    parameters     names of the arguments of the block's forward
+    hidden, text   places of the hidden states and of the text in the block's output; text is None where it gives none
+    signal         the signal from the block's arguments; of the first block alone
     """
 
     block: nn.Module
-    forward: Forward
-    is_first: bool
+    now: Pass
+    parameters: tuple[str, ...]
+    hidden: int
+    text: int | None
+    signal: Callable[[Arguments], torch.Tensor] | None
     is_last: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        kind: Any = type(unwrap_module(self.block))
-        index = TransformerBlockRegistry.get(kind)
-        if self.is_first:
-            self.forward.enter(unwrap_module(self.block), _by_name(kind, args, kwargs))
-        if not self.forward.skipped:
-            result = self.block(*args, **kwargs)
+        arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
+        hidden, now = arguments["hidden_states"], self.now
+        if self.signal is not None:
+            now.start, now.signal = hidden, self.signal(arguments)
+        if now.residual is None:
+            output = self.block(*args, **kwargs)
             if self.is_last:
-                self.forward.leave(result[index.return_hidden_states_index] if isinstance(result, tuple) else result)
-            return result
-        arguments = _by_name(kind, args, kwargs)
-        hidden = arguments["hidden_states"]
-        if self.is_last and self.forward.branch.residual is not None:
-            hidden = self.forward.start + self.forward.branch.residual
-        if index.return_encoder_hidden_states_index is None:
+                now.end = output[self.hidden] if isinstance(output, tuple) else output
+            return output
+        if self.is_last and now.start is not None:
+            hidden = now.start + now.residual
+        if self.text is None:
             return hidden
-        both = {
-            index.return_hidden_states_index: hidden,
-            index.return_encoder_hidden_states_index: arguments["encoder_hidden_states"],
-        }
-        return both[0], both[1]
+        both = (hidden, arguments["encoder_hidden_states"])
+        return both if self.hidden == 0 else both[::-1]
 
 
-def stand_ins(model: nn.Module, row: CachedModel, forward: Forward) -> dict[str, list[StandIn]]:
+def stand_ins(model: nn.Module, row: CachedModel, now: Pass) -> dict[str, list[StandIn]]:
     """One for each block, by the attribute that holds the list."""
-    names = [(name, i) for name in row.blocks for i in range(len(getattr(model, name)))]
-    made: dict[str, list[StandIn]] = {name: [] for name in row.blocks}
-    for name, i in names:
-        block = getattr(model, name)[i]
-        made[name].append(
-            StandIn(block=block, forward=forward, is_first=(name, i) == names[0], is_last=(name, i) == names[-1])
-        )
+    children: dict[str, Any] = dict(model.named_children())
+    lists: dict[str, list[nn.Module]] = {name: list(children[name]) for name in row.blocks}
+    ends = [name for name, blocks in lists.items() if blocks]
+    made: dict[str, list[StandIn]] = {name: [] for name in lists}
+    for name, blocks in lists.items():
+        for index, block in enumerate(blocks):
+            inner = unwrap_module(block)
+            places = TransformerBlockRegistry.get(type(inner))
+            is_first = name == ends[0] and index == 0
+            made[name].append(
+                StandIn(
+                    block=block,
+                    now=now,
+                    parameters=tuple(inspect.signature(type(inner).forward).parameters)[1:],
+                    hidden=places.return_hidden_states_index,
+                    text=places.return_encoder_hidden_states_index,
+                    signal=row.signal(inner) if is_first else None,
+                    is_last=name == ends[-1] and index == len(blocks) - 1,
+                )
+            )
     return made
-
-
-def _by_name(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    return inspect.signature(kind.forward).bind(None, *args, **kwargs).arguments

@@ -1,16 +1,19 @@
 """TeaCacheHandle: what enable_teacache gives back. It counts, reports and undoes."""
 
+import weakref
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
-from .hook import CachedTransformer
-from .state import Progress
+from .progress import Progress
+from .transformer import CachedTransformer
 
 
 @dataclass(frozen=True, kw_only=True)
 class BranchStats:
-    """What one transformer did in the last run, under one name of cache_context ("all" outside of any).
+    """What one transformer did in the last run, in one guidance call.
 
+    branch         its name in cache_context; outside of any "call 1", "call 2", as they came
     steps          denoising steps it was called at
     computed       forwards whose blocks ran
     skipped        forwards whose blocks were left out
@@ -38,10 +41,10 @@ class TeaCacheStats:
 class TeaCacheHandle:
     """TeaCache enabled on a pipeline or a transformer. Also a context manager that disables on exit."""
 
-    def __init__(self, cached: list[CachedTransformer], progress: Progress) -> None:
+    def __init__(self, cached: list[CachedTransformer], progress: Progress, pipeline: Any | None) -> None:
         self._cached = cached
         self._progress = progress
-        self.active = True
+        self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
 
     def __enter__(self) -> "TeaCacheHandle":
         return self
@@ -51,22 +54,32 @@ class TeaCacheHandle:
     ) -> None:
         self.disable()
 
+    @property
+    def active(self) -> bool:
+        return any(item.active for item in self._cached)
+
     def disable(self) -> None:
         """Put the model back as it was. Safe to call twice."""
-        if not self.active:
-            return
-        self.active = False
         for item in self._cached:
             item.remove()
 
-    def set_step(self, step: int, total: int) -> None:
-        """Say which denoising step comes next, where no pipeline's scheduler tells. step: 0 .. total - 1."""
+    def set_step(self, step: int | None, total: int | None = None) -> None:
+        """Say which denoising step comes next, where no pipeline's scheduler tells. step: 0 .. total - 1.
+
+        It holds for the forwards that follow, until the next set_step, until set_step(None), or until the scheduler of
+        the enabled pipeline moves on: as in the handle of enable().
+        """
+        if step is None:
+            if total is not None:
+                raise ValueError(f"total: got {total!r} without a step; allowed: set_step(None) alone.")
+            self._progress.tell(None, None)
+            return
         for name, value in (("step", step), ("total", total)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{name}: got {value!r}; allowed: an integer.")
-        if not 0 <= step < total:
+        if not 0 <= step < (total or 0):
             raise ValueError(f"step: got {step} of total = {total}; allowed: 0 to total - 1.")
-        self._progress.clock.tell(step, total)
+        self._progress.tell(step, total)
 
     def stats(self) -> TeaCacheStats:
         """Counts of the last run: of the one that is going on, or the last that was."""
@@ -74,7 +87,7 @@ class TeaCacheHandle:
         steps: set[int] = set()
         for item in self._cached:
             for branch, record in item.record.items():
-                skipped = tuple(step for step, computed in record if not computed)
+                skipped = tuple(step for (step, _), computed in record.items() if not computed)
                 seen = {step for step, _ in record}
                 branches.append(
                     BranchStats(
@@ -100,9 +113,11 @@ class TeaCacheHandle:
         for item in self._cached:
             fit = item.fit
             lines.append(
-                f"  {item.name} ({type(item.model).__name__}): fit of {fit.name}, threshold {item.threshold:g}, "
+                f"  {item.name} ({item.kind}): fit of {fit.name}, threshold {item.threshold:g}, "
                 f"first {fit.first_steps} and last {fit.last_steps} steps always computed"
             )
+            if item.active and not item.is_on(self._pipeline() if self._pipeline is not None else None):
+                lines.append(f"  LOST on {item.name}: the pipeline has another (replaced; disable and enable again)")
         run = self.stats()
         if not run.branches:
             return "\n".join([*lines, "  nothing has run yet"])

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
@@ -43,16 +44,16 @@ class CachedModel:
     """What TeaCache must know of one transformer class.
 
     blocks  attributes of the lists of blocks that are skipped, in the order they run
-    signal  the tensor whose change is watched, from the first block and its arguments by name
+    signal  the tensor whose change is watched, made from the first block and its arguments by name
     fit     the fit for a transformer and its pipeline (None: transformer alone); TypeError where none was published
     """
 
     blocks: tuple[str, ...]
-    signal: Callable[[nn.Module, Arguments], torch.Tensor]
+    signal: Callable[[nn.Module], Callable[[Arguments], torch.Tensor]]
     fit: Callable[[nn.Module, Any], Fit]
 
 
-def _modulated_input(block: nn.Module, arguments: Arguments) -> torch.Tensor:
+def _modulated_input(block: nn.Module) -> Callable[[Arguments], torch.Tensor]:
     """[B, S, C]: what the first block's attention would see of the video."""
     registry: Any = getattr(block, "_diffusers_hook", None)
     if registry is not None and registry.get_hook("group_offloading") is not None:
@@ -62,18 +63,27 @@ def _modulated_input(block: nn.Module, arguments: Arguments) -> torch.Tensor:
         )
     norm: Any = block.norm1
     wanted = inspect.signature(type(norm).forward).parameters
-    extra = {name: arguments[name] for name in ("token_replace_emb",) if name in wanted}
-    if "first_frame_num_tokens" in wanted:  # HunyuanVideo from an image; the block calls this number num_tokens
-        extra["first_frame_num_tokens"] = arguments["num_tokens"]
-    modulated: torch.Tensor = norm(arguments["hidden_states"], emb=arguments["temb"], **extra)[0]
-    return modulated
+    # HunyuanVideo from an image; the block calls the second num_tokens
+    extra = {"token_replace_emb": "token_replace_emb", "first_frame_num_tokens": "num_tokens"}
+    extra = {name: argument for name, argument in extra.items() if name in wanted}
+
+    def signal(arguments: Arguments) -> torch.Tensor:
+        given = {name: arguments[argument] for name, argument in extra.items()}
+        modulated: torch.Tensor = norm(arguments["hidden_states"], emb=arguments["temb"], **given)[0]
+        return modulated
+
+    return signal
 
 
-def _time_embedding(block: nn.Module, arguments: Arguments) -> torch.Tensor:
+def _time_embedding(block: nn.Module) -> Callable[[Arguments], torch.Tensor]:
     """CogVideoX: [B, C]. Wan: its projection to the six modulations, [B, 6, C], which the published fits are of."""
-    temb: torch.Tensor = arguments["temb"]
-    # Wan 2.2 TI2V gives every token a timestep; a given first frame stands still, the last token is being denoised.
-    return temb[:, -1] if temb.ndim == 4 else temb
+
+    def signal(arguments: Arguments) -> torch.Tensor:
+        temb: torch.Tensor = arguments["temb"]
+        # Wan 2.2 TI2V gives every token a timestep; a given first frame stands still, the last is being denoised
+        return temb[:, -1] if temb.ndim == 4 else temb
+
+    return signal
 
 
 _HUNYUAN = Fit(
@@ -162,11 +172,17 @@ CACHED_MODELS: dict[str, CachedModel] = {
 
 
 def cached_model_for(model: nn.Module) -> CachedModel:
-    """The row for a transformer. Raises TypeError naming the supported classes where there is none."""
-    name = type(model).__name__
-    if name not in CACHED_MODELS:
-        raise TypeError(
-            f"enable_teacache: got a {name}; allowed: a diffusers pipeline with, or itself, one of "
-            f"{list(CACHED_MODELS)}. transformer.enable_cache(diffusers.FirstBlockCacheConfig()) works for more."
-        )
-    return CACHED_MODELS[name]
+    """The row for a transformer of a known class of diffusers, or of a subclass of one.
+
+    Raises TypeError naming the supported classes where there is none.
+    """
+    for kind in type(model).__mro__:
+        if kind is getattr(diffusers, kind.__name__, None):
+            if kind.__name__ in CACHED_MODELS:
+                return CACHED_MODELS[kind.__name__]
+            break
+    raise TypeError(
+        f"enable_teacache: got a {type(model).__module__}.{type(model).__name__}; allowed: a diffusers pipeline with, "
+        f"or itself, one of {list(CACHED_MODELS)}. "
+        "transformer.enable_cache(diffusers.FirstBlockCacheConfig()) works for more."
+    )

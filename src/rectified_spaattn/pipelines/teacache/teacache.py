@@ -5,12 +5,12 @@ from typing import Any
 
 from torch import nn
 
+from ..clock import RunClock
 from ..enabling import transformers_of
-from ..state import RunClock
 from .handle import TeaCacheHandle
-from .hook import CHILD, CachedTransformer, obstacle
 from .models import cached_model_for
-from .state import Progress
+from .progress import Progress
+from .transformer import CachedTransformer, cached_transformer, obstacle
 
 
 def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) -> TeaCacheHandle:
@@ -18,16 +18,17 @@ def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) ->
 
     The change of a cheap signal from step to step is turned into the expected change of the output by a published
     polynomial and added up. Below the threshold the blocks are left out, and what they added at the last computed step
-    is added again; at the threshold the step is computed and the sum starts over. Branches of classifier-free guidance
-    are told apart by cache_context, as diffusers' pipelines name them.
+    is added again; at the threshold the step is computed and the sum starts over. The guidance calls of
+    a step have a cache each, told apart by cache_context, as diffusers' pipelines name them, or else by their text.
 
     threshold: 0 computes every step, larger skips more; None takes the published one for the model. It composes with
     enable() in any order. The cache costs one more copy of the hidden states a branch, and for HunyuanVideo and Flux
     one of the first block's modulated input.
 
-    Touches the given object alone; TeaCacheHandle.disable() restores it. Raises TypeError for a model without known
-    coefficients, ValueError for a threshold out of range, RuntimeError where a cache is enabled already and, at the
-    first forward, where the denoising step and the number of steps are unknown.
+    Touches the given object alone; TeaCacheHandle.disable() restores it, also after a forward that was stopped. Raises
+    TypeError for a model without known coefficients, ValueError for a threshold out of range, RuntimeError where a
+    cache is enabled already. A forward raises RuntimeError where the denoising step and the number of steps are
+    unknown, where a second thread is in the same run, and where its guidance calls cannot be told apart.
     """
     transformers, pipeline = transformers_of(pipe_or_transformer)
     if threshold is not None:
@@ -41,7 +42,26 @@ def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) ->
         CachedTransformer(name, model, row, fit, fit.threshold if threshold is None else float(threshold), progress)
         for (name, model), row, fit in zip(transformers, rows, fits, strict=True)
     ]
-    return TeaCacheHandle(cached, progress)
+    try:
+        for each in cached:
+            each.install()
+        return TeaCacheHandle(cached, progress, pipeline)
+    except BaseException:  # an interrupted enable_teacache leaves nothing behind
+        for each in cached:
+            each.remove()
+        raise
+
+
+def disable_teacache(pipe_or_transformer: Any) -> bool:
+    """Take TeaCache off a pipeline or a transformer, also where the handle is lost; rectified attention stays.
+
+    Returns whether any was enabled there.
+    """
+    found = [cached_transformer(model) for _, model in transformers_of(pipe_or_transformer)[0]]
+    for each in found:
+        if each is not None:
+            each.remove()
+    return any(each is not None for each in found)
 
 
 def _check_threshold(threshold: Any) -> None:
@@ -51,8 +71,10 @@ def _check_threshold(threshold: Any) -> None:
 
 
 def _check_free(name: str, model: nn.Module) -> None:
-    if hasattr(model, CHILD):
-        raise RuntimeError(f"TeaCache is enabled on {name} already: call disable() of the handle you have first.")
+    if cached_transformer(model) is not None:
+        raise RuntimeError(
+            f"TeaCache is enabled on {name} already: call disable() of its handle or rsa.disable_teacache(pipe) first."
+        )
     found = obstacle(model)
     if found is not None:
         raise RuntimeError(f"enable_teacache: {name} has {found}. Disable that first.")
