@@ -157,8 +157,9 @@ def _wrapped_class(processor_class: Any) -> Any:
         layer = self.rectified_layer
         if layer is None:  # made by somebody from our class, as load_ip_adapter does: the stock one
             return processor_class.__call__(self, attn, *args, **kwargs)
+        ours = layer.owner.active and self._attention_backend is self.rectified_backend
         # compiled code is of one module, whose processor this is
-        if not layer.owner.active or not (torch.compiler.is_compiling() or _is_of(layer, attn)):
+        if not ours or not (torch.compiler.is_compiling() or _is_of(layer, attn)):
             return original(self)(attn, *args, **kwargs)
         before = _caller.handle
         _caller.handle = self.rectified_handle
@@ -176,6 +177,7 @@ def _wrapped_class(processor_class: Any) -> Any:
         "rectified_handle": None,
         "rectified_layer": None,
         "rectified_stock": processor_class,
+        "rectified_backend": backend_member(),
     }
     wrapped = type(processor_class.__name__, (base,), members)
     AttentionProcessorRegistry._register()  # it fills itself when first asked
