@@ -119,6 +119,10 @@ def _spots(scene: Scene) -> list[tuple[float, float]]:
         return [(0.0, 0.5), (side * (0.25 + 0.5 * b), -1.5 - 0.3 * c), (-side * (1.1 + 0.4 * d), -2.0)]
     if scene.place == "behind":
         return [(0.0, -0.6), (side * (0.2 + 0.5 * b), 1.2 + 0.2 * c), (-side * (1.1 + 0.4 * d), -2.3)]
+    if scene.motion in ("closer", "away"):
+        alone = len(scene.solids) == 1
+        first = (0.5 * (b - 0.5), 0.0) if alone else (-side * 0.8, 0.0)
+        return [first, (side * (0.95 + 0.15 * b), -0.5 + 0.6 * c), (side * (1.8 + 0.3 * d), -2.6)]
     if scene.place == "next to":
         return [(-side * 0.8, 0.1), (side * (0.95 + 0.15 * b), -0.5 + 0.6 * c), (0.4 * (d - 0.5), -2.5)]
     return [(0.7 * (b - 0.5), 0.5 * (c - 0.5))]

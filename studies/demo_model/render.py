@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .table import MOST_SOLIDS, Numbers, numbers_of
+from .table import Numbers, numbers_of
 from .world import Scene
 
 Vector = tuple[Tensor, Tensor, Tensor]
@@ -25,8 +25,8 @@ AMBIENT = 0.47
 
 
 @dataclass(frozen=True)
-class Body:
-    """One of the scene's solids: columns [B, 1, 1, 1] of `Numbers.solids`, [B, T, 1, 1] of `Numbers.poses`."""
+class Bodies:
+    """The scenes' solids, K of them first: columns [K, 1, B, 1, 1, 1] and, of poses, [K, 1, B, T, 1, 1]."""
 
     quadric: tuple[Tensor, ...]
     half: Vector
@@ -73,39 +73,43 @@ def choose(where: Tensor, a: Vector, b: Vector) -> Vector:
     return torch.where(where, a[0], b[0]), torch.where(where, a[1], b[1]), torch.where(where, a[2], b[2])
 
 
+def together(a: Vector, b: Vector) -> Vector:
+    """Two sets of rays [1, ...] as one, [2, ...]."""
+    return torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]]), torch.cat([a[2], b[2]])
+
+
+def split(a: Vector) -> tuple[Vector, Vector]:
+    return (a[0][:1], a[1][:1], a[2][:1]), (a[0][1:], a[1][1:], a[2][1:])
+
+
 def three(columns: Tensor) -> Vector:
     return columns[0], columns[1], columns[2]
 
 
-def bodies_of(numbers: Numbers) -> list[Body]:
-    result = []
-    for k in range(MOST_SOLIDS):
-        fixed = numbers.solids[:, k].T[:, :, None, None, None]
-        pose = numbers.poses[:, :, k].permute(2, 0, 1)[..., None, None]
-        result.append(
-            Body(
-                quadric=(fixed[0], fixed[1], fixed[2], fixed[3]),
-                half=three(fixed[4:7]),
-                size=fixed[7],
-                colour=three(fixed[8:11]),
-                other=three(fixed[11:14]),
-                look=tuple(fixed[14:19]),
-                centre=three(pose[0:3]),
-                axes=(three(pose[3:6]), three(pose[6:9]), three(pose[9:12])),
-            )
-        )
-    return result
-
-
-def to_local(body: Body, vector: Vector) -> Vector:
-    x, y, z = (
-        body.axes[0][i] * vector[0] + body.axes[1][i] * vector[1] + body.axes[2][i] * vector[2] for i in range(3)
+def bodies_of(numbers: Numbers) -> Bodies:
+    fixed = numbers.solids.permute(2, 1, 0)[:, :, None, :, None, None, None]
+    pose = numbers.poses.permute(3, 2, 0, 1)[:, :, None, :, :, None, None]
+    return Bodies(
+        quadric=(fixed[0], fixed[1], fixed[2], fixed[3]),
+        half=three(fixed[4:7]),
+        size=fixed[7],
+        colour=three(fixed[8:11]),
+        other=three(fixed[11:14]),
+        look=tuple(fixed[14:19]),
+        centre=three(pose[0:3]),
+        axes=(three(pose[3:6]), three(pose[6:9]), three(pose[9:12])),
     )
-    return x / body.size, y / body.size, z / body.size
 
 
-def local_ray(body: Body, origin: Vector, direction: Vector) -> tuple[Vector, Vector]:
-    return to_local(body, along(origin, body.centre, -1.0)), to_local(body, direction)
+def to_local(bodies: Bodies, vector: Vector) -> Vector:
+    x, y, z = (
+        bodies.axes[0][i] * vector[0] + bodies.axes[1][i] * vector[1] + bodies.axes[2][i] * vector[2] for i in range(3)
+    )
+    return x / bodies.size, y / bodies.size, z / bodies.size
+
+
+def local_ray(bodies: Bodies, origin: Vector, direction: Vector) -> tuple[Vector, Vector]:
+    return to_local(bodies, along(origin, bodies.centre, -1.0)), to_local(bodies, direction)
 
 
 def cross_slabs(half: Vector, origin: Vector, direction: Vector) -> tuple[list[Tensor], Tensor]:
@@ -119,9 +123,9 @@ def cross_slabs(half: Vector, origin: Vector, direction: Vector) -> tuple[list[T
     return entries, out
 
 
-def cross_quadric(body: Body, origin: Vector, direction: Vector) -> tuple[Tensor, Tensor]:
+def cross_quadric(bodies: Bodies, origin: Vector, direction: Vector) -> tuple[Tensor, Tensor]:
     """Where a local ray enters and leaves the quadric; of a double cone, its lower half. Entry > out without a hit."""
-    a, c, d, e = body.quadric
+    a, c, d, e = bodies.quadric
     (ox, oy, oz), (dx, dy, dz) = origin, direction
     square = a * (dx * dx + dz * dz) + c * dy * dy
     square = torch.where(square.abs() < 1e-6, torch.full_like(square, 1e-6), square)
@@ -138,56 +142,58 @@ def cross_quadric(body: Body, origin: Vector, direction: Vector) -> tuple[Tensor
     return torch.where(inside > 0, entry, nowhere), out
 
 
-def interval(body: Body, origin: Vector, direction: Vector) -> tuple[Tensor, Tensor]:
+def interval(bodies: Bodies, origin: Vector, direction: Vector) -> tuple[Tensor, Tensor]:
     """Where a world ray goes into a solid and out of it; entry > out where it misses."""
-    origin, direction = local_ray(body, origin, direction)
-    entries, out = cross_slabs(body.half, origin, direction)
-    entry, leave = cross_quadric(body, origin, direction)
+    origin, direction = local_ray(bodies, origin, direction)
+    entries, out = cross_slabs(bodies.half, origin, direction)
+    entry, leave = cross_quadric(bodies, origin, direction)
     for other in entries:
         entry = torch.maximum(entry, other)
     return entry, torch.minimum(out, leave)
 
 
-def pattern(body: Body, point: Vector) -> Tensor:
+def pattern(bodies: Bodies, point: Vector) -> Tensor:
     """Share of the second colour at a local point: stripes across x, or checks in three dimensions."""
     x, y, z = point
     stripes = (0.5 - 5 * torch.cos((6.2832 / STRIPE) * x)).clamp(0, 1)
     turn = 3.14159 / CHECK
     checks = (0.5 - 5 * torch.cos(turn * x) * torch.cos(turn * y) * torch.cos(turn * z)).clamp(0, 1)
-    return body.look[0] * stripes + body.look[1] * checks
+    return bodies.look[0] * stripes + bodies.look[1] * checks
 
 
-def meet(body: Body, origin: Vector, direction: Vector) -> Hit:
+def meet(bodies: Bodies, origin: Vector, direction: Vector) -> Hit:
     """What rays meet of one solid."""
-    origin, direction = local_ray(body, origin, direction)
-    slabs, out = cross_slabs(body.half, origin, direction)
-    entry, leave = cross_quadric(body, origin, direction)
+    origin, direction = local_ray(bodies, origin, direction)
+    slabs, out = cross_slabs(bodies.half, origin, direction)
+    entry, leave = cross_quadric(bodies, origin, direction)
     out = torch.minimum(out, leave)
     best = torch.maximum(torch.maximum(entry, slabs[0]), torch.maximum(slabs[1], slabs[2]))
     point = along(origin, direction, best)
-    a, c, d, _ = body.quadric
+    a, c, d, _ = bodies.quadric
     normal = (a * point[0], c * point[1] + 0.5 * d, a * point[2])
     for axis in range(3):
         flat = [torch.zeros_like(best)] * 3
         flat[axis] = -torch.sign(direction[axis])
         normal = choose(slabs[axis] >= best, (flat[0], flat[1], flat[2]), normal)
     hit = (best < out) & (best > NEAR)
-    world = (dot(body.axes[0], normal), dot(body.axes[1], normal), dot(body.axes[2], normal))
+    world = (dot(bodies.axes[0], normal), dot(bodies.axes[1], normal), dot(bodies.axes[2], normal))
     return Hit(
         entry=torch.where(hit, best, torch.full_like(best, NOWHERE)),
         out=out,
         normal=unit(world),
-        colour=mix(body.colour, body.other, pattern(body, point)),
-        reflection=body.look[2],
-        transmission=body.look[3],
-        highlight=body.look[4],
+        colour=mix(bodies.colour, bodies.other, pattern(bodies, point)),
+        reflection=bodies.look[2],
+        transmission=bodies.look[3],
+        highlight=bodies.look[4],
     )
 
 
-def nearest(bodies: Sequence[Body], origin: Vector, direction: Vector) -> Hit:
-    best = meet(bodies[0], origin, direction)
-    for body in bodies[1:]:
-        other = meet(body, origin, direction)
+def nearest(bodies: Bodies, origin: Vector, direction: Vector) -> Hit:
+    """What rays [R, B, T, H, W] meet first."""
+    every = meet(bodies, origin, direction)
+    best = Hit(**{name: _kth(value, 0) for name, value in vars(every).items()})
+    for k in range(1, len(every.entry)):
+        other = Hit(**{name: _kth(value, k) for name, value in vars(every).items()})
         closer = other.entry < best.entry
         best = Hit(
             entry=torch.minimum(other.entry, best.entry),
@@ -199,6 +205,10 @@ def nearest(bodies: Sequence[Body], origin: Vector, direction: Vector) -> Hit:
             highlight=torch.where(closer, other.highlight, best.highlight),
         )
     return best
+
+
+def _kth(value: Tensor | Vector, k: int) -> Tensor | Vector:
+    return value[k] if isinstance(value, Tensor) else (value[0][k], value[1][k], value[2][k])
 
 
 @dataclass(frozen=True)
@@ -216,9 +226,7 @@ class World:
 
 def world_of(numbers: Numbers) -> World:
     w = numbers.worlds.T[:, :, None, None, None]
-    return World(
-        three(w[0:3]), three(w[3:6]), three(w[6:9]), three(w[9:12]), three(w[12:15]), (w[15], w[16]), w[17]
-    )
+    return World(three(w[0:3]), three(w[3:6]), three(w[6:9]), three(w[9:12]), three(w[12:15]), (w[15], w[16]), w[17])
 
 
 def sky(world: World, direction: Vector) -> Vector:
@@ -251,7 +259,7 @@ def floor_distance(origin: Vector, direction: Vector) -> Tensor:
     return torch.where(down, distance, torch.full_like(distance, NOWHERE))
 
 
-def glimpse(bodies: Sequence[Body], world: World, origin: Vector, direction: Vector) -> Vector:
+def glimpse(bodies: Bodies, world: World, origin: Vector, direction: Vector) -> Vector:
     """Colours along rays, with no shadow, no mirror and no glass: what other objects reflect or let through."""
     hit = nearest(bodies, origin, direction)
     below = floor_distance(origin, direction)
@@ -261,23 +269,18 @@ def glimpse(bodies: Sequence[Body], world: World, origin: Vector, direction: Vec
     return choose(hit.entry < below, lit(hit.colour, hit.normal, world, 1.0), ground)
 
 
-def sunlight(bodies: Sequence[Body], world: World, point: Vector) -> Tensor:
+def sunlight(bodies: Bodies, world: World, point: Vector) -> Tensor:
     """Share of the sun that reaches points; glass takes half of it."""
-    share = torch.ones_like(point[0])
-    for body in bodies:
-        entry, out = interval(body, point, world.light)
-        share = share * torch.where((entry < out) & (entry > NEAR), 0.6 * body.look[3], 1.0)
-    return share
+    entry, out = interval(bodies, point, world.light)
+    return torch.where((entry < out) & (entry > NEAR), 0.6 * bodies.look[3], 1.0).prod(0)
 
 
-def contact_shade(bodies: Sequence[Body], point: Vector) -> Tensor:
+def contact_shade(bodies: Bodies, point: Vector) -> Tensor:
     """How much of the sky a floor point sees past the solids, each taken for a ball."""
-    share = torch.ones_like(point[0])
-    for body in bodies:
-        to = along(body.centre, point, -1.0)
-        square = dot(to, to).clamp_min(1e-4)
-        share = share * (1 - (0.9 * to[1] * torch.rsqrt(square) * body.size * body.size / square).clamp(0, 0.75))
-    return share
+    to = along(bodies.centre, point, -1.0)
+    square = dot(to, to).clamp_min(1e-4)
+    hidden = 0.9 * to[1] * torch.rsqrt(square) * bodies.size * bodies.size / square
+    return (1 - hidden.clamp(0, 0.75)).prod(0)
 
 
 def tinted(bounce: Vector, colour: Vector, direction: Vector) -> Vector:
@@ -288,7 +291,7 @@ def tinted(bounce: Vector, colour: Vector, direction: Vector) -> Vector:
 
 
 def colours(numbers: Numbers, origin: Vector, direction: Vector) -> Vector:
-    """Red, green and blue in [0, 1] along rays: origin [B, T, 1, 1], direction [B, T, H, W], each three times."""
+    """Red, green and blue in [0, 1] along rays: origin [1, B, T, 1, 1], direction [1, B, T, H, W]."""
     bodies, world = bodies_of(numbers), world_of(numbers)
     hit = nearest(bodies, origin, direction)
     below = floor_distance(origin, direction)
@@ -309,11 +312,11 @@ def colours(numbers: Numbers, origin: Vector, direction: Vector) -> Vector:
     edge = (1 - facing.clamp(0, 1)) ** 4
     mirrored = along(direction, hit.normal, 2 * facing)
     reflection = torch.where(hit.reflection > 0, hit.reflection + (1 - hit.reflection) * 0.7 * edge, zero)
-    bounce = glimpse(bodies, world, start, mirrored)
-    bounce = choose(hit.reflection > 0.3, tinted(bounce, hit.colour, mirrored), bounce)
     through = unit(along(direction, along(hit.normal, direction, facing), -0.35))
     thick = (hit.out - hit.entry).clamp(0, 4)
-    behind = glimpse(bodies, world, along(origin, direction, hit.out.clamp(0, NOWHERE) + NEAR), through)
+    leave = along(origin, direction, hit.out.clamp(0, NOWHERE) + NEAR)
+    bounce, behind = split(glimpse(bodies, world, together(start, leave), together(mirrored, through)))
+    bounce = choose(hit.reflection > 0.3, tinted(bounce, hit.colour, mirrored), bounce)
     let = hit.transmission * (1 - reflection)
     own = 1 - reflection - let
     shine = hit.highlight * torch.exp(24 * (dot(mirrored, world.light) - 1)) * sun
@@ -327,8 +330,8 @@ def colours(numbers: Numbers, origin: Vector, direction: Vector) -> Vector:
 
 
 def camera_rays(numbers: Numbers, height: int, width: int) -> tuple[Vector, Vector]:
-    """Origins [B, T, 1, 1] and unit directions [B, T, height, width] of the rays through the pixels' middles."""
-    cameras = numbers.cameras.permute(2, 0, 1)[..., None, None]
+    """Origins [1, B, T, 1, 1] and unit directions [1, B, T, height, width] of the rays through the pixels' middles."""
+    cameras = numbers.cameras.permute(2, 0, 1)[:, None, ..., None, None]
     options = {"device": cameras.device, "dtype": cameras.dtype}
     scale = 2 * VIEW / min(height, width)
     down = (torch.arange(height, **options) + 0.5 - height / 2)[:, None] * scale
@@ -341,7 +344,7 @@ def camera_rays(numbers: Numbers, height: int, width: int) -> tuple[Vector, Vect
 def render_numbers(numbers: Numbers, height: int = 64, width: int = 64) -> Tensor:
     """Videos [B, 3, T, height, width] in [-1, 1], in the numbers' dtype and on their device."""
     origin, direction = camera_rays(numbers, height * SAMPLES, width * SAMPLES)
-    rays = torch.stack(colours(numbers, origin, direction), 1).clamp(0, 1)
+    rays = torch.cat(colours(numbers, origin, direction)).transpose(0, 1).clamp(0, 1)
     pixels = rays.unflatten(-1, (width, SAMPLES)).unflatten(-3, (height, SAMPLES)).mean((-1, -3))
     return pixels * 2 - 1
 
@@ -351,5 +354,7 @@ def render(
 ) -> Tensor:
     """Videos float32 [B, 3, num_frames, height, width] in [-1, 1]. ValueError without a scene or below size 1."""
     if not scenes or min(num_frames, height, width) < 1:
-        raise ValueError(f"render: needs a scene and sizes of at least 1, got {(len(scenes), num_frames, height, width)}")
+        raise ValueError(
+            f"render: needs a scene and sizes of at least 1, got {(len(scenes), num_frames, height, width)}"
+        )
     return render_numbers(numbers_of(scenes, range(num_frames), num_frames).to(device), height, width)

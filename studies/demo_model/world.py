@@ -62,7 +62,7 @@ class Solid:
 
 @dataclass(frozen=True)
 class Scene:
-    """One to three objects, the main one first; `place` is None where the motion names the second one, or without it."""
+    """One to three objects, the main one first; `place` is None without a second one and where the motion names it."""
 
     solids: tuple[Solid, ...]
     motion: str
