@@ -13,21 +13,14 @@ from torch import Tensor, nn
 PART_BYTES = 15 * 2**20
 
 
-@torch.no_grad()
-def round_to_half(network: nn.Module) -> dict[str, Tensor]:
-    """Round a network's weights to float16 in place, and return them as float16 on the CPU."""
-    result = {}
-    for name, parameter in network.named_parameters():
-        half = parameter.half()
-        parameter.copy_(half)
-        result[name] = half.cpu().contiguous()
-    return result
-
-
 def save(folder: Path, networks: dict[str, nn.Module], numbers: dict[str, Any]) -> None:
-    """Write networks and numbers. The networks in memory become what is written, so that going on equals resuming."""
+    """Write the networks' weights, rounded to float16, and the numbers."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{key}.{name}": t for key, network in networks.items() for name, t in round_to_half(network).items()}
+    tensors = {
+        f"{key}.{name}": parameter.detach().half().cpu().contiguous()
+        for key, network in networks.items()
+        for name, parameter in network.named_parameters()
+    }
     part: dict[str, Tensor] = {}
     index = 0
     for name, tensor in tensors.items():

@@ -30,6 +30,7 @@ from .table import numbers_of
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 BEGIN = time.perf_counter()
+SNAPSHOT_SECONDS = 150.0
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
@@ -104,6 +105,8 @@ class Run:
         self.teacher: Network | None = None
         self.step, self.samples, self.seconds = 0, 0, 0.0
         self.rows: list[dict[str, Any]] = []
+        self.snapshots: Path | None = None
+        self.written = time.perf_counter()
         self.restart()
 
     def restart(self) -> None:
@@ -111,13 +114,18 @@ class Run:
         self.first_step = self.step
         self.optimizers = build_optimizers(self.network, self.recipe)
 
-    def save(self, folder: Path) -> None:
+    def write(self, folder: Path) -> None:
         numbers = {name: getattr(self, name) for name in ("step", "samples", "seconds", "rows")}
         networks = {"raw": self.network, "average": self.average}
         checkpoint.save(folder, networks, {**numbers, "recipe": asdict(self.recipe)})
-        self.restart()
+
+    def save(self, folder: Path) -> None:
+        """Write the run and take up what was written, so that going on equals resuming."""
+        self.write(folder)
+        self.resume(folder)
 
     def resume(self, folder: Path) -> None:
+        """Take up a run where it was saved."""
         numbers = checkpoint.load(folder, {"raw": self.network, "average": self.average})
         for name in ("step", "samples", "seconds", "rows"):
             setattr(self, name, numbers[name])
@@ -220,6 +228,12 @@ class Run:
         dist.broadcast(tensor, 0)
         return float(tensor)
 
+    def snapshot(self) -> None:
+        """Now and then, write the run in case the call ends before its time."""
+        if self.snapshots and self.rank == 0 and time.perf_counter() - self.written > SNAPSHOT_SECONDS:
+            self.write(self.snapshots)
+            self.written = time.perf_counter()
+
     def train(self, deadline: float, steps: int | None = None) -> None:
         """Train to the run's end, to `deadline` (seconds since the program began), or for `steps` steps."""
         last = self.step + steps if steps else None
@@ -255,6 +269,7 @@ class Run:
                     evaluated = time.perf_counter() if held_out else evaluated
                     losses, reported = [], self.step
                     start, before, clock = time.perf_counter(), self.seconds, self.seconds
+                    self.snapshot()
                 if over:
                     return end
             batch = next(batches)
@@ -290,6 +305,7 @@ def main(
     if start:
         run.start_from(start)
     run.compile()
+    run.snapshots = out
     with attention_kernels(run.device):
         run.train(minutes * 60 - 10, steps)
     if rank == 0:

@@ -6,6 +6,7 @@ python -m studies.demo_model.study --seconds 40 --variant "" --variant predictio
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ def main(
     variant: Annotated[list[str], typer.Option(help='settings as "name=value name=value", several times')],
     config: Annotated[Path, typer.Option(help="YAML settings")] = RECIPE,
     seconds: Annotated[float, typer.Option(help="training time of each")] = 40.0,
+    stage: Annotated[int, typer.Option(help="which of the recipe's stages they train in")] = 0,
 ) -> None:
     """Train every variant from scratch and print its held-out loss; the learning rate falls to zero in each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,7 +32,8 @@ def main(
     lines = []
     for text in variant:
         changes = {name: yaml.safe_load(value) for name, value in (item.split("=", 1) for item in text.split())}
-        run = Run(Recipe.from_yaml(config, {"minutes": seconds / 60, **changes}), device)
+        recipe = Recipe.from_yaml(config, {"minutes": seconds / 60, **changes})
+        run = Run(replace(recipe, stages=(replace(recipe.stages[stage], until=1.0),)), device)
         run.compile()
         print(f"variant: {text or 'the recipe'}", flush=True)
         with attention_kernels(device):
