@@ -228,7 +228,7 @@ def test_recipes_are_read_strictly(tmp_path: Path) -> None:
 
 def test_checkpoints_are_split_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "PART_BYTES", 100_000)
-    network, copy = random_network(), Network(TINY)
+    network, copy = random_network().half().float(), Network(TINY)
     checkpoint.save(tmp_path, {"average": network}, {"step": 3})
     assert len(list(tmp_path.glob("weights-*.safetensors"))) > 3
     assert checkpoint.load(tmp_path, {"average": copy}) == {"step": 3}
@@ -245,7 +245,7 @@ def test_the_model_fits_the_package_and_the_cpu() -> None:
 
 @torch.no_grad()
 def test_export_is_what_diffusers_reads(tmp_path: Path) -> None:
-    network = random_network(changed(prediction="velocity"))
+    network = random_network(changed(prediction="velocity")).half().float()
     checkpoint.save(tmp_path / "run", {"average": network}, {"recipe": vars(TINY) | {"stages": [vars(TINY.stages[1])]}})
     export.main(tmp_path / "run", tmp_path / "out", 3.0)
     stock = HunyuanVideoTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer", torch_dtype=torch.float32)
