@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
 )
 from studies.demo_model import checkpoint, export, feed, fit, recognise
 from studies.demo_model.network import CAPTION_LENGTH, FrameRope, Network, forward_flops, generate, tokenize
+from studies.demo_model.prompts import PROMPTS, split_pairs
 from studies.demo_model.recipe import Recipe, Stage
 from studies.demo_model.render import render_numbers
 from studies.demo_model.table import numbers_of
+from studies.demo_model.world import CAMERAS, COLOURS, FLOORS, MATERIALS, SHAPES
 
 TINY = Recipe(
     steps=8,
@@ -67,7 +70,7 @@ def test_batches_are_the_same_for_the_same_index() -> None:
     assert torch.equal(one.ids, two.ids)
     assert not torch.equal(one.numbers.poses, other.numbers.poses)
     assert not torch.equal(one.numbers.poses, feed.Batches(0, 1, 2, 4, 3, 0.1)[5].numbers.poses)
-    assert {batches[i].frames for i in range(12)} == {(0, 2), (1, 3)}
+    assert {batches[i].frames for i in range(12)} == {range(0, 4, 2), range(1, 4, 2)}
     assert (feed.Batches(0, 0, 4, 4, 40, 1.0)[0].ids[:, 1:] == 0).all(), "every caption is dropped"
 
 
@@ -107,7 +110,7 @@ def test_some_frames_have_their_own_positions() -> None:
     rope = FrameRope(stock, 4)
     whole = stock(torch.empty(1, 3, 4, 8, 8))
     assert all(torch.equal(a, b) for a, b in zip(rope(torch.empty(1, 3, 4, 8, 8)), whole, strict=True))
-    rope.frames = (1, 3)
+    rope.frames = range(1, 4, 2)
     some = rope(torch.empty(1, 3, 2, 8, 8))
     for part, all_ in zip(some, whole, strict=True):
         assert torch.equal(part, torch.cat([all_[4:8], all_[12:16]]))
@@ -176,7 +179,7 @@ def test_guidance_is_learned_from_the_run_it_starts_from(tmp_path: Path) -> None
     assert run.step == 0
     noisy, sigmas, _ = inputs()
     ids = tokenize(["a red matte cube spins, grey floor", "a blue glass cone stands still, grey floor"])
-    batch = feed.Batch((0, 1, 2, 3), numbers_of(feed.sample_scenes(0, 2), range(4), 4), ids)
+    batch = feed.Batch(range(4), numbers_of(feed.sample_scenes(0, 2), range(4), 4), ids)
     told, free = run.network(noisy, sigmas, ids), run.network(noisy, sigmas, tokenize(["", ""]))
     assert (told - free).abs().max() > 1e-3
     target = run.target(noisy, sigmas, batch, torch.zeros_like(noisy))
@@ -264,8 +267,33 @@ def test_a_call_trains_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureF
     fit.main(tmp_path, fit.RECIPE, settings, None, None, 9.0, 2)
     fit.main(tmp_path, fit.RECIPE, settings, tmp_path, None, 9.0, 2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 2 samples 4 ")
-    assert lines[1].startswith("step 4 samples 8 ")
+    assert [line.split(" minutes")[0] for line in lines if line.startswith("step")] == [
+        "step 2 samples 4",
+        "step 4 samples 8",
+    ]
+
+
+def test_fixed_captions_are_of_the_grammar() -> None:
+    drawn = {phrase(scene.caption()) for scene in feed.sample_scenes(0, 4000)}
+    assert {phrase(caption) for caption in PROMPTS} <= drawn
+
+
+def phrase(caption: str) -> str:
+    """A caption's order of words, without the colours, materials, shapes, floor and camera it names."""
+    for names in (COLOURS, MATERIALS, SHAPES, FLOORS, CAMERAS):
+        caption = re.sub("|".join(names), "_", caption)
+    return caption.replace("an _", "a _").replace(" at sunset", "").replace(", camera _", "")
+
+
+def test_pairs_for_studies_are_apart() -> None:
+    dev, held_out = split_pairs("dev"), split_pairs("held-out")
+    assert (len(dev), len(held_out)) == (24, 16)
+    assert not {prompt for prompt, _ in dev} & {prompt for prompt, _ in held_out}
+    assert len(set(dev)) == 24
+    assert len(set(held_out)) == 16
+    assert tokenize([prompt for prompt, _ in dev + held_out]).shape == (40, CAPTION_LENGTH)
+    with pytest.raises(ValueError, match="allowed: dev or held-out"):
+        split_pairs("test")
 
 
 def test_readers_are_scored_by_attribute() -> None:

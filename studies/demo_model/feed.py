@@ -24,7 +24,7 @@ CHUNK = 512  # frames drawn at once
 class Batch:
     """Clips of one training step: numbers of `frames` of B scenes, and their captions as word numbers int64 [B, 32]."""
 
-    frames: tuple[int, ...]
+    frames: range
     numbers: Numbers
     ids: Tensor
 
@@ -47,7 +47,7 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         rng = random.Random(f"{self.key} {index}")
         every = self.num_frames // self.frames
-        frames = tuple(range(rng.randrange(every), self.num_frames, every))
+        frames = range(rng.randrange(every), self.num_frames, every)
         scenes = [sample_scene(rng) for _ in range(self.batch)]
         captions = ["" if rng.random() < self.dropout else scene.caption() for scene in scenes]
         return Batch(frames, numbers_of(scenes, frames, self.num_frames), tokenize(captions))

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checkpoint
 from .feed import Batch, Batches, draw, feed, sample_scenes
-from .network import Network, forward_flops, tokenize
+from .network import LEAST_SIGMA, Network, forward_flops, tokenize
 from .recipe import Recipe, Stage
 from .table import numbers_of
 
@@ -46,11 +46,11 @@ def mixed_precision(device: torch.device) -> AbstractContextManager[None]:
 
 
 def noise_levels(recipe: Recipe, count: int, generator: torch.Generator) -> Tensor:
-    """Noise levels [count] in (0, 1): the logistic function of normal numbers, one from each of as many shares."""
+    """Noise levels [count] in [0.05, 1): the logistic function of normal numbers, one from each of as many shares."""
     device = generator.device
     share = torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)
     normal = torch.special.ndtri((share / count).clamp(1e-4, 1 - 1e-4))
-    return torch.sigmoid(recipe.level_mean + recipe.level_spread * normal)
+    return torch.sigmoid(recipe.level_mean + recipe.level_spread * normal).clamp_min(LEAST_SIGMA)
 
 
 def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -77,15 +77,16 @@ def build_optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Opt
 
 @torch.no_grad()
 def held_out_loss(network: Network, recipe: Recipe, device: torch.device, frames: int, count: int = 64) -> float:
-    """The velocity's mean square error on `count` scenes that training never draws, at evenly spread noise levels."""
+    """The velocity's mean square error on `count` scenes of their own, at noise levels like a sampler's."""
     chosen = range(0, recipe.frames, recipe.frames // frames)
     network.use_frames(chosen)
     total = 0.0
     for first in range(0, count, 32):
         scenes = sample_scenes(f"held-out loss {first}", min(32, count - first))
-        videos = draw(numbers_of(scenes, chosen, recipe.frames).to(device), recipe.size, recipe.compile)
+        videos = draw(numbers_of(scenes, chosen, recipe.frames).to(device), recipe.size, recipe.compile_drawing)
         noise = torch.randn(videos.shape, generator=torch.Generator().manual_seed(first)).to(device)
-        sigmas = (torch.arange(len(scenes), device=device) + 0.5) / len(scenes)
+        even = (torch.arange(len(scenes), device=device) + 0.5) / len(scenes)
+        sigmas = (3 * even / (1 + 2 * even)).clamp_min(LEAST_SIGMA)
         ids = tokenize([scene.caption() for scene in scenes]).to(device)
         level = sigmas.view(-1, 1, 1, 1, 1)
         with mixed_precision(device):
@@ -164,7 +165,7 @@ class Run:
         device, recipe = self.device, self.recipe
         numbers = batch.numbers.to(device)
         with torch.no_grad():
-            videos = draw(numbers, recipe.size, recipe.compile)
+            videos = draw(numbers, recipe.size, recipe.compile_drawing)
         generator = torch.Generator(device).manual_seed((recipe.seed * 1009 + self.rank) * 10**7 + self.step)
         sigmas = noise_levels(recipe, len(videos), generator)
         noise = torch.randn(videos.shape, generator=generator, device=device)
@@ -228,6 +229,16 @@ class Run:
         dist.broadcast(tensor, 0)
         return float(tensor)
 
+    def time_drawing(self, batch: Batch) -> None:
+        """Print how fast clips are drawn."""
+        numbers = batch.numbers.to(self.device)
+        float(draw(numbers, self.recipe.size, self.recipe.compile_drawing).sum())
+        start = time.perf_counter()
+        float(draw(numbers, self.recipe.size, self.recipe.compile_drawing).sum())
+        speed = len(batch.ids) / (time.perf_counter() - start)
+        if self.rank == 0:
+            print(f"{time.perf_counter() - BEGIN:.0f} s after the start: draws {speed:.0f} clips a second", flush=True)
+
     def snapshot(self) -> None:
         """Now and then, write the run in case the call ends before its time."""
         if self.snapshots and self.rank == 0 and time.perf_counter() - self.written > SNAPSHOT_SECONDS:
@@ -250,6 +261,7 @@ class Run:
         batch = next(batches)
         self.loss(batch).backward()  # compiles, outside the run's clock
         self.network.zero_grad(set_to_none=True)
+        self.time_drawing(batch)
         losses: list[Tensor] = []
         progress, evaluated = self.progress, time.perf_counter()
         start, before, clock, reported = time.perf_counter(), self.seconds, self.seconds, self.step

@@ -85,16 +85,17 @@ class Unmasked(HunyuanVideoAttnProcessor2_0):
 
 
 class FrameRope(nn.Module):
-    """The transformer's rotary embedding for some frames of a longer clip: those of `frames`."""
+    """The transformer's rotary embedding for evenly spaced frames of a longer clip: those of `frames`."""
 
     def __init__(self, rope: nn.Module, num_frames: int) -> None:
         super().__init__()
         self.rope, self.num_frames = rope, num_frames
-        self.frames: tuple[int, ...] = tuple(range(num_frames))
+        self.frames = range(num_frames)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         whole = self.rope(hidden_states[:, :, :1].expand(-1, -1, self.num_frames, -1, -1))
-        return tuple(part.unflatten(0, (self.num_frames, -1))[list(self.frames)].flatten(0, 1) for part in whole)
+        chosen = slice(self.frames.start, self.frames.stop, self.frames.step)  # a list of frames would wait for the GPU
+        return tuple(part.unflatten(0, (self.num_frames, -1))[chosen].flatten(0, 1) for part in whole)
 
 
 def build_transformer(recipe: Recipe) -> HunyuanVideoTransformer3DModel:
@@ -136,9 +137,9 @@ class Network(nn.Module):
         self.caption_encoder = CaptionEncoder(len(VOCABULARY) + START + 1, CAPTION_LENGTH, recipe.heads * 64)
         self.prediction = recipe.prediction
 
-    def use_frames(self, frames: Sequence[int]) -> None:
+    def use_frames(self, frames: range) -> None:
         """The clips that follow hold these frames of a whole clip."""
-        self.transformer.rope.frames = tuple(frames)
+        self.transformer.rope.frames = frames
 
     def forward(self, noisy: Tensor, sigmas: Tensor, ids: Tensor) -> Tensor:
         """Velocity float32 [B, 3, T, H, W] of `noisy`, the same shape, at noise levels `sigmas` [B] in (0, 1]."""

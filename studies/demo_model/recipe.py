@@ -49,6 +49,7 @@ class Recipe:
     report_seconds: float = 10.0
     workers: int = 10
     compile: bool = True
+    compile_drawing: bool = True
     stages: tuple[Stage, ...] = (Stage(until=1.0, frames=16, batch=128),)
 
     def __post_init__(self) -> None:

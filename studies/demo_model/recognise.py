@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import checkpoint
@@ -99,7 +99,7 @@ def train_reader(reader: Reader, recipe: Recipe, device: torch.device, seconds: 
         optimizer.step()
         if time.perf_counter() - shown > 10:
             shown = time.perf_counter()
-            print(f"reader step {step} clips {step * batch} loss {float(loss):.3f}", flush=True)
+            print(f"reader step {step} clips {step * batch} loss {float(loss.detach()):.3f}", flush=True)
 
 
 class _Draws(torch.utils.data.Dataset):
@@ -122,7 +122,7 @@ def _rendered_clips(recipe: Recipe, device: torch.device, batch: int) -> Any:
         num_workers=workers,  # type: ignore[arg-type]
     )
     for numbers, wanted in loader:
-        videos = draw(Numbers(**numbers).to(device), recipe.size, recipe.compile)
+        videos = draw(Numbers(**numbers).to(device), recipe.size, recipe.compile_drawing)
         yield videos, {name: value.to(device) for name, value in wanted.items()}
 
 
@@ -139,16 +139,16 @@ def accuracy(reader: Reader, videos: Tensor, scenes: Sequence[Scene]) -> dict[st
 
 
 def generated(
-    network: Network, recipe: Recipe, scenes: Sequence[Scene], device: torch.device, **options: Any
+    network: Network, recipe: Recipe, captions: Sequence[str], device: torch.device, **options: Any
 ) -> Tensor:
-    """Clips of the scenes' captions, the noise from one generator."""
+    """Clips of captions, the noise from one generator."""
     network.use_frames(range(recipe.frames))
     random = torch.Generator().manual_seed(0)
     parts = []
-    for first in range(0, len(scenes), 64):
-        captions = [scene.caption() for scene in scenes[first : first + 64]]
-        noise = torch.randn(len(captions), 3, recipe.frames, recipe.size, recipe.size, generator=random)
-        parts.append(generate(network, captions, noise.to(device), **options))
+    for first in range(0, len(captions), 64):
+        part = captions[first : first + 64]
+        noise = torch.randn(len(part), 3, recipe.frames, recipe.size, recipe.size, generator=random)
+        parts.append(generate(network, part, noise.to(device), **options))
     return torch.cat(parts)
 
 
@@ -171,21 +171,22 @@ def main(
     torch.manual_seed(0)
     judge = Reader().to(device)
     if reader:
-        load_model(judge, reader, device=str(device))
+        judge.load_state_dict(load_file(reader))
     else:
         train_reader(judge, recipe, device, seconds, batch)
         out.mkdir(parents=True, exist_ok=True)
-        save_model(judge, str(out / "reader.safetensors"))
+        save_file({name: tensor.half() for name, tensor in judge.state_dict().items()}, out / "reader.safetensors")
     scenes = sample_scenes("recognise", count)
+    captions = [scene.caption() for scene in scenes]
     numbers = numbers_of(scenes, range(recipe.frames), recipe.frames).to(device)
     rows: list[dict[str, Any]] = [
-        {"clips": "rendered", **accuracy(judge, draw(numbers, recipe.size, recipe.compile), scenes)}
+        {"clips": "rendered", **accuracy(judge, draw(numbers, recipe.size, recipe.compile_drawing), scenes)}
     ]
     show(rows[0], rows[0])
     for way in itertools.product(steps or [12], guidance or [1.0, 2.0], shift or [3.0]):
         options = dict(zip(("steps", "guidance", "shift"), way, strict=True))
         with attention_kernels(device):
-            videos = generated(network, recipe, scenes, device, **options)
+            videos = generated(network, recipe, captions, device, **options)
         rows.append({"clips": " ".join(f"{k} {v}" for k, v in options.items()), **accuracy(judge, videos, scenes)})
         show(rows[-1], rows[0])
     out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Contact sheets: one row a caption, one column a frame, of rendered clips or of a run's.
+"""Contact sheets, one row a caption, one column a frame: drawn scenes, or the fixed captions as a run makes them.
 
 python -m studies.demo_model.showcase --out sheet.png [--run runs/demo --guidance 2]
 """
@@ -20,6 +20,7 @@ from . import checkpoint
 from .feed import draw, sample_scenes
 from .fit import attention_kernels
 from .network import Network
+from .prompts import PROMPTS
 from .recipe import Recipe
 from .recognise import generated
 from .table import numbers_of
@@ -46,25 +47,27 @@ def draw_sheet(videos: Tensor, captions: Sequence[str], path: Path, frames: int 
 
 def main(
     out: Annotated[Path, typer.Option(help="PNG to write")],
-    run: Annotated[Path | None, typer.Option(help="folder of a run that fit.py wrote; without it, rendered")] = None,
+    run: Annotated[Path | None, typer.Option(help="folder of a run; without it, drawn scenes")] = None,
     count: Annotated[int, typer.Option(help="how many captions")] = 12,
-    seed: Annotated[str, typer.Option(help="of the scenes")] = "recognise",
+    seed: Annotated[str, typer.Option(help="of the drawn scenes")] = "sheet",
     steps: Annotated[int, typer.Option(help="denoising steps")] = 12,
     guidance: Annotated[float, typer.Option(help="guidance scale")] = 1.0,
     shift: Annotated[float, typer.Option(help="of the noise levels")] = 3.0,
 ) -> None:
     """Draw a sheet."""
-    scenes = sample_scenes(seed, count)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if run:
         recipe = Recipe.from_dict(json.loads((run / "run.json").read_text(encoding="utf-8"))["recipe"])
         network = Network(recipe).to(device).eval()
         checkpoint.load(run, {"average": network})
+        captions = PROMPTS[:count]
         with attention_kernels(device):
-            videos = generated(network, recipe, scenes, device, steps=steps, guidance=guidance, shift=shift)
+            videos = generated(network, recipe, captions, device, steps=steps, guidance=guidance, shift=shift)
     else:
+        scenes = sample_scenes(seed, count)
+        captions = tuple(scene.caption() for scene in scenes)
         videos = torch.cat([draw(numbers_of([scene], range(16)), 64) for scene in scenes])
-    draw_sheet(videos, [scene.caption() for scene in scenes], out)
+    draw_sheet(videos, captions, out)
 
 
 if __name__ == "__main__":
