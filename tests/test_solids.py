@@ -10,10 +10,12 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from studies.demo_model.motion import HALF, contact, poses, sizes, view
-from studies.demo_model.render import NOWHERE, bodies_of, camera_rays, colours, nearest, render, render_numbers
-from studies.demo_model.table import Numbers, numbers_of
-from studies.demo_model.world import (
+
+from slow_rays import Rays, outside
+from studies.solids.motion import HALF, contact, poses, sizes, view
+from studies.solids.render import NOWHERE, bodies_of, camera_rays, colours, nearest, render, render_numbers
+from studies.solids.table import Numbers, numbers_of
+from studies.solids.world import (
     CAMERAS,
     COLOURS,
     FLOORS,
@@ -26,8 +28,6 @@ from studies.demo_model.world import (
     Solid,
     sample_scene,
 )
-
-from slow_rays import Rays, outside
 
 TIMES = np.linspace(0, 1, 16)
 BALL = Scene((Solid("red", "matte", "sphere"),), "still", None, "grey")

@@ -15,13 +15,14 @@ from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoAttnProcessor2_0,
     HunyuanVideoRotaryPosEmbed,
 )
-from studies.demo_model import checkpoint, export, feed, fit, recognise
-from studies.demo_model.network import CAPTION_LENGTH, FrameRope, Network, forward_flops, generate, tokenize
-from studies.demo_model.prompts import PROMPTS, split_pairs
-from studies.demo_model.recipe import Recipe, Stage
-from studies.demo_model.render import render_numbers
-from studies.demo_model.table import numbers_of
-from studies.demo_model.world import CAMERAS, COLOURS, FLOORS, MATERIALS, SHAPES
+
+from studies.solids import checkpoint, export, feed, fit, recognise
+from studies.solids.network import CAPTION_LENGTH, FrameRope, Network, forward_flops, generate, tokenize
+from studies.solids.prompts import PROMPTS, split_pairs
+from studies.solids.recipe import Recipe, Stage
+from studies.solids.render import render_numbers
+from studies.solids.table import numbers_of
+from studies.solids.world import CAMERAS, COLOURS, FLOORS, MATERIALS, SHAPES
 
 TINY = Recipe(
     steps=8,

@@ -1,6 +1,6 @@
 """Write the averaged weights of a run as the package carries them: three folders that diffusers reads.
 
-python -m studies.demo_model.export --run runs/demo --out src/rectified_spaattn/lab/demo_model/weights --shift 3
+python -m studies.solids.export --run runs/demo --out src/rectified_spaattn/lab/demo_model/weights --shift 3
 """
 
 from __future__ import annotations

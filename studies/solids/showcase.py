@@ -1,6 +1,6 @@
 """Contact sheets, one row a caption, one column a frame: drawn scenes, or the fixed captions as a run makes them.
 
-python -m studies.demo_model.showcase --out sheet.png [--run runs/demo --guidance 2]
+python -m studies.solids.showcase --out sheet.png [--run runs/demo --guidance 2]
 """
 
 from __future__ import annotations
