@@ -10,7 +10,14 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 import rectified_spaattn as rsa
 from model_cases import build
@@ -117,9 +124,8 @@ class Life(RuleBasedStateMachine):
         if self.fused:
             hook.remove()
             hook = self.attentions[block][1].to_out[0].register_forward_pre_hook(raising)
-        with pytest.raises(stop), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            forward(self.model, self.inputs)
+        with pytest.raises(stop):
+            self.run()
         hook.remove()
 
     @rule()
