@@ -182,6 +182,11 @@ class LayerState:
             self._say_outside()
             return self._counted(OUTSIDE, None, q, k, v, mask, scale)
         self._check_sequence(forward, q.shape[1])
+        if self.owner.needs_steps and q.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{self.name}: a CUDA graph is being captured, in which every step would do what this one does, but "
+                f"{self.owner.steps_wanted} asks for others. Compile in the default mode, or enable without dense steps."
+            )
         reason = self.why_dense(forward)
         if reason is not None:
             return self._counted(reason, forward, q, k, v, mask, scale)
