@@ -124,9 +124,8 @@ class Life(RuleBasedStateMachine):
         if self.fused:
             hook.remove()
             hook = self.attentions[block][1].to_out[0].register_forward_pre_hook(raising)
-        with pytest.raises(stop), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            forward(self.model, self.inputs)
+        with pytest.raises(stop):
+            self.run()
         hook.remove()
 
     @rule()

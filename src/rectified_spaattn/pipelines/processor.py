@@ -207,6 +207,7 @@ def _pickled(self: Any, protocol: Any) -> Any:
 
 def wrap(processor: Any, layer: LayerState) -> Any:
     """A copy of `processor` that attends through `layer`; the original stays as it is."""
+    processor = original(processor)
     wrapped = copy.copy(processor)
     wrapped.__class__ = _wrapped_class(processor.__class__)
     wrapped._attention_backend = backend_member()
@@ -247,7 +248,7 @@ def check_processor(processor: Any, name: str) -> None:
 
 def dense_backend(processor: Any) -> Any:
     """What a processor attends with when it is left alone: for a stand-in's original, PyTorch's own attention."""
-    return getattr(processor, "_attention_backend", AttentionBackendName.NATIVE)
+    return getattr(original(processor), "_attention_backend", AttentionBackendName.NATIVE)
 
 
 def is_wrapped(processor: Any, layer: LayerState) -> bool:

@@ -234,6 +234,7 @@ def _attending(
             module.set_processor(wrap(module.processor, layer))
         yield
     finally:
+        state.active = False  # processors that somebody kept are the original ones from here on
         hook.remove()
         for module, processor in originals:
             module.set_processor(processor)
