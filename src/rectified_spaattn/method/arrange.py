@@ -40,7 +40,8 @@ def content_order(
 def sample_of(x: torch.Tensor, tiled: torch.Tensor) -> torch.Tensor:
     """Some of the tiled tokens of x [B, S, H, D], evenly spread: [B * H, m, D], m at most SAMPLE."""
     some = tiled[:: -(-tiled.numel() // SAMPLE)]
-    return x[:, some].transpose(1, 2).flatten(0, 1).to(stage_dtype(x.dtype))
+    # contiguous: the same values give the same bits, however they lie in memory
+    return x[:, some].transpose(1, 2).flatten(0, 1).to(stage_dtype(x.dtype)).contiguous()
 
 
 class Moments(NamedTuple):

@@ -46,6 +46,7 @@ class ForwardHooks(Hooks):
         forward = self.state.forwards.end()
         if forward is None or output is None:  # it raised
             return
+        self.state.completed = True
         if not forward.calls and not lost_layers(self.state):
             with self.state.lock:
                 self.state.skipped += 1  # every forward calls a layer once, or a cache left it out

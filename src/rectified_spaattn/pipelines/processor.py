@@ -59,6 +59,17 @@ def layer_attention(
     return _layer_of(handle).attend(q, k, v, mask, scale).contiguous()
 
 
+def _no_gradient(ctx: Any, *gradients: Any) -> Any:
+    """Raised while code that wants a gradient is compiled: compiled calls are opaque, the dense ones, too."""
+    raise RuntimeError(
+        "Compiled code of a model with rectified attention is for inference and has no gradient. Call the model inside "
+        "torch.no_grad(); to train, call disable() first."
+    )
+
+
+layer_attention.register_autograd(_no_gradient)
+
+
 def _layer_of(handle: torch.Tensor) -> LayerState:
     layer = _layers.get(int(handle))
     if layer is None:
@@ -100,6 +111,8 @@ def _backend(
             "Use rectified_spaattn.enable(pipe); do not set the backend by its name."
         )
     if any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack()):
+        if not torch.compiler.is_compiling():
+            _layer_of(handle).called = True
         return value  # perturbed attention guidance: what the dense dispatch gives inside this mode
     if dropout_p or is_causal or enable_gqa:
         raise ValueError(

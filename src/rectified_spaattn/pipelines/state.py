@@ -34,6 +34,7 @@ class TransformerState:
     run         number of the run that the figures below are of
     first_step  the step at which this transformer's share of the run began
     count       forwards of the run; skipped: those in which a cache left out every block
+    completed   whether any forward ever came to its end
     """
 
     config: SparseConfig
@@ -54,6 +55,7 @@ class TransformerState:
     steps_seen: set[int] = field(default_factory=set)
     count: int = 0
     skipped: int = 0
+    completed: bool = False
     said_outside: bool = False
 
     @property

@@ -16,6 +16,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "group")
 KERNELS = ("default", "math", "efficient", "flash", "cudnn")
 DEMO = "demo"
+SMALL_GRID = {"block_size": 64, "top_p": 0.0}  # what fits the demo model: exact sparsity
 CALL = {  # field -> argument of the pipeline's call
     "prompt": "prompt",
     "negative_prompt": "negative_prompt",
@@ -215,8 +216,8 @@ class DemoOptions:
     steps: int | None = option("Denoising steps.", None, unset="12")
     size: int = option("Height and width in pixels; the model was trained at 64 and 96.", 64)
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.8, 0.9))
-    block_size: int = option("Tokens a block.", 64)
-    top_p: float = option("Least attention mass the kept blocks hold.", 0.0)
+    block_size: int = option("Tokens a block.", SMALL_GRID["block_size"])
+    top_p: float = option("Least attention mass the kept blocks hold.", SMALL_GRID["top_p"])
     neighbours: bool = option(
         "Always keep blocks that touch in 3-D; on small grids these alone are many.", False, flag="--neighbours"
     )
