@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, WanPipelin
 
 import rectified_spaattn as rsa
 import tiny
-from schedule_runs import fail, forwards_of, run_video, steps_of, stop_after, video_to_video
+from schedule_runs import EMBEDS, fail, forwards_of, run_video, steps_of, stop_after, video_to_video
 from tiny import SPARSE, forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,6 +40,14 @@ def test_a_replaced_transformer_is_said_when_the_pipeline_runs(pipeline):
         pipeline.transformer = old
         assert "REPLACED" not in handle.summary()
     assert "REPLACED" not in handle.summary()
+
+
+def test_a_replaced_transformer_is_said_without_a_prompt_to_encode(pipeline):
+    with rsa.enable(pipeline, **SPARSE):
+        pipeline.transformer = tiny.wan_transformer()
+        with pytest.warns(UserWarning, match="transformer of the pipeline is another object"):
+            tiny.run_wan(pipeline, prompt=None, negative_prompt=None, output_type="pt", **EMBEDS)
+    assert not pipeline.vae.decoder._forward_pre_hooks
 
 
 def test_one_of_two_experts_is_replaced():

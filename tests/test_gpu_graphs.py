@@ -1,6 +1,7 @@
 """CUDA graphs that inductor captures: what is sparse and what dense is chosen anew in every call. `pytest -m gpu`."""
 
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -68,3 +69,29 @@ def test_a_schedule_goes_on_in_compiled_code(how, when):
             assert stats.sparse_calls == (STEPS - DENSE_STEPS) * LAYERS
             assert stats.steps == stats.forwards == STEPS
     torch.testing.assert_close(run(pipeline), untouched, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_graph_captured_by_hand_is_refused_where_steps_differ():
+    model = tiny.wan_transformer(num_layers=LAYERS).cuda()
+    inputs = {name: value.cuda() for name, value in tiny.wan_inputs(batch=1).items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nobody tells the step
+        handle = rsa.enable(model, **SETTINGS)
+    handle.set_step(0, STEPS)
+    model(**inputs)
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match=r"a CUDA graph is being captured.*dense_steps=4"), capturing():
+        model(**inputs)
+    handle.disable()
+
+
+@contextmanager
+def capturing():
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="relaxed")
+        try:
+            yield
+        finally:
+            graph.capture_end()

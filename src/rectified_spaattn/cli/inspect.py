@@ -92,7 +92,7 @@ def run(options: InspectOptions) -> None:
     from ..lab.machine import device_of, machine
     from ..lab.pages.html import data_uri, render
     from ..lab.pages.maps import maps_figure
-    from ..lab.rows import write_rows
+    from ..lab.rows import write_json, write_rows
 
     console, device, out = plain_console(), device_of(options.device), options.out
     try:
@@ -134,10 +134,9 @@ def run(options: InspectOptions) -> None:
         },
         "results": rows,
     }
-    text, page = json.dumps(record, indent=2, allow_nan=False), out / "inspect.html"
-    (out / "inspect.json").write_text(text + "\n", encoding="utf-8")
-    images = {sparsity: data_uri(path) for sparsity, path in figures.items()}
-    render("inspect.html", page, r=record, figures=images, raw=text)
+    write_json(out / "inspect.json", record)
+    images, page = {sparsity: data_uri(path) for sparsity, path in figures.items()}, out / "inspect.html"
+    render("inspect.html", page, r=record, figures=images, raw=json.dumps(record, indent=2))
     shown = [row if row["compensated"] else row | {"r_error": None} for row in rows]
     print_wide(console, row_table(_COLUMNS, shown, f"{call} of {record['model']}"))
     console.print(f"Page: {page.resolve()}", soft_wrap=True)

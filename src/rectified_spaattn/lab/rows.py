@@ -5,6 +5,7 @@ formula (it begins with = + - @) gets a ' in front.
 """
 
 import csv
+import json
 import math
 import os
 import re
@@ -37,6 +38,12 @@ def write_rows(path: Path, rows: Sequence[Any], origin: Origin | None = None) ->
             writer.writerows(lines)
 
     write_atomically(path, write)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Plain values without NaN, as one file that is complete or as it was."""
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
