@@ -14,7 +14,7 @@ from ..lab.bench.model import ModelResult, ModelSettings
 from ..lab.bench.model import measure as measure_model
 from ..lab.bench.op import OpResult, OpSettings
 from ..lab.bench.op import measure as measure_op
-from ..lab.bench.rows import ForwardRow, StageRow
+from ..lab.bench.rows import StageRow
 from ..lab.bench.settings import BenchSettings
 from ..lab.bench.shapes import BenchError, Watch
 from ..lab.machine import Origin, device_of, machine
@@ -154,7 +154,19 @@ def _model_tables(result: ModelResult, device: str) -> Shown:
         f"{first.head_dim}, {first.dtype}, {first.rectify}, {first.order}, random weights, {device}, "
         f"median of {first.repeats}"
     )
-    yield row_table(_forward_columns(first), forwards)
+    columns = {
+        "attention": "{0.label}",
+        "sparsity": "{0.sparsity:.4g}",
+        "density": "{0.density:.4f}",
+        "run": "{0.how}",
+        _layers(first.layers_low): "{0.low_s:.4f}",
+        _layers(first.layers_high): "{0.high_s:.4f}",
+        f"{first.layers} layers (scaled)": "{0.seconds:.3f}",
+        "quartiles": "{0.seconds_q1:.3f} to {0.seconds_q3:.3f}",
+        "min to max": "{0.seconds_min:.3f} to {0.seconds_max:.3f}",
+        f"speed-up over eager {first.dense}": "{0.ratio:.2f}x",
+    }
+    yield row_table(columns, forwards)
     a_unit = first.layers // first.units
     few, more = first.layers_low // a_unit, first.layers_high // a_unit
     yield (
@@ -177,21 +189,6 @@ def _model_tables(result: ModelResult, device: str) -> Shown:
     goal = run.paper_composed  # the paper's figure with TeaCache; an empty cell: never reached
     composed = {} if goal is None else {f"most computed steps for {goal:.2f}x": "{0.steps_for_composed}"}
     yield row_table(_RUNS | composed, runs)
-
-
-def _forward_columns(first: ForwardRow) -> dict[str, str]:
-    return {
-        "attention": "{0.label}",
-        "sparsity": "{0.sparsity:.4g}",
-        "density": "{0.density:.4f}",
-        "run": "{0.how}",
-        _layers(first.layers_low): "{0.low_s:.4f}",
-        _layers(first.layers_high): "{0.high_s:.4f}",
-        f"{first.layers} layers (scaled)": "{0.seconds:.3f}",
-        "quartiles": "{0.seconds_q1:.3f} to {0.seconds_q3:.3f}",
-        "min to max": "{0.seconds_min:.3f} to {0.seconds_max:.3f}",
-        f"speed-up over eager {first.dense}": "{0.ratio:.2f}x",
-    }
 
 
 def _layers(count: int) -> str:

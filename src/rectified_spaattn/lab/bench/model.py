@@ -102,7 +102,7 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> ModelResult:
     watch(f"{name}: checking", 0, 1)
     checks = check_model(weights, model, variants, case)
     inputs = inputs_for(model, model.shape.grid, device, dtype)
-    make = partial(_Forward, weights, model, case, settings.compiler)
+    make = partial(_Forward, weights, model, case, settings.compiler, inputs)
 
     torch.compiler.reset()  # the shapes of a model before would make this one's compiled code general
     keys = [Key(variant, how, units) for variant in variants for how in hows for units in (1, depth)]
@@ -110,16 +110,17 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> ModelResult:
     outputs = {}
     for number, (key, forward) in enumerate(forwards.items()):
         watch(f"{name}: first run of {key.variant}, {key.how}", number, len(keys))
-        outputs[key] = forward(inputs)
+        outputs[key] = forward()
     checks += check_first_runs(model.name, outputs, checks[0].allowed)
     density = {key.variant: forwards[key].density() for key in keys if key.variant.kind == "sparse"}
 
-    seconds = _time(forwards, inputs, settings.repeats, device, partial(watch, f"{name}: timing"))
+    calls = {key: Timed(forward, settings.repeats) for key, forward in forwards.items()}
+    seconds = durations(calls, 1, device, partial(watch, f"{name}: timing"), warm_up=0)
     whole: Times = {}
     if settings.full:
         ends = (Key(variants[0], "eager", model.units), Key(variants[-2], hows[-1], model.units))
-        every = {key: make(key) for key in ends}
-        whole = _time(every, inputs, 1, device, partial(watch, f"{name}: all layers, once"))
+        calls = {key: Timed(make(key), 1) for key in ends}
+        whole = durations(calls, 1, device, partial(watch, f"{name}: all layers, once"), warm_up=0)
     rows = forward_rows(model, settings.size, case, seconds, whole, density)
     return ModelResult(checks, rows, schedule_rows(model, settings.schedule_of(model), rows), not_run)
 
@@ -141,15 +142,17 @@ def _variants(model: Model, settings: ModelSettings, case: Case) -> tuple[list[V
 class _Forward:
     """A model of its own on the shared weights, with one kind of attention."""
 
-    def __init__(self, weights: nn.Module, model: Model, case: Case, compiler: str, key: Key) -> None:
+    def __init__(
+        self, weights: nn.Module, model: Model, case: Case, compiler: str, inputs: dict[str, Any], key: Key
+    ) -> None:
         self._transformer = shallow_copy(weights, model, key.units)
         self._handle = enable(self._transformer, key.variant, case.config)
-        self._layers = key.units * model.layers_a_unit
+        self._layers, self._inputs = key.units * model.layers_a_unit, inputs
         if key.how == "compiled":
             compile_blocks(self._transformer, compiler)
 
-    def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
-        return output(self._transformer, inputs)
+    def __call__(self, input_set: int = 0) -> torch.Tensor:
+        return output(self._transformer, self._inputs)
 
     def density(self) -> float:
         """The mean over all calls. Raises BenchError where one was dense."""
@@ -161,10 +164,3 @@ class _Forward:
                 "Nothing was timed."
             )
         return float(stats.density)
-
-
-def _time(
-    forwards: dict[Key, _Forward], inputs: dict[str, Any], repeats: int, device: torch.device, watch: Any
-) -> Times:
-    calls = {key: Timed(lambda _, run=run: run(inputs), repeats) for key, run in forwards.items()}  # type: ignore[misc]
-    return durations(calls, 1, device, watch, warm_up=0)

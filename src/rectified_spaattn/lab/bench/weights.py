@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -92,10 +93,7 @@ def compile_blocks(transformer: Any, compiler: str) -> None:
 def inputs_for(model: Model, grid: Grid, device: torch.device, dtype: torch.dtype, seed: int = 1) -> dict[str, Any]:
     """Arguments of a forward: normal numbers; every text token is valid."""
     generator = torch.Generator(device).manual_seed(seed)
-
-    def make(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
+    make = partial(torch.randn, generator=generator, device=device, dtype=dtype)
     return model.inputs(model, grid, make)
 
 

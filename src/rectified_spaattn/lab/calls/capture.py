@@ -216,9 +216,7 @@ def attending(pipe: Any, config: SparseConfig, make: Callable[..., LayerState]) 
             adapter = adapter_for(model)
             attentions: list[tuple[str, Any]] = adapter.attentions(model)
             if any(is_enabled(module) for _, module in attentions):
-                raise CaptureError(
-                    "attention of this pipeline: the model is enabled; call disable() of its handle first."
-                )
+                raise CaptureError(f"{name} is enabled; call disable() of its handle first.")
             for layer, module in attentions:
                 check_processor(module.processor, layer)
             text_first = adapter.text_first
