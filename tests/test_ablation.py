@@ -169,7 +169,7 @@ def test_masses_of_blocks_by_content() -> None:
         )
         got = allocation(exact(one, config), config)
         whole = attention_error(one, config)
-        assert got.density == pytest.approx(whole.density)
+        assert got.density == pytest.approx(whole.stats.density)
         first = attention_error(sample(one, 0), config).relative_error
         assert got.relative_error[0].item() == pytest.approx(first, rel=1e-4)
         if mode == "none":  # all weight is on what is kept

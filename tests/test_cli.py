@@ -139,7 +139,7 @@ def test_the_demo_shows_the_paper_and_the_default() -> None:
 def test_demo_writes_every_file(run: tuple[Path, str]) -> None:
     out, printed = run
     assert all((out / name).stat().st_size > 1000 for name in FILES)
-    assert {path.stem for path in (out / "figures").iterdir()} == {"curve", "plan", "error"}
+    assert {path.stem for path in (out / "figures").iterdir()} == {"error", "maps"}
     videos = sorted((out / "videos").rglob("*.mp4"))
     assert len(videos) == 2 * 7
     assert {path.parent.name for path in videos} == set(MODES)
