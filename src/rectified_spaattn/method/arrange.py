@@ -76,10 +76,20 @@ def directions(of: Moments) -> torch.Tensor:
 
     Two keys differ, for the queries there are, by |M_q½ (k - k')|, M_q = scale² mean q qᵀ; two queries by
     |M_k½ (q - q')|, with centred keys, as no softmax sees what all keys share. W are the r principal directions of both
-    together, as long as the deviation along them, by subspace iteration on S C, where S = diag(M_k, M_q) and C is the
-    covariance of [q, k].
+    together, as long as the deviation along them: those of S C, where S = diag(M_k, M_q) and C is the covariance of
+    [q, k].
     """
-    _, covariance, weigh = of
+    w = principal(of.covariance, of.weigh)
+    seen = of.covariance @ w
+    spread = (seen * (of.weigh @ seen)).sum(1, keepdim=True)  # the eigenvalue, where wᵀ C w = 1
+    return w * spread.sqrt()
+
+
+def principal(covariance: torch.Tensor, weigh: torch.Tensor) -> torch.Tensor:
+    """W [Z, n, r], Wᵀ C W = 1: the r = min(DIRECTIONS, n) principal directions of S C by subspace iteration.
+
+    covariance, weigh: C and S, symmetric [Z, n, n].
+    """
     step = weigh @ covariance
     step = step @ step
     w = start_directions(step.shape[1], step.dtype, step.device)
@@ -91,9 +101,7 @@ def directions(of: Moments) -> torch.Tensor:
         gram = gram + little * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         triangle = torch.linalg.cholesky_ex(gram)[0]
         w = torch.linalg.solve_triangular(triangle, w.transpose(1, 2), upper=False).transpose(1, 2)
-    seen = covariance @ w
-    spread = (seen * (weigh @ seen)).sum(1, keepdim=True)  # the eigenvalue, where wᵀ C w = 1
-    return w * spread.sqrt()
+    return w
 
 
 def k_d_order(features: torch.Tensor, block_size: int) -> torch.Tensor:
