@@ -1,5 +1,6 @@
 """What a block leaves undone where its pooled key stands for it: stage 3 keeps blocks by it. Not in the paper."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,15 @@ class Responses(NamedTuple):
     kv: torch.Tensor
 
 
-def directions(q: torch.Tensor, k: torch.Tensor, tiled: torch.Tensor, scale: float) -> Directions:
-    """The directions of every head in which its keys differ most for its queries. q, k: [B, S, H, D].
+def directions(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    tiled: torch.Tensor,
+    scale: float,
+    principal: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = principal,
+) -> Directions:
+    """The directions of every head in which its keys differ most for its queries. q, k: [B, S, H, D]; principal: as
+    method.arrange has it.
 
     K are the r principal directions of M_q C_k, Kᵀ C_k K = 1, with C_k the covariance of keys and M_q = scale² mean
     q qᵀ, from the sample that sorting takes; Q = scale * C_k K. Zeros where they are not finite.
