@@ -12,8 +12,8 @@ test: $(STAMP) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks examples
-	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/ruff check src studies tests benchmarks examples
+	$(BIN)/ruff format --check src studies tests benchmarks examples
 	$(BIN)/mypy
 
 # torch comes first and pinned: a range would pull a newer build than the one the project is tested with

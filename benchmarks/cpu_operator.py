@@ -8,10 +8,11 @@ that a model has ([B, S, H, D] viewed as [B, H, S, D]) and on contiguous [B, H, 
 """
 
 import argparse
-import csv
+import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,12 +24,32 @@ from rich.progress import Progress
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
+from rectified_spaattn.lab.machine import machine
+from rectified_spaattn.lab.rows import write_rows
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Row = dict[str, Any]
 HEADS, HEAD_DIM = 4, 64
-FIELDS = ("input", "sparsity", "block_size", "selection", "density", "dense_s", "dense_min_s", "dense_max_s")
-FIELDS += ("ours_s", "ours_min_s", "ours_max_s", "ratio", "dense_layout", "torch", "threads", "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One configuration on one input: seconds of a call, median and extremes; ratio of the medians, dense over ours."""
+
+    input: str
+    sparsity: float
+    block_size: int
+    selection: str
+    density: float
+    dense_s: float
+    dense_min_s: float
+    dense_max_s: float
+    ours_s: float
+    ours_min_s: float
+    ours_max_s: float
+    ratio: float
+    dense_layout: str
+    threads: int
+    cpu: str
 
 
 def gaussian(grid: tuple[int, int, int], heads: int = HEADS) -> Tensors:
@@ -49,7 +70,7 @@ def smooth(grid: tuple[int, int, int], heads: int = HEADS) -> Tensors:
     return q + 0.3 * torch.randn_like(q), k + 0.3 * torch.randn_like(k), (v + 0.3 * torch.randn_like(v)).contiguous()
 
 
-PAPER = SparseConfig(rectify="ipar+gapr", order="gilbert", neighbours=True)
+PAPER = SparseConfig.paper()
 # "exact" keeps the nominal share of blocks, "published" adds what top-p and the 3-D neighbours ask for, both in the
 # paper's mode; "default" is exact, too, in the mode and order of this package
 SELECTIONS: dict[str, dict[str, Any]] = {
@@ -65,11 +86,11 @@ def check() -> None:
     grid = (4, 12, 12)
     for (name, make), block_size in product(INPUTS.items(), (64, 128)):
         q, k, v = make(grid, heads=1)
-        layout = TokenLayout.build(grid, block_size=block_size)
-        full = rectified_attention(q, k, v, layout, PAPER.replace(sparsity=0))
+        layout, config = TokenLayout.build(grid), PAPER.replace(block_size=block_size)
+        full = rectified_attention(q, k, v, layout, config.replace(sparsity=0))
         dense = sdpa(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
         torch.testing.assert_close(full, dense, rtol=1e-4, atol=1e-5)
-        options: dict[str, Any] = {"config": PAPER.replace(neighbours=False), "return_stats": True}
+        options: dict[str, Any] = {"config": config.replace(neighbours=False), "return_stats": True}
         sparse, stats = rectified_attention(q, k, v, layout, **options)
         exact, exact_stats = rectified_attention(q, k, v, layout, **options, backend="reference")
         assert torch.equal(stats.compensated, exact_stats.compensated), f"{name}, {block_size}: other blocks"
@@ -94,29 +115,42 @@ def rows(name: str, tensors: Tensors, grid: tuple[int, int, int], repeats: int, 
     dense_calls = {"[B,S,H,D] view": lambda: sdpa(*views), "contiguous": lambda: sdpa(*contiguous)}
     ours = {}
     for sparsity, block_size, selection in product((0.8, 0.9), (64, 128), SELECTIONS):
-        config = PAPER.replace(sparsity=sparsity, **SELECTIONS[selection])
-        layout = TokenLayout.build(grid, block_size=block_size, order=config.order)
-        ours[sparsity, block_size, selection] = partial(rectified_attention, *tensors, layout, config)
+        config = PAPER.replace(sparsity=sparsity, block_size=block_size, **SELECTIONS[selection])
+        ours[sparsity, block_size, selection] = partial(rectified_attention, *tensors, TokenLayout.build(grid), config)
     seconds = measure({**dense_calls, **ours}, repeats, progress)
     dense_layout = min(dense_calls, key=lambda layout: median(seconds[layout]))
     dense = seconds[dense_layout]
     table = []
-    for choices, call in ours.items():
+    for (sparsity, block_size, selection), call in ours.items():
         _, stats = call(return_stats=True)
-        mine = seconds[choices]
-        timing = [median(dense), min(dense), max(dense), median(mine), min(mine), max(mine)]
-        machine = [dense_layout, torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()]
-        values = [name, *choices, stats.density, *timing, median(dense) / median(mine), *machine]
-        table.append(dict(zip(FIELDS, values, strict=True)))
+        mine = seconds[sparsity, block_size, selection]
+        row = Row(
+            input=name,
+            sparsity=sparsity,
+            block_size=block_size,
+            selection=selection,
+            density=stats.density,
+            dense_s=median(dense),
+            dense_min_s=min(dense),
+            dense_max_s=max(dense),
+            ours_s=median(mine),
+            ours_min_s=min(mine),
+            ours_max_s=max(mine),
+            ratio=median(dense) / median(mine),
+            dense_layout=dense_layout,
+            threads=torch.get_num_threads(),
+            cpu=torch.backends.cpu.get_cpu_capability(),
+        )
+        table.append(row)
     return table
 
 
 def show(r: Row) -> str:
-    spread = f"{r['dense_s']:6.3f} ({r['dense_min_s']:.3f}-{r['dense_max_s']:.3f})"
-    ours = f"{r['ours_s']:6.3f} ({r['ours_min_s']:.3f}-{r['ours_max_s']:.3f})"
+    spread = f"{r.dense_s:6.3f} ({r.dense_min_s:.3f}-{r.dense_max_s:.3f})"
+    ours = f"{r.ours_s:6.3f} ({r.ours_min_s:.3f}-{r.ours_max_s:.3f})"
     return (
-        f"{r['input']:9} {r['sparsity']:8} {r['block_size']:5} {r['selection']:>10} {r['density']:8.3f} "
-        f"{spread:>22} {ours:>22} {r['ratio']:6.2f}x  {r['dense_layout']}"
+        f"{r.input:9} {r.sparsity:8} {r.block_size:5} {r.selection:>10} {r.density:8.3f} "
+        f"{spread:>22} {ours:>22} {r.ratio:6.2f}x  {r.dense_layout}"
     )
 
 
@@ -141,15 +175,13 @@ def main() -> None:
     table: list[Row] = []
     with Progress(transient=True, disable=not sys.stdout.isatty()) as progress, torch.inference_mode():
         for name, make in INPUTS.items():
-            done = rows(name, make(grid), grid, arguments.repeats, progress)
-            table += done
-            for row in done:
+            some = rows(name, make(grid), grid, arguments.repeats, progress)
+            table += some
+            for row in some:
                 progress.console.print(show(row), markup=False, highlight=False, soft_wrap=True)
     if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(table)
+        command = shlex.join(["python", *sys.argv])
+        write_rows(arguments.csv, table, machine(torch.device("cpu")).origin(command))
         print(f"wrote {arguments.csv}")
 
 

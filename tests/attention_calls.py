@@ -2,7 +2,8 @@
 
 import torch
 
-from rectified_spaattn.evaluation.capture import AttentionCall
+from rectified_spaattn import TokenLayout
+from rectified_spaattn.lab.calls.capture import AttentionCall
 
 
 def smooth_call(
@@ -19,4 +20,5 @@ def smooth_call(
     q, k, v = (tokens * sharpness + torch.randn(tokens.shape, generator=generator) * 0.3 for _ in range(3))
     mask = torch.ones(1, text, dtype=torch.bool)
     mask[:, text // 2 :] = False
-    return AttentionCall(q=q, k=k, v=v, text_mask=mask, grid=grid, text_first=False, layer=0, name="made up", step=0)
+    layout = TokenLayout.build(grid, text)
+    return AttentionCall(q=q, k=k, v=v, text_mask=mask, layout=layout, layer=0, name="made up", step=0)

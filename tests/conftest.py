@@ -10,6 +10,8 @@ from hypothesis import settings
 if not torch.cuda.is_available():  # before anything imports the kernels: they are interpreted, as this machine can
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest_plugins = ["clip_runs"]
+
 # The same examples everywhere and no time limit an example: CI machines are slow and shared.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suite")
@@ -44,8 +46,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a demo model of random weights, one head and one layer of each kind."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from rectified_spaattn.demo.model import build_caption_encoder, build_transformer
-    from rectified_spaattn.demo.pipeline import DemoVideoPipeline
+    from rectified_spaattn.lab.demo_model.model import build_caption_encoder, build_transformer
+    from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
 
     torch.manual_seed(0)
     transformer = build_transformer(num_heads=1, num_layers=1, num_single_layers=1)

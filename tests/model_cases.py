@@ -85,7 +85,7 @@ case(
     2,
     "wan2.1-i2v",
 )
-case("Wan 2.2 I2V", lambda d: wan(d, in_channels=36), wan_inputs, SELF, 2, "wan2.1-i2v")
+case("Wan 2.2 I2V", lambda d: wan(d, in_channels=36), wan_inputs, SELF, 2, "wan2.2-i2v-a14b")
 case(
     "Wan 2.2 TI2V",
     lambda d: wan(d, in_channels=48, out_channels=48),

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from rectified_spaattn import SparseConfig, cli
 from rectified_spaattn.cli.app import app
-from rectified_spaattn.cli.options import DEFAULT, QUICK, DemoOptions
+from rectified_spaattn.cli.demo_options import DEFAULT, QUICK, DemoOptions
 
 FILES = ("report.html", "metrics.json", "side-by-side.mp4", "side-by-side.png")
 MODES = ["full", *(f"{word}-{share}" for share in (80, 90) for word in ("sparse", "rectified", "default"))]

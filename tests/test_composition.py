@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import rectified_spaattn as rsa
 import tiny
-from rectified_spaattn.integrations.diffusers import processor as seam
+from rectified_spaattn.pipelines import processor as seam
 from tiny import ALL_BLOCKS, SPARSE, forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")

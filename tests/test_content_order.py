@@ -1,28 +1,32 @@
 """The study of ways to sort: "content" is the operator's own, and moving tokens alone changes no output."""
 
-import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from attention_calls import smooth_call
-from rectified_spaattn import SparseConfig, rectified_attention
-from rectified_spaattn.evaluation.attention_error import attention_error, full_attention
-from rectified_spaattn.evaluation.capture import AttentionCall
+from rectified_spaattn.lab.calls.capture import AttentionCall
+from rectified_spaattn.lab.calls.error import attention_error, full_attention
+from rectified_spaattn.lab.rows import read_rows
 from rectified_spaattn.method import arrange
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import content_order
-from content_order import IN_USE, WAYS, apart, by_content, hilbert_index, judge
-
-SCRIPT = content_order.__file__
+from studies.content_order import (
+    IN_USE,
+    WAYS,
+    Options,
+    Row,
+    apart,
+    by_content,
+    content_order_study,
+    hilbert_index,
+    judge,
+)
+from studies.harness import EXACT
+from study_runs import run_study, table_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CONFIG = SparseConfig(block_size=16, sparsity=0.9, rectify="row", neighbours=False, top_p=0.0)
+CONFIG = EXACT.replace(block_size=16, sparsity=0.9, rectify="row")
 
 
 @pytest.fixture(scope="module")
@@ -34,37 +38,36 @@ def call() -> AttentionCall:
 def test_every_way_moves_every_token_once_and_with_all_blocks_kept_is_dense_attention(
     name: str, call: AttentionCall
 ) -> None:
-    layout = call.layout(16)
-    orders = WAYS[name].sort(call, layout)
+    blocks = call.blocks(CONFIG)
+    orders = WAYS[name].sort(call, blocks)
     for order in orders:
-        assert torch.equal(order.sort(-1).values, layout.tiled.sort().values.expand_as(order))
-    [(captured, error)] = judge(call, full_attention(call), layout, orders, [CONFIG.replace(sparsity=0.0)])
-    assert captured == pytest.approx(1)
-    assert error < 1e-5
+        assert torch.equal(order.sort(-1).values, blocks.tiled.sort().values.expand_as(order))
+    [measured] = judge(call, full_attention(call), orders, [CONFIG.replace(sparsity=0.0)])
+    assert measured["captured"] == pytest.approx(1)
+    assert measured["error"] < 1e-5
 
 
 def test_queries_and_keys_have_orders_of_their_own(call: AttentionCall) -> None:
-    order_q, order_k = apart(call, call.layout(16))
+    order_q, order_k = apart(call, call.blocks(CONFIG))
     assert not torch.equal(order_q, order_k)
 
 
 def test_content_is_what_the_operator_does(call: AttentionCall) -> None:
-    layout = call.layout(16)
-    orders = by_content(call, layout)
+    blocks = call.blocks(CONFIG)
+    orders = by_content(call, blocks)
     config = CONFIG.replace(order="content")
     whole = attention_error(call, config)
     assert torch.equal(whole.stats.token_order, orders[0])
-    [(_, error)] = judge(call, full_attention(call), layout, orders, [CONFIG])
-    assert error == pytest.approx(whole.relative_error, rel=1e-4)
+    [measured] = judge(call, full_attention(call), orders, [CONFIG])
+    assert measured["error"] == pytest.approx(whole.relative_error, rel=1e-4)
 
 
 def test_other_constants_are_in_force_for_one_order_alone(call: AttentionCall) -> None:
-    layout, before = call.layout(16), arrange.DIRECTIONS
-    some, _ = by_content(call, layout, DIRECTIONS=2)
+    blocks, before = call.blocks(CONFIG), arrange.DIRECTIONS
+    some, _ = by_content(call, blocks, DIRECTIONS=2)
     assert before == arrange.DIRECTIONS
     config = CONFIG.replace(order="content")
-    given = call.layout(16, "content")
-    _, stats = rectified_attention(call.q, call.k, call.v, given, config, text_mask=call.text_mask, return_stats=True)
+    _, stats = call.sparse(config)
     assert not torch.equal(some, stats.token_order)
 
 
@@ -76,28 +79,29 @@ def test_the_hilbert_curve_goes_from_cell_to_neighbour() -> None:
     assert (cells[places.argsort()].diff(dim=0).abs().sum(1) == 1).all()
 
 
-def test_the_script_compares_every_way_with_content(tmp_path: Path) -> None:
-    options = ["--prompts", "1", "--size", "32", "--block-size", "16", "--block-size", "32", "--step", "1"]
-    options += ["--only", "in space", "--only", "4 x 4 x 4 slices", "--out", str(tmp_path)]
-    ran = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=200)
-    assert ran.returncode == 0, ran.stderr
-    with (tmp_path / "content-order.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    ways = ["in space", IN_USE, "4 x 4 x 4 slices"]
-    assert [(row["block_size"], row["way"]) for row in rows] == [("16", way) for way in ways] + [
-        ("32", way) for way in ways[:2]
+def test_the_study_compares_every_way_with_content(tmp_path: Path) -> None:
+    options = [
+        "--pairs",
+        "1",
+        "--size",
+        "32",
+        "--block-size",
+        "16",
+        "--block-size",
+        "32",
+        "--step",
+        "1",
+        "--steps",
+        "4",
     ]
-    assert float(rows[1]["error"]) < float(rows[0]["error"])
-    assert "Not measured at block size 32: " in ran.stdout
-    again = subprocess.run(
-        [sys.executable, SCRIPT, "--table-of", str(tmp_path / "content-order.csv")],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert again.returncode == 0, again.stderr
-    tables = [[line for line in x.stdout.splitlines() if line.startswith("|")] for x in (ran, again)]
-    assert len(tables[0]) == 2 + 5
-    assert tables[0] == tables[1]
-    refused = subprocess.run([sys.executable, SCRIPT, "--only", "by name"], capture_output=True, text=True, timeout=200)
-    assert refused.returncode == 2
+    options += ["--only", "in space", "--only", "4 x 4 x 4 slices", "--device", "cpu", "--out", str(tmp_path)]
+    printed = run_study(Options, content_order_study, *options)
+    rows, _ = read_rows(tmp_path / "content_order-dev.csv", Row)
+    ways = ["in space", IN_USE, "4 x 4 x 4 slices"]
+    assert [(row.block_size, row.way) for row in rows] == [(16, way) for way in ways] + [(32, way) for way in ways[:2]]
+    assert rows[1].error < rows[0].error
+    assert "Not measured at block size 32: " in printed
+    again = run_study(Options, content_order_study, "--table-of", str(tmp_path / "content_order-dev.csv"))
+    assert len(table_lines(printed)) == 2 + 5
+    assert table_lines(again) == table_lines(printed)
+    run_study(Options, content_order_study, "--only", "by name", code=2)

@@ -5,13 +5,11 @@ import json
 import math
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import imageio.v3 as iio
 import pytest
 import torch
-from click.testing import Result
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -21,47 +19,17 @@ from diffusers import (
 )
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-from typer.testing import CliRunner
 
 import rectified_spaattn
 import tiny
-from rectified_spaattn.cli.app import app
-from rectified_spaattn.cli.generate_run import output_path
+from clip_runs import HUNYUAN, WAN, generate, told
 from rectified_spaattn.config import SparseConfig
-from rectified_spaattn.generation import load, record
-from rectified_spaattn.generation.request import GenerationError, Request
-from rectified_spaattn.generation.run import run, switch_on
-from rectified_spaattn.report.video import to_uint8, write_clip, write_mp4
+from rectified_spaattn.lab.clips import clip, models, single
+from rectified_spaattn.lab.clips.options import ClipError, GenerateOptions
+from rectified_spaattn.lab.clips.summary import plain
+from rectified_spaattn.lab.pages.video import to_uint8, write_clip, write_mp4
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-WIDE = {"COLUMNS": "300"}
-SHORT_TEXT = ["--argument", "max_sequence_length=12"]
-WAN = ["--prompt", "a b c", "--height", 128, "--width", 128, "--frames", 9, "--steps", 3, *SHORT_TEXT]
-HUNYUAN = ["--prompt", "a b c", "--height", 64, "--width", 64, "--frames", 9, "--steps", 2, *SHORT_TEXT]
-HUNYUAN += ["--argument", f"prompt_template={json.dumps(tiny.PROMPT_TEMPLATE)}"]
-
-
-def generate(*words: Any) -> Result:
-    return CliRunner().invoke(app, ["generate", *map(str, words)], env=WIDE)
-
-
-def told(path: Path) -> dict[str, Any]:
-    return json.loads(path.with_suffix(".json").read_text())
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """wan, wan-2 (two experts), ti2v and hunyuan, each as save_pretrained writes it; sparse.yaml that fits them."""
-    folder = tmp_path_factory.mktemp("models")
-    wan = tiny.wan_pipeline()
-    wan.save_pretrained(folder / "wan")
-    wan.register_to_config(expand_timesteps=True)
-    wan.save_pretrained(folder / "ti2v")
-    tiny.wan_pipeline(experts=2).save_pretrained(folder / "wan-2")
-    tiny.hunyuan_pipeline().save_pretrained(folder / "hunyuan")
-    (folder / "sparse.yaml").write_text("{sparsity: 0.8, block_size: 16, top_p: 0.0, neighbours: false}\n")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +93,8 @@ def test_the_recorded_command_makes_the_same_video_bit_for_bit(wan_run: tuple[Pa
     assert result.exit_code == 0, result.output
     assert again.read_bytes() == out.read_bytes()
     other = tmp_path / "other.mp4"
-    words[words.index(str(again))], words[words.index("--seed") + 1] = str(other), "1"
-    assert generate(*words[2:]).exit_code == 0
+    words[words.index(str(again))] = str(other)
+    assert generate(*words[2:], "--seed", 1).exit_code == 0
     assert other.read_bytes() != out.read_bytes()
 
 
@@ -134,13 +102,13 @@ def test_compare_writes_full_attention_and_both_side_by_side(wan_run: tuple[Path
     out, printed = wan_run
     got = told(out)["compare"]
     full, sparse = got["scores"]
-    assert (full["mode"], full["psnr"], full["density"]) == ("full", None, 1.0)
+    assert (full["mode"], full["psnr"], full["computed"]) == ("full", None, 1.0)
     assert sparse["mode"] == "sparse"
-    assert sparse["density"] == told(out)["stats"]["overall_density"]
+    assert sparse["computed"] == told(out)["stats"]["overall_density"]
     assert sparse["psnr"] > 10
     assert 0 < sparse["ssim"] < 1
     row = next(line.split("|") for line in printed.splitlines() if "rectified, 0.8 sparse" in line)
-    shown = [f"{100 * sparse['density']:.1f}%", f"{sparse['psnr']:.2f}", f"{sparse['ssim']:.4f}"]
+    shown = [f"{100 * sparse['computed']:.1f}%", f"{sparse['psnr']:.2f}", f"{sparse['ssim']:.4f}"]
     assert [cell.strip() for cell in row[2:5]] == shown
     seconds = [[step["seconds"] for step in run["steps"][1:]] for run in (got["full"], told(out)["output"])]
     assert math.isclose(sparse["speedup"], sum(seconds[0]) / sum(seconds[1]))
@@ -189,7 +157,7 @@ def test_the_preset_is_the_models_own_and_a_clip_of_less_than_a_block_is_told(mo
     assert told(out)["stats"]["sparse_calls"] == 0
     assert told(out)["stats"]["density"] is None
     assert "no attention call ran sparse" in result.output
-    named = generate(models / "wan", *WAN, *smaller, "--preset", "wan2.1-i2v", "--out", out)
+    named = generate(models / "wan", *WAN, *smaller, "--preset", "wan2.1-i2v", "--out", out, "--overwrite")
     assert named.exit_code == 0, named.output
     assert told(out)["configs"]["transformer"]["dense_steps"] == 0
 
@@ -211,22 +179,9 @@ def test_text_and_image_to_video_share_the_weights_of_ti2v(models: Path, tmp_pat
     assert made[0].read_bytes() != made[1].read_bytes()
 
 
-@pytest.mark.parametrize("package", ["ftfy", "transformers"])
-def test_missing_packages_are_named(
-    package: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture = tmp_path / "first.png"
-    Image.new("RGB", (16, 16)).save(picture)
-    monkeypatch.setattr(load, "find_spec", lambda name: None if name == package else object())
-    result = generate(models / "ti2v", *WAN, "--image", picture)
-    assert result.exit_code == 1
-    assert package in result.output
-    assert 'pip install "rectified-spaattn[generate]"' in result.output
-
-
 def test_the_scheduler_can_be_changed_and_is_recorded(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "v.mp4"
-    words = [models / "wan", *WAN, "--config", models / "sparse.yaml", "--out", out]
+    words = [models / "wan", *WAN, "--config", models / "sparse.yaml", "--overwrite", "--out", out]
     assert generate(*words, "--scheduler", "shift=3.0").exit_code == 0
     assert told(out)["scheduler"]["config"]["shift"] == 3.0
     result = generate(*words, "--scheduler", "flow=3.0")
@@ -254,9 +209,13 @@ def test_teacache_skips_steps_of_the_sparse_run_and_none_of_full_attention(model
 def test_nothing_stays_on_where_something_that_was_asked_for_cannot_be_had() -> None:
     pipe = tiny.wan_pipeline()
     before = [block.attn1.processor for block in pipe.transformer.blocks]
-    request = Request(model="wan", prompt="a", teacache=True)
-    with rectified_spaattn.enable_teacache(pipe), pytest.raises(GenerationError, match="TeaCache is enabled on"):
-        switch_on(pipe, request, torch.device("cpu"))
+    mode = clip.Mode(name="sparse", label="sparse", configs=(SparseConfig(block_size=16),), teacache="model")
+    with (
+        rectified_spaattn.enable_teacache(pipe),
+        pytest.raises(ClipError, match="TeaCache is enabled on"),
+        clip.attending(pipe, mode),
+    ):
+        pass
     after = [block.attn1.processor for block in pipe.transformer.blocks]
     assert all(one is other for one, other in zip(before, after, strict=True))
 
@@ -303,139 +262,64 @@ def flux_pipeline() -> FluxPipeline:
 
 
 def test_a_model_of_pictures_writes_a_png(tmp_path: Path) -> None:
-    pipe = flux_pipeline()
-    request = Request(model="flux", prompt="a b c", steps=2)
-    arguments = {"prompt": "a b c", "height": 32, "width": 48, "num_inference_steps": 2, "max_sequence_length": 12}
-    made = run(pipe, request, arguments, torch.device("cpu"), None)
+    arguments = {"height": 32, "width": 48, "num_inference_steps": 2, "max_sequence_length": 12}
+    made = clip.generate(flux_pipeline(), clip.full_mode(), clip.Pair(prompt="a b c", seed=0), arguments)
     assert made.densities == (1.0, 1.0)
-    write_clip(tmp_path / "p.png", made.clip.video, 16)
+    write_clip(tmp_path / "p.png", made.video, 16)
     assert iio.imread(tmp_path / "p.png").shape == (32, 48, 3)
-    source = load.Source(model="flux", folder=tmp_path, revision=None, pipeline=FluxPipeline, components={})
-    assert output_path(request, source) == Path("generated.png")
-    with pytest.raises(GenerationError, match=r"ends with \.png"):
-        output_path(Request(model="flux", prompt="a", out=Path("v.mp4")), source)
+    rows = single.compare(made, made)
+    assert [row.scores["psnr"].mean for row in rows] == [math.inf, math.inf]
+    assert "flicker" not in rows[0].scores  # a picture has none
+    source = models.Source(model="flux", folder=tmp_path, revision=None, pipeline=FluxPipeline, components={})
+    options = GenerateOptions(model="flux", prompt="a", out=tmp_path / "p2.png")
+    assert single.outputs_of(options, source).json == tmp_path / "p2.json"
+    with pytest.raises(ClipError, match=r"ends with \.png"):
+        single.outputs_of(GenerateOptions(model="flux", prompt="a", out=Path("v.mp4")), source)
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "says"),
-    [
-        (["--sparsity", 1.5], 2, "sparsity: got 1.5; allowed: a number in [0, 1)"),
-        (["--preset", "wan3"], 2, "preset: got 'wan3'; allowed: one of"),
-        (["--steps", 0], 2, "allowed: 1 or more"),
-        (["--dtype", "int8"], 2, "allowed: one of"),
-        (["--teacache-threshold", 0.1], 2, "without --teacache"),
-        (["--config", "nowhere.yaml"], 2, "there is none at that path"),
-        (["--argument", "height=3"], 2, "Use the option --height"),
-        (["--argument", "max_sequence_length"], 2, "allowed: KEY=VALUE"),
-        (["--argument", "a=[1"], 2, "allowed: a YAML value"),
-        (["--argument", "true_cfg_scale=3"], 1, "takes no --argument true_cfg_scale"),
-        (["--image", "first.png"], 1, "Use an image-to-video model"),
-        (["--out", "picture.png"], 1, "a name that ends with .mp4"),
-        (["--offload", "model"], 1, "there is no GPU to offload from"),
-        (["--revision", "main"], 1, "for a repository alone"),
-        (["--backend", "fa4"], 1, "backend='fa4' cannot run torch.float32 on cpu"),
-        (["--height", 130], 1, "divisible by 16"),
-    ],
-)
-def test_what_cannot_be_done_is_said_with_what_can(
-    words: list[Any], code: int, says: str, models: Path, tmp_path: Path
-) -> None:
-    words = [*words, *([] if "--out" in words else ["--out", tmp_path / "v.mp4"])]
-    result = generate(models / "wan", *WAN, *words)
-    assert result.exit_code == code, result.output
-    assert says in " ".join(result.output.split())
-    assert "Traceback" not in result.output
-    assert not list(tmp_path.iterdir())
+def run_again(models: Path, out: Path, *words: Any) -> None:
+    result = generate(models / "wan", *WAN, "--config", models / "sparse.yaml", "--out", out, *words)
+    assert result.exit_code == 0, result.output
 
 
-def test_a_config_with_an_unknown_key_is_refused(models: Path, tmp_path: Path) -> None:
-    config = tmp_path / "c.yaml"
-    config.write_text("sparcity: 0.8\n")
-    result = generate(models / "wan", *WAN, "--config", config)
-    assert result.exit_code == 2
-    assert "unknown key(s) ['sparcity']" in result.output
+def test_a_second_run_needs_overwrite_and_leaves_no_comparison_of_the_first(models: Path, tmp_path: Path) -> None:
+    out, mine = tmp_path / "v.mp4", tmp_path / "v-notes.mp4"
+    mine.write_text("mine")
+    run_again(models, out, "--compare")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {path.name for path in before} == {"v.mp4", "v.json", "v-full.mp4", "v-compare.mp4", "v-notes.mp4"}
+    refused = generate(models / "wan", *WAN, "--config", models / "sparse.yaml", "--seed", 1, "--out", out)
+    assert refused.exit_code == 1
+    assert "v.mp4" in refused.output
+    assert "v-full.mp4" in refused.output
+    assert "--overwrite" in refused.output
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    run_again(models, out, "--seed", 1, "--overwrite")
+    assert {path.name for path in tmp_path.iterdir()} == {"v.mp4", "v.json", "v-notes.mp4"}
+    assert "compare" not in told(out)
+    assert out.read_bytes() != before[out]
 
 
-def test_a_config_that_is_no_yaml_is_refused(models: Path, tmp_path: Path) -> None:
-    config = tmp_path / "c.yaml"
-    config.write_text("sparsity: [0.8\n")
-    result = generate(models / "wan", *WAN, "--config", config)
-    assert result.exit_code == 2
-    assert "got a file that is no YAML" in result.output
-
-
-def test_a_model_that_is_not_there_or_not_supported_is_named(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    prompt = ["--prompt", "a"]
-    offline = generate("nobody/nothing", *prompt)
-    assert offline.exit_code == 1
-    assert "nobody/nothing is not in the local cache" in offline.output
-    assert "`hf download nobody/nothing`" in offline.output
-    assert "there is no such folder" in generate("./nothing", *prompt).output
-    assert "without model_index.json" in generate(tmp_path, *prompt).output
-    index = json.loads((models / "wan" / "model_index.json").read_text())
-    for changes, says in (
-        (
-            {"transformer": ["diffusers", "SD3Transformer2DModel"]},
-            "got SD3Transformer2DModel; allowed: a pipeline with",
-        ),
-        ({"_class_name": "NoPipeline"}, "got the pipeline 'NoPipeline'"),
-        ({"transformer": [None, None]}, "a WanPipeline without a transformer"),
-        ({}, "could not be loaded"),
-        ({"_class_name": "WanImageToVideoPipeline"}, "Give one: --image FILE"),
-    ):
-        (tmp_path / "model_index.json").write_text(json.dumps(index | changes))
-        result = generate(tmp_path, *prompt)
-        assert result.exit_code == 1
-        assert says in result.output
-
-
-@pytest.mark.parametrize(("kind", "says"), [("GatedRepoError", "is gated"), ("RepositoryNotFoundError", "no such rep")])
-def test_what_the_hub_refuses_is_explained(kind: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
-    def refuse(*arguments: Any, **more: Any) -> None:
-        response = SimpleNamespace(headers={}, request=None)
-        raise getattr(huggingface_hub.errors, kind)("refused", response=response)
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
-    result = generate("someone/model", "--prompt", "a")
-    assert result.exit_code == 1
-    assert says in result.output
-    assert "hf auth login" in result.output
-
-
-def test_weights_that_do_not_fit_are_refused_with_the_way_out() -> None:
-    gib = 2**30
-    sizes = {"transformer": 28 * gib, "text_encoder": 11 * gib, "vae": gib}
-    load.check_memory(sizes, 41 * gib, "none")
-    load.check_memory(sizes, 29 * gib, "model")
-    load.check_memory(sizes, 1 * gib, "group")
-    with pytest.raises(GenerationError, match=r"all weights take 40\.0 GiB, 39\.0 GiB are free.*--offload model"):
-        load.check_memory(sizes, 39 * gib, "none")
-    with pytest.raises(GenerationError, match=r"the largest component, transformer, take.* 28\.0 GiB.*--offload group"):
-        load.check_memory(sizes, 24 * gib, "model")
-
-
-def test_memory_that_runs_out_during_the_run_is_explained(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forward(*arguments: Any, **more: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
-
-    monkeypatch.setattr("diffusers.models.transformers.transformer_wan.WanTransformerBlock.forward", forward)
-    result = generate(models / "wan", *WAN, "--config", models / "sparse.yaml", "--out", tmp_path / "v.mp4")
-    assert result.exit_code == 1, result.output
-    assert "The GPU's memory ran out: CUDA out of memory. Tried to allocate 9.00 GiB." in result.output
-    assert "Use --offload model, a smaller --height and --width, or fewer --frames." in result.output
+def test_files_that_merely_have_the_names_of_comparisons_stay(models: Path, tmp_path: Path) -> None:
+    other = tmp_path / "v-full.mp4"
+    other.write_text("mine")
+    run_again(models, tmp_path / "v.mp4")
+    run_again(models, tmp_path / "v.mp4", "--overwrite")
+    assert other.read_text() == "mine"
+    compared = generate(
+        models / "wan", *WAN, "--config", models / "sparse.yaml", "--compare", "--out", tmp_path / "w.mp4"
+    )
+    assert compared.exit_code == 0
+    (tmp_path / "w.mp4").unlink()
+    (tmp_path / "w.json").unlink()
+    refused = generate(models / "wan", *WAN, "--compare", "--out", tmp_path / "w.mp4")
+    assert refused.exit_code == 1
+    assert "w-full.mp4" in refused.output
 
 
 def test_plain_values_are_what_json_can_hold() -> None:
     value = {"a": (1, math.nan), "b": Path("x"), "c": torch.bfloat16, "d": SparseConfig()}
-    got = record.plain(value)
+    got = plain(value)
     assert json.loads(json.dumps(got, allow_nan=False)) == got
     assert got["a"] == [1, None]
     assert got["c"] == "bfloat16"
@@ -444,8 +328,8 @@ def test_plain_values_are_what_json_can_hold() -> None:
 
 def test_help_names_every_option() -> None:
     printed = generate("--help").output
-    for field in dataclasses.fields(Request)[1:]:
-        assert "--" + field.name.replace("_", "-") in printed
+    for field in dataclasses.fields(GenerateOptions):
+        assert ("model" if field.name == "model" else "--" + field.name.replace("_", "-")) in printed
 
 
 @pytest.mark.gpu

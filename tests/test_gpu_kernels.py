@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from cases import MODES, STRIDED, kernel_budget, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends import BACKENDS, Call
-from rectified_spaattn.benchmark.shapes import SHAPES
+from rectified_spaattn.lab.bench.shapes import SHAPES
 
 GPU = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA GPU")]

@@ -16,14 +16,13 @@ from typer.testing import CliRunner
 from attention_calls import smooth_call
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.cli.app import app
-from rectified_spaattn.config import RECTIFY_MODES
-from rectified_spaattn.evaluation.attention_error import attention_error, block_masses
-from rectified_spaattn.evaluation.capture import AttentionCall, capture_calls
-from rectified_spaattn.evaluation.maps import HeadStudy, one_head, output_masses, study_head
-from rectified_spaattn.evaluation.paired import Pair, Settings
-from rectified_spaattn.evaluation.selection import SELECTORS
-from rectified_spaattn.report.figures import KIND_COLOURS, CallName
-from rectified_spaattn.report.maps import maps_figure
+from rectified_spaattn.config import RECTIFY
+from rectified_spaattn.lab.calls.capture import AttentionCall, capture_calls
+from rectified_spaattn.lab.calls.error import attention_error, block_masses
+from rectified_spaattn.lab.calls.maps import HeadStudy, one_head, output_masses, study_head
+from rectified_spaattn.lab.clips.clip import Pair
+from rectified_spaattn.lab.pages.figures import KIND_COLOURS, CallName
+from rectified_spaattn.lab.pages.maps import maps_figure
 from tiny import wan_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,10 +56,10 @@ def test_one_head_is_that_head(call: AttentionCall) -> None:
 def test_masses_read_off_the_output_are_those_of_the_plan(mode: str, text: int) -> None:
     """Two ways to the same numbers: values that tell their block, and R times the sparse masses plus P."""
     made = one_head(smooth_call(text=text), 0)
-    config, layout = CONFIG.replace(rectify=mode), made.layout(16)
-    measured = output_masses(made, layout, config)
+    config = CONFIG.replace(rectify=mode)
+    measured = output_masses(made, config)
     stats = attention_error(made, config).stats
-    planned = stats.r[0, 0, :, None] * block_masses(made, layout, 0, stats.block_mask[0, 0])
+    planned = stats.r[0, 0, :, None] * block_masses(made, made.blocks(config), 0, stats.block_mask[0, 0])
     planned[:, :-1] += stats.probability[0, 0, :, :-1] * stats.compensated[0, 0]
     assert measured.shape == (16, 17)
     torch.testing.assert_close(measured, planned, atol=1e-5, rtol=1e-4)
@@ -70,7 +69,7 @@ def test_masses_of_every_mode_sum_to_one(study: HeadStudy) -> None:
     assert study.full.shape == (16, 17)
     torch.testing.assert_close(study.full.sum(1), torch.ones(16))
     assert [(each.sparsity, each.rectify) for each in study.results] == [
-        (sparsity, mode) for sparsity in SPARSITIES for mode in RECTIFY_MODES
+        (sparsity, mode) for sparsity in SPARSITIES for mode in RECTIFY
     ]
     for each in study.results:
         torch.testing.assert_close(each.masses.sum(1), torch.ones(16), atol=1e-5, rtol=1e-5)
@@ -94,7 +93,7 @@ def test_mass_errors_are_what_they_are_defined_as(call: AttentionCall, study: He
     for mode in ("pooled", "ipar", "ipar+gapr"):
         each = study.result(0.8, mode)
         r = attention_error(call, CONFIG.replace(rectify=mode)).stats.r[0, 0]
-        true = (study.full[:, :-1] * ~each.given_back).sum(1) + study.full[:, -1]
+        true = (study.full[:, :-1] * ~each.compensated_mask).sum(1) + study.full[:, -1]
         assert each.r_error == pytest.approx((r - true).abs().mean().item(), abs=1e-5)
     ipar = study.result(0.8, "ipar")  # nothing is rejected, so both sets are the same
     assert ipar.mass_error == pytest.approx(ipar.r_error, abs=1e-5)
@@ -106,14 +105,14 @@ def test_mass_errors_are_what_they_are_defined_as(call: AttentionCall, study: He
 def test_kinds_tell_the_three_sets_apart(study: HeadStudy) -> None:
     for each in study.results:
         kinds = each.kinds()
-        assert torch.equal(kinds == 0, each.critical)
-        assert torch.equal(kinds == 1, each.given_back)
-        assert not (each.critical & each.given_back).any()
+        assert torch.equal(kinds == 0, each.block_mask)
+        assert torch.equal(kinds == 1, each.compensated_mask)
+        assert not (each.block_mask & each.compensated_mask).any()
         assert int((kinds == 0).sum()) == {0.5: 8, 0.8: 3}[each.sparsity] * 16
 
 
 def test_a_grid_below_one_block_is_refused(call: AttentionCall) -> None:
-    with pytest.raises(ValueError, match="block_size: got 512 for a grid of"):
+    with pytest.raises(ValueError, match="block_size: got 512 for 256 video tokens"):
         study_head(call, CONFIG.replace(block_size=512), SPARSITIES)
 
 
@@ -128,17 +127,21 @@ def test_the_picture_shows_the_masses_and_the_plan(study: HeadStudy, tmp_path: P
     for kind, colour in KIND_COLOURS.items():
         rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         found[kind] = int((np.abs(pixels.astype(int) - rgb).max(1) <= 1).sum())
-    critical = result.critical.float().mean().item()
+    critical = result.block_mask.float().mean().item()
     assert found["critical"] / (found["critical"] + found["compensated"]) == pytest.approx(critical, abs=0.05)
     assert found["rejected"] < found["critical"]  # the legend alone
 
 
-def test_capture_calls_stops_after_the_step() -> None:
+def test_capture_takes_all_steps_from_one_run_and_stops_after_the_last() -> None:
     pipe, seen = wan_pipeline(), []
-    settings = Settings(height=128, width=128, num_frames=9, steps=3)
-    calls = capture_calls(pipe, Pair(prompt="a b c", seed=0), settings, step=1, layers=[2], on_step=seen.append)
-    assert seen == [1, 2]
-    assert [(call.layer, call.step, call.grid) for call in calls] == [(2, 1, (3, 8, 8))]
+    arguments = {"height": 128, "width": 128, "num_frames": 9, "num_inference_steps": 4}
+    pairs = [Pair(prompt="a b c", seed=0)]
+    calls = capture_calls(pipe, pairs, arguments, steps=[2, 0], layers=[1, 2], on_step=seen.append)
+    assert seen == [1, 2, 3]
+    places = [(layer, step, (3, 8, 8)) for step in (0, 2) for layer in (1, 2)]
+    assert [(call.layer, call.step, call.layout.grid) for call in calls] == places
+    again = capture_calls(pipe, pairs, arguments, steps=[2], layers=[2])  # as in a run of its own
+    torch.testing.assert_close(calls[-1].q, again[0].q, rtol=0, atol=0)
 
 
 def invoke(*arguments: object) -> tuple[int, str]:
@@ -152,16 +155,16 @@ def test_inspect_the_demo_model_from_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, printed = invoke(
         "--out", out, "--layer", 4, "--head", 2, "--step", 1, "--steps", 2, "--height", 32, "--width", 32,
-        "--sparsity", 0.9, "--sparsity", 0.75, "--selection", "--device", "cpu", "--seed", 7,
+        "--sparsity", 0.9, "--sparsity", 0.75, "--device", "cpu", "--seed", 7,
     )  # fmt: skip
     assert code == 0, printed
-    names = {"inspect.html", "inspect.json", "results.csv", "selection.csv", "maps-75.png", "maps-90.png"}
+    names = {"inspect.html", "inspect.json", "results.csv", "maps-75.png", "maps-90.png"}
     assert {path.name for path in out.iterdir()} == names
     told = json.loads((out / "inspect.json").read_text())
     assert (told["call"]["layer"], told["call"]["head"], told["call"]["step"], told["seed"]) == (4, 2, 1, 7)
     assert (told["call"]["grid"], told["call"]["num_blocks"]) == ([16, 8, 8], 16)
     assert [(row["sparsity"], row["rectify"]) for row in told["results"]] == [
-        (sparsity, mode) for sparsity in (0.75, 0.9) for mode in RECTIFY_MODES
+        (sparsity, mode) for sparsity in (0.75, 0.9) for mode in RECTIFY
     ]
     with (out / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -169,18 +172,16 @@ def test_inspect_the_demo_model_from_end_to_end(tmp_path: Path) -> None:
         assert float(row["relative_error"]) == expected["relative_error"]
         assert f"{expected['relative_error']:.3f}" in printed
         assert row["command"].startswith("rectified-spaattn")
-    with (out / "selection.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == 2 * (len(SELECTORS) + 1)
     page = (out / "inspect.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is linked to
-    for text in ("Layer 4, head 2, denoising step 1", "ipar+gapr", "random", f"{told['results'][0]['mass_error']:.3f}"):
+    for text in ("Layer 4, head 2, denoising step 1", "ipar+gapr", f"{told['results'][0]['mass_error']:.3f}"):
         assert text in page
 
 
 def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
-    from rectified_spaattn.demo.pipeline import load_demo_pipeline
-    from rectified_spaattn.demo.prompts import PROMPTS
+    from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
+    from rectified_spaattn.lab.demo_model.prompts import PROMPTS
 
     out = tmp_path / "out"
     small = ("--steps", 2, "--height", 32, "--width", 32, "--device", "cpu", "--sparsity", 0.8)
@@ -188,36 +189,36 @@ def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
     assert code == 0, printed
     told = json.loads((out / "inspect.json").read_text())
     assert (told["call"]["layer"], told["call"]["head"], told["call"]["step"]) == (3, 1, 1)  # the middle ones
-    assert told["selection"] == []
-    settings = Settings(height=32, width=32, num_frames=16, steps=2)
-    whole = capture_calls(load_demo_pipeline("cpu"), Pair(prompt=PROMPTS[0], seed=0), settings, step=1, layers=[3])[0]
+    arguments = {"height": 32, "width": 32, "num_frames": 16, "num_inference_steps": 2}
+    pairs = [Pair(prompt=PROMPTS[0], seed=0)]
+    [whole] = capture_calls(load_demo_pipeline("cpu"), pairs, arguments, steps=[1], layers=[3])
     head = one_head(whole, 1)
     config = SparseConfig(block_size=64, order="gilbert", top_p=0.0, sparsity=0.8, rectify="ipar")
     row = next(row for row in told["results"] if row["rectify"] == "ipar")
     assert row["relative_error"] == pytest.approx(attention_error(head, config).relative_error, abs=1e-4)
-    full = block_masses(head, head.layout(64), 0)
+    full = block_masses(head, head.blocks(config), 0)
     critical = attention_error(head, config).stats.block_mask[0, 0]
     kept = ((full[:, :-1] * critical).sum(1) + full[:, -1]).mean().item()
     assert row["kept_mass"] == pytest.approx(kept, abs=1e-4)
 
 
-@pytest.mark.parametrize("mode", RECTIFY_MODES)
+@pytest.mark.parametrize("mode", RECTIFY)
 def test_a_head_sorted_by_content_is_studied_in_that_order(call: AttentionCall, mode: str) -> None:
     config = CONFIG.replace(rectify=mode, order="content")
     study = study_head(call, config, (0.8,), (mode,))
     (result,) = study.results
     error = attention_error(call, config)
     assert error.stats.token_order is not None
-    assert (study.order, study.layout.curve) == ("content", "gilbert")
+    assert study.blocks.by_content
     assert result.relative_error == pytest.approx(error.relative_error, rel=1e-4)
-    assert torch.equal(result.critical, error.stats.block_mask[0, 0])
-    layout, order = call.layout(16), error.stats.token_order[0, 0]
+    assert torch.equal(result.block_mask, error.stats.block_mask[0, 0])
+    blocks, order = call.blocks(config), error.stats.token_order[0, 0]
     valid = torch.cat([torch.ones(256, dtype=torch.bool), call.text_mask[0]])
     logits = call.q[0, order, 0].double() @ call.k[0, :, 0].double().T / 4
     weights = logits.masked_fill(~valid, -math.inf).softmax(-1).view(16, 16, -1).mean(1)
-    blocks = weights[:, order].view(16, 16, 16).sum(2)
-    torch.testing.assert_close(study.full[:, :16].double(), blocks, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(study.full[:, 16].double(), weights[:, layout.isolated].sum(1), rtol=1e-4, atol=1e-6)
+    masses = weights[:, order].view(16, 16, 16).sum(2)
+    torch.testing.assert_close(study.full[:, :16].double(), masses, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(study.full[:, 16].double(), weights[:, blocks.isolated].sum(1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("order", "label"), [("gilbert", "block"), ("content", "block, sorted by content")])
@@ -244,13 +245,13 @@ def test_inspect_reads_the_folder_of_any_pipeline(tmp_path: Path) -> None:
     assert code == 0, printed
     told = json.loads((out / "inspect.json").read_text())
     assert (told["call"]["grid"], told["call"]["num_blocks"], told["call"]["isolated"]) == ([3, 8, 8], 6, 0)
-    assert told["settings"]["guidance_scale"] == 5.0  # the pipeline's default
+    assert told["arguments"]["guidance_scale"] == 5.0  # the pipeline's default
     assert (told["config"]["rectify"], told["config"]["order"]) == ("row", "content")
     assert told["config"]["dense_layers"] == [0, 1]  # the model's preset
     assert all(math.isfinite(row["relative_error"]) for row in told["results"])
     code, printed = invoke(*common, "--steps", 2, "--out", tmp_path / "none", "--device", "cpu", "--block-size", 256)
     assert code == 1
-    assert "block_size: got 256 for a grid of (3, 8, 8)" in printed
+    assert "block_size: got 256 for 192 video tokens" in printed
     assert not (tmp_path / "none").exists()
 
 
@@ -272,7 +273,7 @@ def test_inspect_refuses_a_folder_without_a_pipeline_and_a_pipeline_without_vide
     ("arguments", "code", "told"),
     [
         (("--sparsity", 1.5), 2, "sparsity"),
-        (("--rectify", "none"), 2, "allowed: a mode to show beside it"),
+        (("--rectify", "none"), 2, "rectify: got 'none'; allowed: one of ['pooled'"),
         (("--rectify", "more"), 2, "rectify: got 'more'"),
         (("--layer", -1), 2, "layer: got -1; allowed: 0 or more"),
         (("--device", "tpu"), 2, "allowed: auto, cpu or cuda"),

@@ -12,10 +12,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import rectified_spaattn as rsa
 import tiny_models
 from model_cases import CASES, build
-from rectified_spaattn.evaluation.capture import capture_attention
-from rectified_spaattn.integrations.diffusers import state
-from rectified_spaattn.integrations.diffusers.state import LayerState
-from rectified_spaattn.integrations.diffusers.tokens import raster_grid
+from rectified_spaattn.lab.calls.capture import capture_attention
+from rectified_spaattn.pipelines import state
+from rectified_spaattn.pipelines.state import LayerState
+from rectified_spaattn.pipelines.tokens import raster_grid
 from tiny_models import BATCH, IMAGE, TEXT, VIDEO, image_ids, noise
 from tiny_pipelines import PIPELINES, picture, run
 
@@ -318,11 +318,13 @@ def test_compiled_blocks(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' Euler scheduler
 @torch.no_grad()
 def test_capture_sees_cogvideox_as_it_is() -> None:
+    from rectified_spaattn.lab.calls.capture import capture_attention
+
     case = PIPELINES["CogVideoX 1.5 T2V"]
     pipeline, arguments = case.make(), case.arguments()
     pipeline.scheduler = diffusers.EulerDiscreteScheduler()  # one that tells its step
     before = pipeline.transformer.attn_processors
-    with capture_attention(pipeline, step=1) as calls:
+    with capture_attention(pipeline, steps=[1]) as calls:
         captured = run(pipeline, arguments)
     torch.testing.assert_close(captured, run(pipeline, arguments), rtol=1e-4, atol=1e-5)
     assert [(call.layer, call.grid, call.text_first) for call in calls] == [(0, VIDEO, True), (1, VIDEO, True)]

@@ -10,7 +10,7 @@ from diffusers import CogVideoXTransformer3DModel
 import rectified_spaattn as rsa
 import tiny_models
 from model_cases import CASES, build
-from rectified_spaattn.integrations.diffusers.state import LayerState
+from rectified_spaattn.pipelines.state import LayerState
 from tiny_models import IMAGE, VIDEO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +65,7 @@ class Queries(list[torch.Tensor]):
 
         def recorded(layer: LayerState, q: torch.Tensor, *others: Any) -> torch.Tensor:
             self.append(q.clone())
-            self.owner = layer.owner
+            self.forward, self.text_first = layer.owner.forwards.current(), layer.owner.text_first
             return attend(layer, q, *others)
 
         monkeypatch.setattr(LayerState, "attend", recorded)
@@ -100,11 +100,10 @@ def test_tokens_stand_where_the_row_says(name: str, monkeypatch: pytest.MonkeyPa
     queries = Queries(monkeypatch)
     with rsa.enable(model, sparsity=0.8, **PLAIN):
         before = queries.first(model, inputs)
-        state = queries.owner
-        grid, text = state.grid, state.text
+        grid, text, text_first = queries.forward.grid, queries.forward.layout.text, queries.text_first
         assert grid in (VIDEO, IMAGE)
         assert text == CASES[name].text
-        start = text if state.text_first else 0
+        start = text if text_first else 0
         for token in [(0, 0, 1), (0, 2, 0), (grid[0] - 1, grid[1] - 1, grid[2] - 2)]:
             other = {**inputs, "hidden_states": poked(model, inputs["hidden_states"], grid, token)}
             expected = start + (token[0] * grid[1] + token[1]) * grid[2] + token[2]
@@ -112,7 +111,7 @@ def test_tokens_stand_where_the_row_says(name: str, monkeypatch: pytest.MonkeyPa
 
         other = {**inputs, "encoder_hidden_states": inputs["encoder_hidden_states"] + 1}
         changed = changed_tokens(before, queries.first(model, other))
-        places = set(range(text) if state.text_first else range(before.shape[1] - text, before.shape[1]))
+        places = set(range(text) if text_first else range(before.shape[1] - text, before.shape[1]))
         assert set(changed) <= places
         assert bool(changed) == bool(text)
 

@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 import rectified_spaattn as rsa
 import tiny
 from model_cases import build
-from rectified_spaattn.evaluation.capture import capture_attention
+from rectified_spaattn.lab.calls.capture import capture_attention
 from tiny import ALL_BLOCKS, SPARSE, forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,13 +119,15 @@ def test_an_image_prompt_in_the_processor_stays_dense(quiet):
 
 
 def test_an_image_prompt_in_the_processor_is_no_call_to_capture(quiet):
+    from rectified_spaattn.lab.calls.capture import capture_attention
+
     pipeline = tiny.wan_pipeline()
     tiny_run = {"steps": 2, "guidance_scale": 1.0}
-    with capture_attention(pipeline, step=1) as plain:
+    with capture_attention(pipeline, steps=[1]) as plain:
         tiny.run_wan(pipeline, **tiny_run)
     for block in pipeline.transformer.blocks:
         block.attn1.set_processor(ImagePromptFirst())
-    with capture_attention(pipeline, step=1) as calls:
+    with capture_attention(pipeline, steps=[1]) as calls:
         tiny.run_wan(pipeline, **tiny_run)
     assert [call.k.shape for call in calls] == [call.k.shape for call in plain]
 

@@ -8,6 +8,7 @@ from diffusers import WanImageToVideoPipeline
 
 import rectified_spaattn as rsa
 import tiny
+from rectified_spaattn.orders import blocks_of
 from schedule_runs import EMBEDS, FRAME, fail, forwards_of, interrupt, steps_of, stop_after
 from tiny import SPARSE
 
@@ -174,10 +175,11 @@ def test_a_grid_below_one_block_is_reported_once_a_grid(pipeline):
             tiny.run_wan(pipeline, steps=2, height=64, num_frames=5)
         assert len([each for each in told if "rectified_spaattn" in str(each.message)]) == 1
         assert handle.stats().sparse_calls == 0
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="rectified_spaattn")
-            tiny.run_wan(pipeline, steps=2)
+        with pytest.warns(UserWarning, match=r"grid \(3, 8, 8\): every block is kept.*nothing is saved") as told:
+            tiny.run_wan(pipeline, steps=2)  # one block, and 64 tokens beside it
+        assert len([each for each in told if "rectified_spaattn" in str(each.message)]) == 1
         assert handle.stats().dense_calls == 0
+        assert "NOTHING SAVED" in handle.summary()
 
 
 @pytest.mark.parametrize("kind", ["wan2.2-i2v-a14b", "wan2.2-ti2v-5b"])
@@ -212,10 +214,10 @@ def test_image_to_video_keeps_its_first_frame(quiet, kind):
             density[first_frame] = handle.stats().density
             assert set(handle.stats().dense_reasons) == {"dense_layers"}
             assert [layer.sparse_calls > 0 for layer in handle.stats().layers] == [False, False, True] * len(experts)
-    layout = rsa.TokenLayout.build((3, 8, 8), block_size=16)
-    first = int((layout.order < 64).view(layout.num_blocks, 16).any(1).sum())  # blocks that hold tokens of frame 0
-    kept = {True: first * first + (layout.num_blocks - first), False: layout.num_blocks}
-    assert first < layout.num_blocks
+    blocks = blocks_of(rsa.TokenLayout.build((3, 8, 8)), rsa.SparseConfig.paper(block_size=16))
+    first, count = int(blocks.first_frame.sum()), blocks.num_blocks
+    kept = {True: first * first + (count - first), False: count}
+    assert first < count
     for first_frame, pairs in kept.items():
         # blocks of the first frame see each other and, at most, the one block that all blocks keep
-        assert pairs - 0.001 < density[first_frame] * layout.num_blocks**2 < pairs + first_frame * first + 0.001
+        assert pairs - 0.001 < density[first_frame] * count**2 < pairs + first_frame * first + 0.001

@@ -1,32 +1,31 @@
 """The dense-matrix variants of the tail study against the reference backend, where both know the mode."""
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
 from cases import video_like
-from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
-from rectified_spaattn.demo.pipeline import load_demo_pipeline
-from rectified_spaattn.demo.prompts import PROMPTS
-from rectified_spaattn.evaluation.capture import attending
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from tail_variants import VARIANTS, Layer, attend
+from rectified_spaattn import TokenLayout, rectified_attention
+from rectified_spaattn.lab.calls.capture import attending
+from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
+from rectified_spaattn.lab.demo_model.prompts import PROMPTS
+from rectified_spaattn.orders import blocks_of
+from studies.harness import EXACT
+from studies.tail_variants import VARIANTS, Layer, attend
 
 MODES = {"none": "none", "ipar": "ipar", "ipar+gapr": "ipar+gapr", "row + s2, cap 2": "row"}
 
 
 @pytest.mark.parametrize("variant", MODES)
 def test_a_variant_is_the_reference_backend_in_that_mode(variant: str) -> None:
-    layout = TokenLayout.build((3, 5, 7), text=9, block_size=16)  # 6 blocks and 9 leftover tokens
+    layout = TokenLayout.build((3, 5, 7), text=9)  # 6 blocks of 16 and 9 leftover tokens
     q, k, v = (x.double() for x in video_like(5, 2, layout.sequence, 2, 8))
     valid = torch.arange(9) < torch.tensor([9, 4])[:, None]
-    config = SparseConfig(sparsity=0.6, rectify=MODES[variant], neighbours=False, top_p=0.0)
+    config = EXACT.replace(sparsity=0.6, rectify=MODES[variant], block_size=16)
     want = rectified_attention(q, k, v, layout, config, text_mask=valid, backend="reference")
-    torch.testing.assert_close(attend(VARIANTS[variant], q, k, v, layout, valid, 0.6), want, rtol=0, atol=1e-10)
+    got = attend(VARIANTS[variant], q, k, v, blocks_of(layout, config), valid, 0.6)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
 
 def test_clips_made_with_every_block_kept_are_those_of_the_untouched_pipeline() -> None:
@@ -40,12 +39,12 @@ def test_clips_made_with_every_block_kept_are_those_of_the_untouched_pipeline() 
 
     steps = set()
 
-    def run(layer, step, q, k, v, layout, valid):
+    def run(layer, step, q, k, v, blocks, valid):
         steps.add((layer, step))
-        return attend(VARIANTS["none"], q, k, v, layout, valid, 0.0)
+        return attend(VARIANTS["none"], q, k, v, blocks, valid, 0.0)
 
     untouched = clip()
-    with attending(pipe, SparseConfig(block_size=16), partial(Layer, run=run)):
+    with attending(pipe, EXACT.replace(block_size=16), partial(Layer, run=run)):
         torch.testing.assert_close(clip(), untouched, rtol=0, atol=1e-4)
     assert steps == {(layer, step) for layer in range(6) for step in range(2)}
     assert torch.equal(clip(), untouched)

@@ -9,10 +9,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .attention import Plan, SparseStats, attend, plan, rectified_attention
-    from .caching import TeaCacheHandle, TeaCacheStats, enable_teacache
     from .config import SparseConfig
-    from .integrations.diffusers import Handle, enable
     from .layout import TokenLayout
+    from .pipelines import Handle, disable, enable
+    from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, disable_teacache, enable_teacache
     from .presets import PRESETS, preset
 
 _HOME = {
@@ -25,11 +25,13 @@ _HOME = {
     "PRESETS": "presets",
     "preset": "presets",
     "TokenLayout": "layout",
-    "enable": "integrations.diffusers",
-    "Handle": "integrations.diffusers",
-    "enable_teacache": "caching",
-    "TeaCacheHandle": "caching",
-    "TeaCacheStats": "caching",
+    "disable": "pipelines",
+    "enable": "pipelines",
+    "Handle": "pipelines",
+    "disable_teacache": "pipelines.teacache",
+    "enable_teacache": "pipelines.teacache",
+    "TeaCacheHandle": "pipelines.teacache",
+    "TeaCacheStats": "pipelines.teacache",
 }
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "TeaCacheStats",
     "TokenLayout",
     "attend",
+    "disable",
+    "disable_teacache",
     "enable",
     "enable_teacache",
     "plan",

@@ -164,12 +164,25 @@ class SparseConfig:
 
 def read_yaml(path: str | Path) -> Any:
     """What a YAML file holds, as plain values. Raises ValueError for a file that is no YAML. Needs pyyaml."""
+    try:
+        return parse_yaml(Path(path).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: got a file that is no YAML; allowed: such as 'sparsity: 0.8'. {error}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text holds, as plain values. Raises ValueError for another one. Needs pyyaml."""
     import yaml
 
+    depth = 0
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: got a file that is no YAML; allowed: such as 'sparsity: 0.8'. {error}") from error
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > 20:  # few bytes of these can take hours or gigabytes
+                raise ValueError("Aliases (*name) and more than 20 levels are not allowed.")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -26,19 +26,19 @@ def why_not(call: Call) -> str | None:
     return None
 
 
-def attend(inputs: Inputs, prepared: "triton.Prepared") -> torch.Tensor:
+def run(inputs: Inputs, prepared: "triton.Prepared") -> torch.Tensor:
     """out [B, S, H, D], without waiting for the device. Uses up the tiled keys and values of `prepared`."""
-    from .triton.attend import attend as join
+    from .triton.attend import attend
 
     if not inputs.blocks.num_blocks:
-        return join(inputs, prepared)[0]
+        return attend(inputs, prepared)[0]
     partial = listed_blocks(inputs, prepared)
     # the tiled keys have done their work: their memory serves the output, whoever still holds them
     tiled = prepared.tiled
     for x in (tiled.k, tiled.v):
         x.untyped_storage().resize_(0)
     nothing = tiled.k.new_empty(0, tiled.k.shape[-1])
-    return join(inputs, prepared._replace(tiled=tiled._replace(k=nothing, v=nothing)), partial)[0]
+    return attend(inputs, prepared._replace(tiled=tiled._replace(k=nothing, v=nothing)), partial)[0]
 
 
 def listed_blocks(inputs: Inputs, prepared: "triton.Prepared") -> "triton.Partial":
@@ -67,4 +67,4 @@ def listed_blocks(inputs: Inputs, prepared: "triton.Prepared") -> "triton.Partia
     return triton.Partial(out.transpose(1, 2), lse)
 
 
-BACKEND = Backend(why_not=why_not, sorting="triton", sort=triton.sort, plan=triton.plan, attend=attend)
+BACKEND = Backend(why_not=why_not, sorting="triton", sort=triton.sort_tokens, plan=triton.prepare, attend=run)

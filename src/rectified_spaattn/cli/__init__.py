@@ -4,7 +4,7 @@ import sys
 from importlib.util import find_spec
 
 _ALWAYS = ("typer", "rich")
-PACKAGES = {"doctor": _ALWAYS, "bench": (*_ALWAYS, "matplotlib")}  # by command; the others need these:
+PACKAGES = {"doctor": _ALWAYS, "bench": _ALWAYS}  # by command; the others need these:
 DEMO_PACKAGES = (
     *_ALWAYS,
     "accelerate",

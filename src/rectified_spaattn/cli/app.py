@@ -1,32 +1,51 @@
 """The typer application: one function a command, options in, everything else elsewhere."""
 
-import shlex
-import sys
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .. import __version__
-from ..device import device_of
-from ..evaluation.paired import NothingSparseError
-from .bench import bench_app
-from .evaluate import evaluate
-from .generate import generate
+from ..lab.bench.doctor import DoctorSettings
+from ..lab.bench.model import ModelSettings
+from ..lab.bench.op import OpSettings
+from ..lab.bench.shapes import BenchError
+from ..lab.clips.options import ClipError, DemoOptions, EvaluateOptions, GenerateOptions
+from .bench import op
+from .bench_model import model
+from .doctor import doctor
 from .inspect import inspect
-from .options import DEFAULT, QUICK, DemoOptions
+from .options import command
+
+
+class _Sentences(TyperGroup):
+    """An error ends a command with a sentence and exit code 1; with --debug it is raised as it is."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if ctx.params.get("debug") or isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
+                raise
+            text = str(error)
+            if not isinstance(error, ClipError | OSError):
+                text = f"{type(error).__name__}: {text}\nNot foreseen; `rectified-spaattn --debug ...` tells more."
+            raise SystemExit(text) from error
+
 
 app = typer.Typer(
+    cls=_Sentences,
     name="rectified-spaattn",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(bench_app, name="bench")
-app.command()(generate)
-app.command()(evaluate)
-app.command(name="inspect")(inspect)
+bench = typer.Typer(no_args_is_help=True, help="Measure speed; results are checked before anything is timed.")
+bench.command()(command(OpSettings, op, (BenchError,)))
+bench.command()(command(ModelSettings, model, (BenchError,)))
+app.add_typer(bench, name="bench")
+app.command()(command(DoctorSettings, doctor))
 
 
 def _version(wanted: bool) -> None:
@@ -40,85 +59,37 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
 ) -> None:
     """Rectified SpaAttn: training-free block-sparse attention for video diffusion transformers."""
 
 
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the report, videos, figures and metrics.json.")] = Path(
-        "demo-output"
-    ),
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help=f"A first look: {QUICK.prompts} prompt, {QUICK.steps} steps, no 96 x 96 timing."),
-    ] = False,
-    prompts: Annotated[
-        int | None, typer.Option(help=f"How many of the fixed prompts.  [default: {DEFAULT.prompts}]")
-    ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="A caption of your own, in the words the model knows; may be repeated.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="Seeds per prompt: 0, 1, ...")] = DEFAULT.seeds,
-    steps: Annotated[int | None, typer.Option(help=f"Denoising steps.  [default: {DEFAULT.steps}]")] = None,
-    size: Annotated[
-        int, typer.Option(help="Height and width in pixels; the model was trained at 64 and 96.")
-    ] = DEFAULT.size,
-    sparsity: Annotated[
-        list[float] | None, typer.Option(help="Share of blocks to drop; may be repeated.  [default: 0.8 and 0.9]")
-    ] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens a block.")] = DEFAULT.block_size,
-    top_p: Annotated[float, typer.Option(help="Least attention mass the kept blocks hold.")] = DEFAULT.top_p,
-    neighbours: Annotated[
-        bool, typer.Option(help="Always keep blocks that touch in 3-D; on small grids these alone are many.")
-    ] = DEFAULT.neighbours,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = DEFAULT.device,
-    backend: Annotated[str, typer.Option(help="Attention backend, or auto.")] = DEFAULT.backend,
-    weights: Annotated[Path | None, typer.Option(help="Folder with weights of your own training.")] = None,
-) -> None:
+def generate(options: GenerateOptions) -> None:
+    """One video or picture with any supported model, and a JSON beside it with everything needed to repeat it."""
+    from .generate import run
+
+    run(options)
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Generate the same clips with full attention and every configuration, and measure how far they are apart.
+
+    Stopped runs go on where they were when the same command is given again. Several processes share the prompts:
+    accelerate launch --num_processes 4 -m rectified_spaattn evaluate ...
+    """
+    from .evaluate import run
+
+    run(options)
+
+
+def demo(options: DemoOptions) -> None:
     """Generate the same videos with full, sparse and rectified attention, and write a report about them."""
-    base = QUICK if quick else DEFAULT
-    try:
-        options = DemoOptions(
-            out=out,
-            prompts=base.prompts if prompts is None else prompts,
-            captions=tuple(prompt or ()),
-            seeds=seeds,
-            steps=base.steps if steps is None else steps,
-            size=size,
-            sparsity=tuple(sorted(set(sparsity))) if sparsity else DEFAULT.sparsity,
-            block_size=block_size,
-            top_p=top_p,
-            neighbours=neighbours,
-            device=device,
-            backend=backend,
-            weights=weights,
-            timing_size=base.timing_size,
-            command=shlex.join(["rectified-spaattn", *sys.argv[1:]]),
-        )
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
     from .demo import run
 
-    try:
-        run(options)
-    except NothingSparseError as error:
-        raise SystemExit(str(error)) from error
+    run(options)
 
 
-@app.command()
-def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
-) -> None:
-    """What every backend would do on this machine and why not, and a check of those that run.
-
-    Exit code 0: at least one backend is right and none is wrong; 1 otherwise.
-    """
-    from .doctor import run
-
-    try:
-        chosen = device_of(device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-    raise typer.Exit(0 if run(chosen, as_json) else 1)
+app.command()(command(GenerateOptions, generate))
+app.command()(command(EvaluateOptions, evaluate))
+app.command(name="inspect")(inspect)
+app.command()(command(DemoOptions, demo))

@@ -1,148 +1,145 @@
-"""`rectified-spaattn bench model`: options in, tables and CSV files out."""
+"""`rectified-spaattn bench model`: settings in, tables and CSV files out."""
 
-import shlex
-import sys
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Sequence
 
-import typer
+from rich.console import Console
+from rich.table import Table
 
-from ..benchmark.baselines import BASELINES
-from ..benchmark.model import ModelSettings
-from ..benchmark.models import MODELS, SIZES
-from ..benchmark.op import DTYPES
-from ..config import RECTIFY_MODES
-from ..curve import ORDERS
+from ..lab.bench.model import ModelSettings, measure
+from ..lab.bench.rows import ForwardRow, ScheduleRow
+from ..lab.bench.shapes import BenchError
+from ..lab.machine import machine
+from ..lab.rows import write_rows
+from .bench import checks_line, origin_line
+from .console import markdown_table, print_wide, progress
+from .options import command_line
 
-DEFAULT = ModelSettings()
 FORWARDS_CSV, SCHEDULES_CSV = "model-forward.csv", "model-schedule.csv"
 
 
-def model(
-    name: Annotated[list[str], typer.Argument(help=f"{', '.join(MODELS)}; several are timed one after the other.")],
-    size: Annotated[
-        str, typer.Option(help=f"{', '.join(SIZES)}: tiny has the same layers, narrow and few, for a CPU.")
-    ] = DEFAULT.size,
-    sparsity: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Share of blocks to drop; may be repeated.", show_default="the preset's, the paper's and 0.8895"
-        ),
-    ] = None,
-    baseline: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"{', '.join(BASELINES)}; may be repeated.",
-            show_default="cudnn, fa4 where installed; sdpa on a CPU",
-        ),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="Backend of sparse attention, or auto.")] = DEFAULT.backend,
-    units: Annotated[
-        int | None,
-        typer.Option(
-            help="Units of layers in the deeper of the two models that are timed; the other has one.",
-            show_default="2 where a unit is 1 double and 2 single layers, 3 where it is one layer",
-        ),
-    ] = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="Also run all layers once: eager dense, and the sparsest.")
-    ] = False,
-    compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Also time compile_repeated_blocks(fullgraph=True).")
-    ] = True,
-    compiler: Annotated[str, typer.Option(help="Backend of torch.compile.")] = str(DEFAULT.compiler),
-    steps: Annotated[int | None, typer.Option(help="Denoising steps of a run.", show_default="the model's, 50")] = None,
-    computed_steps: Annotated[
-        int | None, typer.Option(help="Steps that a cache such as TeaCache leaves to compute.", show_default="all")
-    ] = None,
-    computed_steps_source: Annotated[
-        str, typer.Option(help="Where that number comes from: a measurement or a publication.")
-    ] = "",
-    block_size: Annotated[int, typer.Option(help="Tokens a block.")] = DEFAULT.block_size,
-    rectify: Annotated[str, typer.Option(help=f"{', '.join(RECTIFY_MODES)}.")] = DEFAULT.rectify,
-    order: Annotated[str, typer.Option(help=f"{', '.join(ORDERS)}.")] = DEFAULT.order,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = DEFAULT.dtype,
-    repeats: Annotated[int, typer.Option(help="Rounds that count, after one that warms up.")] = DEFAULT.repeats,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = DEFAULT.device,
-    csv_dir: Annotated[Path | None, typer.Option(help=f"Folder for {FORWARDS_CSV} and {SCHEDULES_CSV}.")] = None,
-) -> None:
+def model(settings: ModelSettings) -> None:
     """Whole transformers of published models, random weights: a forward, and the denoising run it makes."""
-    from ..benchmark.check import BenchError
-
-    try:
-        settings = ModelSettings(
-            models=tuple(name),
-            size=size,
-            sparsities=tuple(sorted(sparsity or ())),
-            baselines=tuple(baseline or ()),
-            backend=backend,
-            block_size=block_size,
-            rectify=rectify,  # type: ignore[arg-type]  # SparseConfig checks it
-            order=order,
-            dtype=dtype,
-            units=units,
-            repeats=repeats,
-            compiler=compiler if compiled else None,
-            full=full,
-            steps=steps,
-            computed_steps=computed_steps,
-            source=computed_steps_source,
-            device=device,
-        )
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    try:
-        _run(settings, csv_dir)
-    except BenchError as error:
-        raise SystemExit(str(error)) from error
-
-
-def _run(settings: ModelSettings, csv_dir: Path | None) -> None:
-    from rich.console import Console
-
-    from ..benchmark.check import BenchError
-    from ..benchmark.model import measure
-    from ..benchmark.record import ForwardRow, ScheduleRow, machine, write_csv
-    from .bench_tables import machine_line
-    from .console import print_wide, progress
-    from .model_tables import (
-        checks_line,
-        forward_line,
-        forward_table,
-        full_table,
-        how_scaled,
-        schedule_line,
-        schedule_table,
-    )
-
-    device = settings.where()
+    device, console = settings.where(), Console()
     if device.type == "cpu" and settings.size == "full":
         raise BenchError("size: got 'full' on a CPU, where a forward takes hours; allowed: --size tiny.")
-    console = Console()
-    made_on = machine(device, shlex.join(["rectified-spaattn", *sys.argv[1:]]))
-    print_wide(console, machine_line(made_on))
+    origin = machine(device).origin(command_line())
+    print_wide(console, origin_line(origin))
     forwards: list[ForwardRow] = []
-    schedules: list[ScheduleRow] = []
-    for name in settings.models:
+    runs: list[ScheduleRow] = []
+    for name in settings.model:
         with progress(console) as watch:
-            measured = measure(name, settings, watch)
-        print_wide(console, checks_line(name, measured.checks))
-        print_wide(console, forward_line(measured.forwards[0], made_on))
-        print_wide(console, forward_table(measured.forwards))
-        print_wide(console, how_scaled(measured.forwards[0]))
-        for baseline, reason in measured.not_run.items():
+            result = measure(name, settings, watch)
+        first = result.forwards[0]
+        print_wide(console, checks_line(name, result.checks))
+        print_wide(console, forward_line(first, origin.device))
+        print_wide(console, forward_table(result.forwards))
+        print_wide(console, scaling_line(first))
+        for baseline, reason in result.not_run.items():
             print_wide(console, f"not run: dense {baseline}: {reason}")
         if settings.full:
             print_wide(console, f"{name}: scaled, and measured with all layers, one forward:")
-            print_wide(console, full_table(measured.forwards))
-        print_wide(console, schedule_line(measured.schedules[0]))
-        print_wide(console, schedule_table(measured.schedules))
-        took = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in measured.took.items())
-        print_wide(console, f"{name} took: {took}")
-        forwards, schedules = forwards + measured.forwards, schedules + measured.schedules
-        if csv_dir is not None:  # after every model: a long run that is stopped leaves what it measured
-            write_csv(csv_dir / FORWARDS_CSV, forwards, made_on)
-            write_csv(csv_dir / SCHEDULES_CSV, schedules, made_on)
-    if csv_dir is not None:
-        console.print(f"Forwards: {csv_dir / FORWARDS_CSV}", soft_wrap=True)
-        console.print(f"Runs: {csv_dir / SCHEDULES_CSV}", soft_wrap=True)
+            print_wide(console, full_table(result.forwards))
+        print_wide(console, schedule_line(result.schedules[0]))
+        print_wide(console, schedule_table(result.schedules))
+        forwards, runs = forwards + result.forwards, runs + result.schedules
+        if settings.csv_dir is not None:  # after every model: a long run that is stopped leaves what it measured
+            write_rows(settings.csv_dir / FORWARDS_CSV, forwards, origin)
+            write_rows(settings.csv_dir / SCHEDULES_CSV, runs, origin)
+    if settings.csv_dir is not None:
+        print_wide(console, f"Forwards: {settings.csv_dir / FORWARDS_CSV}")
+        print_wide(console, f"Runs: {settings.csv_dir / SCHEDULES_CSV}")
+
+
+def forward_line(first: ForwardRow, device: str) -> str:
+    """What the table of forwards is about."""
+    size = "" if first.size == "full" else f" ({first.size})"
+    batch = "" if first.batch == 1 else f"batch {first.batch}, "
+    return (
+        f"{first.model}{size}: seconds of a forward, {batch}{first.tokens:,} tokens, {first.heads} heads of "
+        f"{first.head_dim}, {first.dtype}, {first.rectify}, {first.order}, random weights, {device}, "
+        f"median of {first.repeats}"
+    )
+
+
+def forward_table(rows: Sequence[ForwardRow]) -> Table:
+    """Two depths that were timed, and the whole model scaled from them."""
+    first = rows[0]
+    depths = (_layers(first.layers_low), _layers(first.layers_high), f"{first.layers} layers (scaled)")
+    lines = [
+        (
+            *_variant(row),
+            "" if row.density is None else f"{row.density:.4f}",
+            row.how,
+            f"{row.low_s:.4f}",
+            f"{row.high_s:.4f}",
+            f"{row.seconds:.3f}",
+            f"{row.seconds_q1:.3f} to {row.seconds_q3:.3f}",
+            f"{row.seconds_min:.3f} to {row.seconds_max:.3f}",
+            f"{row.ratio:.2f}x",
+        )
+        for row in rows
+    ]
+    ratio = f"speed-up over eager {first.dense}"
+    return markdown_table(("attention", "sparsity", "density", "run", *depths, "quartiles", "min to max", ratio), lines)
+
+
+def scaling_line(row: ForwardRow) -> str:
+    """The rule behind the scaled column."""
+    a_unit = row.layers // row.units
+    few, more = row.layers_low // a_unit, row.layers_high // a_unit
+    return (
+        f"Scaled, round by round: t({row.layers_low}) + {row.units - few} * (t({row.layers_high}) - "
+        f"t({row.layers_low})) / {more - few}, where t(n) is the time of n layers; the whole model is "
+        f"{row.units} times {_layers(a_unit)}. Nothing deeper than {row.layers_high} layers was built for this column."
+    )
+
+
+def full_table(rows: Sequence[ForwardRow]) -> Table:
+    """The scaling rule against one forward of all layers."""
+    lines = [
+        (*_variant(r), r.how, f"{r.seconds:.3f}", f"{r.measured_s:.3f}", f"{r.seconds / r.measured_s - 1:+.1%}")
+        for r in rows
+        if r.measured_s is not None
+    ]
+    return markdown_table(("attention", "sparsity", "run", "scaled", "measured", "off by"), lines)
+
+
+def schedule_line(first: ScheduleRow) -> str:
+    """What the table of runs is about."""
+    computed = "all computed" if not first.source else f"{first.computed_steps} computed ({first.source})"
+    return (
+        f"{first.model}: a run of {first.steps} steps, {computed}, {first.calls} forward(s) a step, "
+        f"{first.dense_steps} dense steps and {first.dense_layers} dense layers ({first.preset}); "
+        f"{first.dense_total_s:.4g} s with eager dense {first.dense}"
+    )
+
+
+def schedule_table(rows: Sequence[ScheduleRow]) -> Table:
+    """Denoising runs of one model against all steps with eager dense attention.
+
+    The last column, where the paper has a figure with TeaCache: the most computed steps with which it is reached.
+    """
+    goal = rows[0].paper_composed
+    composed = [] if goal is None else [f"at most ... computed steps for {goal:.2f}x"]
+    lines = [
+        (
+            row.name,
+            f"{row.sparsity:.4g}",
+            row.how,
+            f"{row.total_s:.1f}",
+            f"{row.speedup:.2f}x",
+            "" if row.paper is None else f"{row.paper:.2f}x",
+            *(f"{row.steps_for_composed or 'none'}" for _ in composed),
+        )
+        for row in rows
+    ]
+    return markdown_table(("attention", "sparsity", "run", "seconds", "speed-up", "paper", *composed), lines)
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
+
+
+def _variant(row: ForwardRow) -> tuple[str, str]:
+    name = {"dense": f"dense {row.name}", "sparse": row.name, "removed": "attention removed"}[row.kind]
+    return name, "" if row.sparsity is None else f"{row.sparsity:.4g}"

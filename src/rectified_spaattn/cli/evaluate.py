@@ -1,119 +1,123 @@
 """`rectified-spaattn evaluate`: full attention against a list of configurations, clip by clip, resumable."""
 
-import shlex
-import sys
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
 
-from ..config import RECTIFY_MODES
-from ..curve import ORDERS
-from ..generation.request import DTYPES, OFFLOADS
-from .evaluate_options import EvaluateOptions
+from ..lab.clips.clip import FULL, Mode, Pair
+from ..lab.clips.evaluate import (
+    Evaluation,
+    complete,
+    evaluation_of,
+    missing,
+    processes,
+    records_of,
+    with_sparse_modes,
+)
+from ..lab.clips.folder import Folder, check_ours
+from ..lab.clips.models import load, source_of
+from ..lab.clips.options import EvaluateOptions
+from ..lab.clips.summary import SCORES, ModeSummary
+from ..lab.machine import device_of
+from ..lab.pages.clips import HEADS, score_text
+from ..lab.pages.evaluation import FILES, write_evaluation
+from ..lab.pages.html import percent
+from .console import markdown_table, plain_console, print_wide, progress_bars
+from .options import command_line
 
 
-def evaluate(
-    out: Annotated[Path, typer.Option(help="Folder for everything; one of a run that was stopped is gone on with.")],
-    model: Annotated[
-        str, typer.Option(help="demo, or a folder or repository with a diffusers text-to-video pipeline.")
-    ] = "demo",
-    prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt a line.", show_default="the demo's captions")
-    ] = None,
-    seeds: Annotated[int, typer.Option(help="Clips a prompt, from seeds 0, 1, ...")] = 1,
-    config: Annotated[
-        list[Path] | None, typer.Option(help="YAML file with fields of SparseConfig; may be repeated.")
-    ] = None,
-    rectify: Annotated[
-        list[str] | None, typer.Option(help=f"{', '.join(RECTIFY_MODES)}; this and the next three may be repeated.")
-    ] = None,
-    sparsity: Annotated[list[float] | None, typer.Option(help="Share of blocks to drop.")] = None,
-    block_size: Annotated[list[int] | None, typer.Option(help="Tokens a block.")] = None,
-    order: Annotated[list[str] | None, typer.Option(help=f"{', '.join(ORDERS)}.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Least attention mass the kept blocks hold.")] = None,
-    neighbours: Annotated[
-        bool | None, typer.Option(help="Always keep blocks that touch in 3-D; needs an --order other than content.")
-    ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="For models with guidance.")] = None,
-    argument: Annotated[
-        list[str] | None,
-        typer.Option(help="KEY=VALUE for a further argument of the pipeline's call; may be repeated."),
-    ] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames a clip.", show_default="the pipeline's")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the pipeline's")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", show_default="the pipeline's")] = None,
-    fps: Annotated[
-        int | None, typer.Option(help="Frames a second in the videos.", show_default="8 for demo, else 16")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help=f"{', '.join(DTYPES)}; auto: float32 for demo and on a CPU, else bfloat16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    offload: Annotated[
-        str, typer.Option(help=f"{', '.join(OFFLOADS)}: what waits in CPU memory while it does not run.")
-    ] = "none",
-    backend: Annotated[str, typer.Option(help="Attention backend of sparse calls, or auto.")] = "auto",
-    dense_kernel: Annotated[
-        str, typer.Option(help="SDPA kernel of every mode: default, math, efficient, flash or cudnn.")
-    ] = "default",
-    floor_kernel: Annotated[
-        str | None,
-        typer.Option(help="Another one, for the noise floor.", show_default="math for demo, else efficient"),
-    ] = None,
-    lpips: Annotated[
-        bool | None, typer.Option("--lpips/--no-lpips", show_default="where its weights are there")
-    ] = None,
+def run(options: EvaluateOptions) -> None:
+    """The whole command; one of several processes where accelerate or torchrun started them."""
+    console, state = plain_console(), processes()
+    device = device_of(options.device, state.local_process_index)
+    check_ours(options.out)
+    with usage_errors():
+        source = source_of(options)
+        evaluation = evaluation_of(options, source, device)
+        pipe = load(source, options, device)
+        evaluation = with_sparse_modes(evaluation, options, pipe)
+    facts = evaluation.facts(command_line(), state.num_processes)
+    folder = Folder(options.out, evaluation.prompts, evaluation.settings(), console.print)
+    main = state.is_main_process
+    with folder.claim(facts, FILES) if main else nullcontext():
+        state.wait_for_everyone()
+        if main:
+            console.print(f"LPIPS: {facts['lpips']}")
+        with state.split_between_processes(evaluation.pairs) as mine:
+            fill(pipe, evaluation, folder, mine, console, quiet=not main)
+        state.wait_for_everyone()
+        if main:
+            manifest = {"settings": folder.settings, **facts}
+            summaries = write_evaluation(
+                folder, evaluation.modes, records_of(evaluation, folder), manifest, evaluation.fps
+            )
+            pairs = f"{len(evaluation.pairs)} prompt-seed pairs; mean [95% interval]"
+            print_wide(console, summary_table(summaries, pairs))
+            console.print(f"Report: {(folder.root / 'report.html').resolve()}")
+
+
+def fill(
+    pipe: Any,
+    evaluation: Evaluation,
+    folder: Folder,
+    pairs: Sequence[Pair],
+    console: Console,
+    quiet: bool = False,
 ) -> None:
-    """Generate the same clips with full attention and every configuration, and measure how far they are apart.
+    """Make what is missing of some pairs, with two bars: clips, and the steps of the current one."""
+    todo = missing(folder, evaluation.modes, pairs)
+    total = len(pairs) * len(evaluation.modes)
+    with progress_bars(console, disable=quiet) as progress:
+        watch = _Watch(progress, total, total - sum(map(len, todo.values())), evaluation.call()["num_inference_steps"])
+        complete(pipe, evaluation, folder, todo, watch)
+        watch.finish()
+    for pair in pairs:  # of a run that was killed between the last clip of a pair and this
+        folder.drop_reference(pair)
 
-    Stopped runs go on where they were when the same command is given again. Several processes share the prompts:
-    accelerate launch --num_processes 4 -m rectified_spaattn evaluate ...
-    """
-    from ..evaluation.modes import Grid
-    from ..evaluation.paired import NothingSparseError
-    from .evaluation import prepare, run
 
-    overrides = {"top_p": top_p, "neighbours": neighbours}
+def summary_table(summaries: Sequence[ModeSummary], title: str) -> Table:
+    """The means as a Markdown table that can be pasted."""
+    names = [name for name in SCORES if name in summaries[0].scores]
+    heads = [HEADS[name] for name in names]
+    columns = ["attention", "computed pairs", *heads, "s per clip", "s per step", "speed-up", "backend"]
+    rows = []
+    for each in summaries:
+        scores = [
+            "reference" if each.mode.name == FULL and name != "flicker" else score_text(each.scores[name], name)
+            for name in names
+        ]
+        times = [f"{each.seconds:.2f}", f"{each.step_seconds:.3f}", f"{each.speedup:.2f}x"]
+        rows.append([each.mode.label, percent(each.computed), *scores, *times, each.backend or "dense"])
+    return markdown_table(columns, rows, title)
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """A ValueError or TypeError inside is about an option, and ends the command with exit code 2."""
     try:
-        options = EvaluateOptions(
-            out=out,
-            model=model,
-            prompts=prompts,
-            seeds=seeds,
-            configs=tuple(config or ()),
-            grid=Grid(
-                rectify=rectify or (),
-                sparsity=sparsity or (),
-                block_size=block_size or (),
-                order=order or (),
-                overrides={name: value for name, value in overrides.items() if value is not None},
-            ),
-            negative_prompt=negative_prompt,
-            argument=tuple(argument or ()),
-            height=height,
-            width=width,
-            frames=frames,
-            steps=steps,
-            guidance=guidance,
-            fps=fps,
-            dtype=dtype,
-            device=device,
-            offload=offload,
-            backend=backend,
-            dense_kernel=dense_kernel,
-            floor_kernel=floor_kernel,
-            lpips=lpips,
-            command=shlex.join(["rectified-spaattn", *sys.argv[1:]]),
-        )
-        prepared = prepare(options)
+        yield
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    except RuntimeError as error:  # no such model, no weights
-        raise SystemExit(str(error)) from error
-    try:
-        run(prepared)
-    except NothingSparseError as error:
-        raise SystemExit(str(error)) from error
+
+
+class _Watch:
+    def __init__(self, progress: Progress, total: int, done: int, steps: int) -> None:
+        self._progress, self._done = progress, done
+        self._all = progress.add_task("clips of this process", total=total, completed=done)
+        self._one = progress.add_task("warming up" if done < total else "all there", total=steps)
+
+    def __call__(self, mode: Mode, pair: Pair, done: int) -> None:
+        if done == 0:
+            self._progress.update(self._all, completed=self._done)
+            self._done += 1
+        caption = pair.prompt if len(pair.prompt) <= 40 else pair.prompt[:39] + "…"
+        self._progress.update(self._one, completed=done, description=f"{mode.label}: {caption}, seed {pair.seed}")
+
+    def finish(self) -> None:
+        self._progress.update(self._all, completed=self._done)
+        self._progress.update(self._one, visible=False)

@@ -1,102 +1,85 @@
-"""The options of `rectified-spaattn generate`."""
+"""`rectified-spaattn generate`: load, run, write, and say what happened."""
 
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import typer
+from rich.progress import TextColumn, TimeRemainingColumn
 
-from ..backends import BACKENDS
-from ..config import PRESET_NAMES
-from ..device import device_of
-from ..generation.request import DTYPES, OFFLOADS, GenerationError, Request
+from ..lab.clips import single
+from ..lab.clips.clip import OnStep, Pair, full_mode, generate
+from ..lab.clips.models import call_arguments, dtype_of, load, source_of, with_image
+from ..lab.clips.options import GenerateOptions
+from ..lab.machine import device_name, device_of
+from ..lab.pages.clips import side_by_side
+from ..lab.pages.video import write_clip
+from .console import plain_console, print_wide, progress_bars
+from .evaluate import summary_table
+
+_WIDEST = 640  # pixels of one clip in the side-by-side picture
 
 
-def generate(
-    model: Annotated[str, typer.Argument(help="Repository or local folder of a diffusers pipeline.")],
-    prompt: Annotated[str, typer.Option(help="What to show.")],
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to show.")] = None,
-    image: Annotated[str | None, typer.Option(help="File or address of the picture to start from.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="File to write, .mp4 or .png.", show_default="generated.mp4 or .png")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repository.")] = None,
-    sparsity: Annotated[
-        float | None, typer.Option(help="Share of blocks to drop.", show_default="the preset's")
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help=f"{PRESET_NAMES}, for all as published.", show_default="the one that fits the model"),
-    ] = None,
-    config: Annotated[
-        list[Path] | None,
-        typer.Option(help="YAML file with fields of SparseConfig, instead of a preset; may be repeated, one each."),
-    ] = None,
-    teacache: Annotated[bool, typer.Option("--teacache", help="Skip steps that change little, too.")] = False,
-    teacache_threshold: Annotated[
-        float | None, typer.Option(help="Change up to which steps are skipped.", show_default="the model's")
-    ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the transformer's blocks.")] = False,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Run full attention from the same seed as well, and write both.")
-    ] = False,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.", show_default="the pipeline's")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    height: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.", show_default="the pipeline's")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames of a video.", show_default="the pipeline's")] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance_scale.", show_default="the pipeline's")] = None,
-    argument: Annotated[
-        list[str] | None,
-        typer.Option(help="KEY=VALUE for the pipeline's call, the value in YAML; may be repeated."),
-    ] = None,
-    scheduler: Annotated[
-        list[str] | None,
-        typer.Option(help="KEY=VALUE for the scheduler's configuration, such as flow_shift=5.0; may be repeated."),
-    ] = None,
-    fps: Annotated[int, typer.Option(help="Frames a second in the file.")] = 16,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; auto: bfloat16 on a GPU, else float32.")] = "auto",
-    offload: Annotated[
-        str, typer.Option(help=f"{', '.join(OFFLOADS)}: what stays on the CPU until it is needed.")
-    ] = "none",
-    backend: Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
-    """One video or picture with any supported model, and a JSON beside it with everything needed to repeat it."""
-    try:
-        request = Request(
-            model=model,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            image=image,
-            out=out,
-            revision=revision,
-            sparsity=sparsity,
-            preset=preset,
-            config=tuple(config or ()),
-            teacache=teacache,
-            teacache_threshold=teacache_threshold,
-            compile=compile,
-            compare=compare,
-            steps=steps,
-            seed=seed,
-            height=height,
-            width=width,
-            frames=frames,
-            guidance=guidance,
-            argument=tuple(argument or ()),
-            scheduler=tuple(scheduler or ()),
-            fps=fps,
-            dtype=dtype,
-            offload=offload,
-            backend=backend,
-            device=device,
-        )
-        chosen = device_of(device)
-    except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from error
-    from .generate_run import generate as run
+def run(options: GenerateOptions) -> None:
+    """The whole command."""
+    console, device = plain_console(), device_of(options.device)
+    source = source_of(options)
+    outputs = single.outputs_of(options, source)
+    arguments = call_arguments(source, options)
+    call = with_image(arguments)
+    dtype = dtype_of(source, options.dtype, device)
+    console.print(f"Loading {source.model} ({source.pipeline.__name__}, {dtype})")
+    pipe = load(source, options, device)
+    mode, pair = single.modes_of(options, pipe), Pair(prompt=options.prompt, seed=options.seed)
+    if options.compile:
+        single.compile_blocks(pipe)
 
-    try:
-        run(request, chosen)
-    except GenerationError as error:
-        raise SystemExit(str(error)) from error
+    with _bar("rectified attention") as on_step:
+        sparse = generate(pipe, mode, pair, call, backend=options.backend, on_step=on_step)
+    for summary in sparse.summary:
+        print_wide(console, summary)
+    fps = options.fps if source.makes_video else None
+    left = single.stale(outputs)
+    write_clip(outputs.clip, sparse.video, options.fps)
+    record: dict[str, Any] = {
+        **single.describe(options, source, pipe, arguments, device),
+        **single.sparse_result(sparse, source.transformers),
+        "output": single.result(sparse, outputs.clip, fps),
+    }
+    single.write_json(outputs.json, record)  # before full attention, which takes longest and may need more memory
+    for path in left:  # of another clip of this name
+        path.unlink()
+    console.print(f"Written: {outputs.clip} and {outputs.json}")
+    if sparse.stats is None or not sparse.stats.sparse_calls:
+        console.print("Note: no attention call ran sparse; the lines above say why.")
+    if not options.compare:
+        return
+    with _bar("full attention") as on_step:
+        full = generate(pipe, full_mode(), pair, call, on_step=on_step)
+    rows = single.compare(full, sparse)
+    write_clip(outputs.full, full.video, options.fps)
+    frames, _, height, width = full.video.shape
+    cell = min(max(width, 256), _WIDEST)
+    side_by_side(outputs.side_by_side, rows, {pair: [full.video, sparse.video]}, options.fps, cell)
+    record["compare"] = {
+        "full": single.result(full, outputs.full, fps),
+        "side_by_side": outputs.side_by_side.name,
+        "scores": single.scores(rows),
+    }
+    single.write_json(outputs.json, record)
+    where = f"{height} x {width} x {frames}, {len(full.steps)} steps, {device_name(device)}"
+    print_wide(console, summary_table(rows, where))
+    console.print(f"Side by side: {outputs.side_by_side}")
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[OnStep]:
+    """A bar of the denoising steps with the density of the last one."""
+    more = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[density]}"))
+    with progress_bars(plain_console(), *more) as progress:
+        task = progress.add_task(what, total=None, density="")
+
+        def on_step(count: int, total: int, density: float | None) -> None:
+            text = "skipped" if density is None else f"density {density:.1%}"
+            progress.update(task, completed=count, total=total, density=text)
+
+        yield on_step

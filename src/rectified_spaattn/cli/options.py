@@ -1,85 +1,63 @@
-"""What `rectified-spaattn demo` can be asked for."""
+"""Command-line options from the frozen dataclass that they fill: each is declared once, as a field of it."""
 
-from dataclasses import dataclass
-from pathlib import Path
+import inspect
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from ..config import SparseConfig
-from ..curve import CONTENT
-from ..device import device_of
-from ..evaluation.paired import Mode, full_mode
+import typer
 
-RECTIFIED, ORDER = "ipar+gapr", "gilbert"  # the paper's, which the report explains
-# word of a mode -> rectify, order
-_MODES = {
-    "sparse": ("none", ORDER),
-    "rectified": (RECTIFIED, ORDER),
-    "default": (SparseConfig().rectify, SparseConfig().order),
-}
+S = TypeVar("S")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DemoOptions:
-    """One run. Raises ValueError or TypeError for values out of range.
+def command(
+    kind: type[S], run: Callable[[S], object], errors: tuple[type[Exception], ...] = ()
+) -> Callable[..., object]:
+    """A function for `typer.Typer.command()` with the name and docstring of `run`, which it calls with a `kind`.
 
-    prompts      how many of the fixed prompts; captions, where given, take their place
-    size         height and width in pixels
-    timing_size  a larger size at which only the speed of a step is measured, None for no such measurement
-    command      what was typed, for the record
+    kind: a frozen dataclass; its fields made by lab.option.option are the options, those of a tuple type may be given
+    several times; its own before inherited ones. A TypeError or ValueError that it raises is a usage error (exit code
+    2). errors: raised by `run`, each ends the command with its message (exit code 1).
     """
+    hints = get_type_hints(kind)
+    shown = [each for each in fields(kind) if "help" in each.metadata]  # type: ignore[arg-type]
+    shown.sort(key=lambda each: each.name not in inspect.get_annotations(kind))
 
-    out: Path = Path("demo-output")
-    prompts: int = 3
-    captions: tuple[str, ...] = ()
-    seeds: int = 1
-    steps: int = 12
-    size: int = 64
-    sparsity: tuple[float, ...] = (0.8, 0.9)
-    block_size: int = 64
-    top_p: float = 0.0
-    neighbours: bool = False
-    device: str = "auto"
-    backend: str = "auto"
-    weights: Path | None = None
-    timing_size: int | None = 96
-    command: str = "rectified-spaattn demo"
+    def call(**values: Any) -> object:
+        try:
+            settings = kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        except (TypeError, ValueError) as error:
+            raise typer.BadParameter(str(error)) from error
+        try:
+            return run(settings)
+        except errors as error:
+            raise SystemExit(str(error)) from error
 
-    def __post_init__(self) -> None:
-        for name in ("prompts", "seeds", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: 1 or more.")
-        if self.size < 16 or self.size % 4:
-            raise ValueError(f"size: got {self.size}; allowed: a multiple of 4 from 16 on, best 64 or 96.")
-        if not self.sparsity:
-            raise ValueError("sparsity: got none; allowed: one or more values in [0, 1).")
-        device_of(self.device)
-        if len({f"{100 * sparsity:g}" for sparsity in self.sparsity}) != len(self.sparsity):
-            raise ValueError(f"sparsity: got {self.sparsity}; allowed: values that differ.")
-        for sparsity in self.sparsity:
-            self.config(sparsity, RECTIFIED)
-
-    def config(self, sparsity: float, rectify: str, order: str = ORDER) -> SparseConfig:
-        """Everything but these is the same in all modes, and blocks by content have no neighbours."""
-        return SparseConfig.from_dict(
-            {
-                "sparsity": sparsity,
-                "rectify": rectify,
-                "block_size": self.block_size,
-                "order": order,
-                "top_p": self.top_p,
-                "neighbours": self.neighbours and order != CONTENT,
-            }
-        )
-
-    def modes(self) -> list[Mode]:
-        """Full attention, then sparse, rectified as in the paper, and this package's default at every sparsity."""
-        modes = [full_mode()]
-        for sparsity in self.sparsity:
-            share = f"{100 * sparsity:g}"
-            for word, setting in _MODES.items():
-                config = self.config(sparsity, *setting)
-                modes.append(Mode(name=f"{word}-{share}", label=f"{word} {share}%", config=config))
-        return modes
+    call.__name__, call.__doc__ = run.__name__, run.__doc__
+    call.__signature__ = inspect.Signature([_parameter(each, hints[each.name]) for each in shown])  # type: ignore[attr-defined]
+    return call
 
 
-DEFAULT = DemoOptions()
-QUICK = DemoOptions(prompts=1, steps=6, timing_size=None)
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """What was typed, for a record. arguments: without the name of the program; None for those of this process."""
+    return shlex.join(["rectified-spaattn", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def _parameter(field: Field[Any], hint: Any) -> inspect.Parameter:
+    flag, unset = field.metadata["flag"], field.metadata["unset"]
+    default = inspect.Parameter.empty if field.default is MISSING else field.default
+    if get_origin(hint) is tuple:  # typer knows lists
+        hint = list[get_args(hint)[0]]  # type: ignore[misc]
+        default = list(default) if isinstance(default, tuple) else default
+    shown: Any = {"help": field.metadata["help"], "show_default": unset or default not in (None, [], "")}
+    if flag == "ARGUMENT":
+        info = typer.Argument(**shown)
+    elif hint is bool and default is False and not flag:  # no --no-... for what is off anyway
+        info = typer.Option(f"--{field.name.replace('_', '-')}", **shown)
+    else:
+        info = typer.Option(*flag.split(), **shown)
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, info]
+    )

@@ -52,14 +52,14 @@ class Partial(NamedTuple):
     lse: torch.Tensor
 
 
-def sort(inputs: Inputs) -> torch.Tensor:
+def sort_tokens(inputs: Inputs) -> torch.Tensor:
     """int64 [B, H, nb*b]: the tiled tokens of every head by content."""
     from .arrange import content_order
 
     return content_order(inputs.q, inputs.k, inputs.blocks, inputs.scale)
 
 
-def plan(inputs: Inputs) -> tuple[Choices, Prepared]:
+def prepare(inputs: Inputs) -> tuple[Choices, Prepared]:
     """Stages 1 to 5, without waiting for the device."""
     from .plan import decide
     from .tile import tile
@@ -69,14 +69,14 @@ def plan(inputs: Inputs) -> tuple[Choices, Prepared]:
     return choices, Prepared(tiled, lists, rectification)
 
 
-def attend(inputs: Inputs, prepared: Prepared) -> torch.Tensor:
+def run(inputs: Inputs, prepared: Prepared) -> torch.Tensor:
     """out [B, S, H, D], without waiting for the device.
 
     A query block left without any key gives NaN (with a tail none is: a compensated block is a key).
     """
-    from .attend import attend as attend_listed
+    from .attend import attend
 
-    return attend_listed(inputs, prepared)[0]
+    return attend(inputs, prepared)[0]
 
 
 def why_not(call: Call) -> str | None:
@@ -124,4 +124,4 @@ def _interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-BACKEND = Backend(why_not=why_not, sorting="triton", sort=sort, plan=plan, attend=attend)
+BACKEND = Backend(why_not=why_not, sorting="triton", sort=sort_tokens, plan=prepare, attend=run)

@@ -1,1 +1,0 @@
-"""How fast the operator is: shapes, dense baselines, checks, interleaved timing, and the rows they give."""

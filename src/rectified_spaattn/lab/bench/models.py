@@ -1,0 +1,230 @@
+"""The transformers of published models, as `bench model` builds them.
+
+Fields that a published config.json shares with the defaults of the diffusers class are left out of `config`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from .shapes import SHAPES, Shape
+
+Grid = tuple[int, int, int]
+Make = Callable[..., torch.Tensor]  # make(*shape) -> normal numbers on the device, in the dtype
+Inputs = Callable[["Model", Grid, Make], dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One transformer, the video it is timed on, and how a denoising run uses it.
+
+    transformer  name of the diffusers class; config: its arguments but for heads and numbers of layers
+    shape        the self-attention call of one sample
+    unit         layers of each kind in one unit; units: how many units the whole model has, in the order of the layers
+    inputs       arguments of one forward at a grid of tokens
+    batch        samples a forward; calls: forwards a step (guidance as two calls, as one batch, or embedded)
+    preset       whose schedule a run follows; steps: denoising steps of a run
+    paper        sparsity -> published speed-up of a run; paper_composed: with TeaCache, None where none is published
+    """
+
+    name: str
+    transformer: str
+    config: Mapping[str, Any]
+    shape: Shape
+    unit: Mapping[str, int] = field(default_factory=lambda: {"num_layers": 1})
+    units: int
+    inputs: Inputs
+    preset: str
+    batch: int = 1
+    calls: int = 1
+    steps: int = 50
+    paper: Mapping[float, float] = field(default_factory=dict)
+    paper_composed: float | None = None
+
+    @property
+    def layers_a_unit(self) -> int:
+        return sum(self.unit.values())
+
+    def arguments(self, units: int) -> dict[str, Any]:
+        """Arguments of the class for a model of so many units."""
+        heads = {"num_attention_heads": self.shape.heads, "attention_head_dim": self.shape.head_dim}
+        return {**self.config, **heads, **{kind: count * units for kind, count in self.unit.items()}}
+
+
+def _hunyuan_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    t, h, w = grid
+    c, text = model.config, model.shape.text
+    video = make(model.batch, c["in_channels"], t, 2 * h, 2 * w)
+    return {
+        "hidden_states": video,
+        "timestep": _filled(video, 500, torch.int64),
+        "encoder_hidden_states": make(model.batch, text, c["text_embed_dim"]),
+        "encoder_attention_mask": torch.ones(model.batch, text, dtype=torch.bool, device=video.device),
+        "pooled_projections": make(model.batch, c["pooled_projection_dim"]),
+        "guidance": _filled(video, 6000),
+    }
+
+
+def _wan_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    t, h, w = grid
+    c = model.config
+    video = make(model.batch, c["in_channels"], t, 2 * h, 2 * w)
+    inputs = {
+        "hidden_states": video,
+        "timestep": _filled(video, 500, torch.int64),
+        "encoder_hidden_states": make(model.batch, _WAN_TEXT, c["text_dim"]),
+    }
+    if "image_dim" in c:
+        inputs["encoder_hidden_states_image"] = make(model.batch, _CLIP_TOKENS, c["image_dim"])
+    return inputs
+
+
+def _wan_timestep_a_token(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    inputs = _wan_inputs(model, grid, make)
+    inputs["timestep"] = inputs["timestep"][:, None].repeat(1, math.prod(grid))
+    return inputs
+
+
+def _cogvideox_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+    t, h, w = grid
+    c, p = model.config, 2
+    video = make(model.batch, t * c["patch_size_t"], c["in_channels"], h * p, w * p)
+    return {
+        "hidden_states": video,
+        "encoder_hidden_states": make(model.batch, model.shape.text, c["text_embed_dim"]),
+        "timestep": _filled(video, 500, torch.int64),
+        "image_rotary_emb": get_3d_rotary_pos_embed(
+            embed_dim=model.shape.head_dim,
+            crops_coords=None,
+            grid_size=(h, w),
+            temporal_size=t,
+            grid_type="slice",
+            max_size=(c["sample_height"] // p, c["sample_width"] // p),
+            device=video.device,
+        ),
+    }
+
+
+def _flux_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    _, h, w = grid
+    c, text = model.config, model.shape.text
+    image = make(model.batch, h * w, c["in_channels"])
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    places = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3)
+    return {
+        "hidden_states": image,
+        "encoder_hidden_states": make(model.batch, text, c["joint_attention_dim"]),
+        "pooled_projections": make(model.batch, c["pooled_projection_dim"]),
+        "timestep": _filled(image, 0.5),
+        "guidance": _filled(image, 4.0),  # 4000 is exact in bfloat16
+        "img_ids": places.to(image),
+        "txt_ids": torch.zeros(text, 3).to(image),
+    }
+
+
+def _filled(like: torch.Tensor, value: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """[batch]: the same value for every sample."""
+    return torch.full((like.shape[0],), value, dtype=dtype or like.dtype, device=like.device)
+
+
+_WAN_TEXT, _CLIP_TOKENS = 512, 257  # cross-attention only: not part of the self-attention's sequence
+_GUIDED = {"pooled_projection_dim": 768, "guidance_embeds": True}
+_WAN: Mapping[str, Any] = {"patch_size": (1, 2, 2), "text_dim": 4096, "in_channels": 16, "ffn_dim": 13824}
+_WAN_I2V = {"in_channels": 36, "out_channels": 16, "image_dim": 1280, "added_kv_proj_dim": 5120}
+_COGVIDEOX = {"in_channels": 16, "text_embed_dim": 4096, "patch_size_t": 2, "patch_bias": False}
+_COGVIDEOX_SAMPLE = {"sample_height": 300, "sample_width": 300, "sample_frames": 81}
+
+_MODELS = (
+    Model(  # hunyuanvideo-community/HunyuanVideo, 720x1280, 128 frames; guidance is embedded
+        name="hunyuan-video",
+        transformer="HunyuanVideoTransformer3DModel",
+        config={"in_channels": 16, "num_refiner_layers": 2, "text_embed_dim": 4096, **_GUIDED},
+        shape=SHAPES["hunyuan-video"],
+        unit={"num_layers": 1, "num_single_layers": 2},
+        units=20,
+        inputs=_hunyuan_inputs,
+        preset="hunyuan-video-t2v",
+        paper={0.797: 2.50, 0.8895: 3.33},
+        paper_composed=5.24,
+    ),
+    Model(  # Wan-AI/Wan2.1-T2V-14B-Diffusers, 720x1280, 81 frames; guidance is a second call
+        name="wan2.1-14b",
+        transformer="WanTransformer3DModel",
+        config=_WAN,
+        shape=SHAPES["wan-14b"],
+        units=40,
+        inputs=_wan_inputs,
+        preset="wan2.1-t2v",
+        calls=2,
+        paper={0.797: 1.80},
+        paper_composed=4.61,
+    ),
+    Model(  # Wan-AI/Wan2.1-I2V-14B-720P-Diffusers: image latents are channels, its CLIP tokens are attended to
+        name="wan2.1-14b-i2v",
+        transformer="WanTransformer3DModel",
+        config={**_WAN, **_WAN_I2V},
+        shape=SHAPES["wan-14b"],
+        units=40,
+        inputs=_wan_inputs,
+        preset="wan2.1-i2v",
+        calls=2,
+        paper={0.839: 2.08},
+    ),
+    Model(  # Wan-AI/Wan2.2-TI2V-5B-Diffusers, 704x1280, 121 frames (VAE 4x16x16); every token has a timestep
+        name="wan2.2-ti2v-5b",
+        transformer="WanTransformer3DModel",
+        config={**_WAN, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336},
+        shape=Shape(name="wan2.2-ti2v-5b", grid=(31, 22, 40), heads=24),
+        units=30,
+        inputs=_wan_timestep_a_token,
+        preset="wan2.2-ti2v-5b",
+        calls=2,
+    ),
+    Model(  # zai-org/CogVideoX1.5-5B, 768x1360, 81 frames; guidance is a second sample of the batch
+        name="cogvideox1.5-5b",
+        transformer="CogVideoXTransformer3DModel",
+        config={**_COGVIDEOX, **_COGVIDEOX_SAMPLE, "use_rotary_positional_embeddings": True},
+        shape=SHAPES["cogvideox1.5"],
+        units=42,
+        inputs=_cogvideox_inputs,
+        preset="cogvideox1.5-t2v",
+        batch=2,
+    ),
+    Model(  # black-forest-labs/FLUX.1-dev, 4096x4096, without the ControlNet; guidance is embedded
+        name="flux.1-dev",
+        transformer="FluxTransformer2DModel",
+        config={"in_channels": 64, "joint_attention_dim": 4096, **_GUIDED},
+        shape=SHAPES["flux-4096"],
+        unit={"num_layers": 1, "num_single_layers": 2},
+        units=19,
+        inputs=_flux_inputs,
+        preset="flux.1-dev-4096",
+        paper_composed=8.97,
+    ),
+)
+MODELS: Mapping[str, Model] = MappingProxyType({model.name: model for model in _MODELS})
+
+_TINY_WIDTHS = {"text_embed_dim": 32, "pooled_projection_dim": 16, "text_dim": 32, "ffn_dim": 64, "image_dim": 32}
+_TINY_WIDTHS |= {"joint_attention_dim": 32, "num_refiner_layers": 1}
+
+
+def tiny(model: Model) -> Model:
+    """The same architecture with two heads, narrow layers, six units and 576 tokens: seconds on a CPU.
+
+    Head size and rotary axes stay, so that the kernels run it, too.
+    """
+    config = {**model.config, **{name: width for name, width in _TINY_WIDTHS.items() if name in model.config}}
+    if "added_kv_proj_dim" in config:
+        config["added_kv_proj_dim"] = 2 * model.shape.head_dim
+    grid = (1, 24, 24) if model.shape.grid[0] == 1 else (4, 12, 12)
+    shape = replace(model.shape, grid=grid, text=min(16, model.shape.text), heads=2)
+    return replace(model, config=config, shape=shape, units=6, paper={}, paper_composed=None)
+
+
+SIZES: Mapping[str, Callable[[Model], Model]] = MappingProxyType({"full": lambda model: model, "tiny": tiny})

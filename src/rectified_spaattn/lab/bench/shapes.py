@@ -1,0 +1,122 @@
+"""The attention shapes of published models, by name, and what is run on them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from ...backends import Call
+from ...config import SparseConfig
+from ...layout import TokenLayout
+from ...orders import Blocks, blocks_of
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SMALL = 4096  # video tokens of a shape's small form
+
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Watch = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+
+
+class BenchError(RuntimeError):
+    """Something asked for cannot run here, or a result is wrong. Nothing was timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Self-attention of one model, one sample. grid: (T, H, W) in tokens; text: text tokens in the same sequence."""
+
+    name: str
+    grid: tuple[int, int, int]
+    text: int = 0
+    text_first: bool = False
+    heads: int
+    head_dim: int = 128
+
+    @property
+    def video(self) -> int:
+        t, h, w = self.grid
+        return t * h * w
+
+    @property
+    def tokens(self) -> int:
+        """S: video and text."""
+        return self.video + self.text
+
+    def small(self) -> "Shape":
+        """The same kind of call with at most 4,096 video tokens and two heads, small enough for float64.
+
+        The longest side is halved again and again, to an odd length, so that some tokens fill no whole block.
+        """
+        sides = list(self.grid)
+        while sides[0] * sides[1] * sides[2] > _SMALL:
+            longest = sides.index(max(sides))
+            sides[longest] = sides[longest] // 2 | 1
+        return replace(self, grid=(sides[0], sides[1], sides[2]), heads=min(2, self.heads))
+
+
+SHAPES: dict[str, Shape] = {
+    shape.name: shape
+    for shape in (
+        Shape(name="hunyuan-video", grid=(32, 45, 80), text=256, heads=24),
+        Shape(name="wan-14b", grid=(21, 45, 80), heads=40),
+        Shape(name="wan-1.3b-480p", grid=(21, 30, 52), heads=12),
+        Shape(name="cogvideox1.5", grid=(11, 48, 85), text=226, text_first=True, heads=48, head_dim=64),
+        Shape(name="flux-4096", grid=(1, 256, 256), text=512, text_first=True, heads=24),
+        Shape(name="tiny", grid=(4, 8, 8), text=10, heads=2, head_dim=64),
+    )
+}
+MODEL_SHAPES: tuple[str, ...] = tuple(name for name in SHAPES if name != "tiny")
+
+
+class Case(NamedTuple):
+    """A shape as it is run. config: what sparse attention runs with."""
+
+    shape: Shape
+    config: SparseConfig
+    dtype: torch.dtype
+    device: torch.device
+
+    def small(self) -> "Case":
+        return self._replace(shape=self.shape.small())
+
+    def config_of(self, variant: "Variant") -> SparseConfig:
+        return self.config if variant.sparsity is None else self.config.replace(sparsity=variant.sparsity)
+
+    def layout(self) -> TokenLayout:
+        return TokenLayout.build(self.shape.grid, self.shape.text, self.shape.text_first)
+
+    def blocks(self) -> Blocks:
+        """With their tensors on the case's device."""
+        return blocks_of(self.layout(), self.config).on(self.device)
+
+    def call(self) -> Call:
+        size = self.config.block_size
+        return Call(self.device, self.dtype, self.shape.head_dim, size, self.shape.video // size)
+
+    def inputs(self, seed: int, sets: int = 1) -> list[Tensors]:
+        """Sets of q, k, v [1, S, H, D] of independent normal numbers."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        size = (1, self.shape.tokens, self.shape.heads, self.shape.head_dim)
+
+        def made() -> torch.Tensor:
+            return torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
+
+        return [(made(), made(), made()) for _ in range(sets)]
+
+
+class Variant(NamedTuple):
+    """One kind of attention that is timed.
+
+    kind: "dense", "sparse" or "removed" (a copy of v in its place); name: of the baseline or of the backend.
+    """
+
+    kind: str
+    name: str
+    sparsity: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}" + ("" if self.sparsity is None else f" {self.sparsity!r}")
+
+
+REMOVED = Variant("removed", "none")

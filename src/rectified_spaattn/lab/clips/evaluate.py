@@ -1,0 +1,236 @@
+"""Paired clips that can be stopped and gone on with: every prompt and seed under every mode, one file a clip."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...config import SparseConfig
+from ...pipelines.adapters import default_configs
+from ..demo_model.model import tokenize
+from ..demo_model.prompts import PROMPTS
+from ..machine import machine
+from ..pages.video import write_clip
+from .clip import FULL, Clip, Mode, Pair, check_kernel, check_sparse, generate, warm_up
+from .folder import Folder
+from .models import Source, call_arguments, call_defaults, dtype_of, with_image
+from .modes import check_names, file_mode, grid_modes, reference_modes
+from .options import ClipError, EvaluateOptions, ModelOptions
+from .perceptual import LEAST_SIDE, Lpips, why_no_lpips
+from .summary import ClipRecord, measure
+
+OnClip = Callable[[Mode, Pair, int], None]  # (mode, pair, steps done so far)
+_PATIENCE = timedelta(days=14)  # a process that is done waits for the others, which may have hours of work left
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """What is made. modes: full attention first.
+
+    arguments  of the pipeline's call, the image a path
+    width      of the videos in pixels, None for the clips' own
+    no_lpips   why LPIPS is left out, None where it is computed
+    """
+
+    options: ModelOptions
+    source: Source
+    device: torch.device
+    modes: Sequence[Mode]
+    prompts: Sequence[str]
+    seeds: int
+    arguments: Mapping[str, Any]
+    fps: int
+    width: int | None = None
+    no_lpips: str | None = "--no-lpips"
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return [Pair(prompt=prompt, seed=seed) for prompt in self.prompts for seed in range(self.seeds)]
+
+    def call(self) -> dict[str, Any]:
+        """What the pipeline is called with, its own defaults included."""
+        return call_defaults(self.source) | dict(self.arguments)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that has an influence on a clip, for the manifest."""
+        where = machine(self.device)
+        dtype = dtype_of(self.source, self.options.dtype, self.device)
+        return {
+            "model": self.source.model,
+            "revision": self.source.revision,
+            "pipeline": self.source.pipeline.__name__,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": where.device["name"],
+            "offload": self.options.offload,
+            "backend": self.options.backend,
+            "scheduler": self.options.scheduler_changes(),
+            "call": self.call(),
+            "fps": self.fps,
+            "seeds": self.seeds,
+            "prompts": list(self.prompts),
+            "modes": [mode.settings() for mode in self.modes],
+            "lpips": self.no_lpips is None,
+            "versions": where.versions,
+        }
+
+    def facts(self, command: str, processes: int = 1) -> dict[str, Any]:
+        """What else is worth knowing, for the manifest."""
+        return {
+            "command": command,
+            "created": machine(self.device).created,
+            "processes": processes,
+            "lpips": "Computed with AlexNet." if self.no_lpips is None else f"Not computed: {self.no_lpips}.",
+        }
+
+
+def evaluation_of(options: EvaluateOptions, source: Source, device: torch.device) -> Evaluation:
+    """What the options ask for, checked as far as it can be without weights, and so without sparse modes yet.
+
+    Raises ValueError, TypeError or ClipError, saying what to change.
+    """
+    prompts = read_prompts(options.prompts, source)
+    arguments = call_arguments(source, options)
+    floor = options.floor_kernel or ("math" if source.is_demo or device.type == "cpu" else "efficient")
+    for kernel in (options.dense_kernel, floor):
+        check_kernel(kernel, device, dtype_of(source, options.dtype, device))
+    call = call_defaults(source) | arguments
+    return Evaluation(
+        options=options,
+        source=source,
+        device=device,
+        modes=reference_modes(options.dense_kernel, floor),
+        prompts=prompts,
+        seeds=options.seeds,
+        arguments=arguments,
+        fps=options.fps or (8 if source.is_demo else 16),
+        no_lpips=_why_no_lpips(options.lpips, call.get("height"), call.get("width")),
+    )
+
+
+def with_sparse_modes(evaluation: Evaluation, options: EvaluateOptions, pipe: Any) -> Evaluation:
+    """With the modes of the grid and of the files. Raises TypeError or ValueError as SparseConfig does."""
+    modes, grid = list(evaluation.modes), options.grid()
+    if any(grid.values()) or not options.config:
+        default: dict[str, tuple[Any, ...]] = {"rectify": ("none", SparseConfig().rectify)}
+        if evaluation.source.is_demo:
+            default["sparsity"] = (0.8, 0.9)
+        grid = {name: values or default.get(name, ()) for name, values in grid.items()}
+        base = base_configs(evaluation.source, pipe, grid["sparsity"])
+        modes += grid_modes(base, grid, options.overrides(), options.dense_kernel)
+    modes += [file_mode(path, options.dense_kernel) for path in options.config]
+    check_names(modes)
+    return replace(evaluation, modes=modes)
+
+
+def processes() -> Any:
+    """accelerate's PartialState: alone, or one of those that `accelerate launch` or `torchrun` started.
+
+    They only exchange files and a few small objects, over gloo; so more of them than GPUs may be started.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=True, timeout=_PATIENCE)
+
+
+def missing(folder: Folder, modes: Sequence[Mode], pairs: Sequence[Pair]) -> dict[Pair, list[Mode]]:
+    """The modes of every pair that have no finished clip yet; pairs without any such mode are left out."""
+    todo = {pair: [mode for mode in modes if folder.record(mode.name, pair) is None] for pair in pairs}
+    return {pair: modes for pair, modes in todo.items() if modes}
+
+
+def complete(pipe: Any, evaluation: Evaluation, folder: Folder, todo: dict[Pair, list[Mode]], on_step: OnClip) -> None:
+    """Generate and measure what is missing, pair after pair, so that a busy machine disturbs all modes alike.
+
+    todo: what `missing` gave. on_step(mode, pair, steps done) is called before a clip and after each of its steps.
+    One step of every mode is run before anything is timed. Raises ClipError as `generate` does.
+    """
+    if not todo:
+        return
+    backend, arguments = evaluation.options.backend, with_image(dict(evaluation.arguments))
+    lpips = Lpips(evaluation.device) if evaluation.no_lpips is None else None
+    needed = {mode.name: mode for modes in todo.values() for mode in modes}
+    warm_up(pipe, list(needed.values()), next(iter(todo)), arguments, backend=backend)
+
+    def make(mode: Mode, pair: Pair) -> Clip:
+        on_step(mode, pair, 0)
+        advance = lambda done, total, density: on_step(mode, pair, done)  # noqa: E731
+        clip = generate(pipe, mode, pair, arguments, backend=backend, on_step=advance)
+        check_sparse(clip)
+        return clip
+
+    def keep(clip: Clip, reference: torch.Tensor) -> None:
+        """The video, then its record, which says that both are there."""
+        path = folder.video(clip.mode.name, clip.pair)
+        write_clip(path, clip.video, evaluation.fps, evaluation.width)
+        folder.write_record(measure(clip, reference, path.relative_to(folder.root).as_posix(), lpips))
+
+    for pair, modes in todo.items():
+        reference = folder.read_reference(pair)
+        if reference is None or modes[0].name == FULL:
+            clip = make(evaluation.modes[0], pair)
+            reference = clip.video
+            folder.write_reference(pair, reference)
+            if modes[0].name == FULL:
+                keep(clip, reference)
+        for mode in modes:
+            if mode.name != FULL:
+                keep(make(mode, pair), reference)
+        folder.drop_reference(pair)
+
+
+def records_of(evaluation: Evaluation, folder: Folder) -> list[ClipRecord]:
+    """All clips in the order of pairs and modes. Raises ClipError where some are missing."""
+    found = [folder.record(mode.name, pair) for pair in evaluation.pairs for mode in evaluation.modes]
+    records = [each for each in found if each is not None]
+    if len(records) != len(found):
+        raise ClipError(
+            f"{folder.root}: {len(found) - len(records)} clips are missing; did somebody delete files? Run it again."
+        )
+    return records
+
+
+def read_prompts(path: Path | None, source: Source) -> list[str]:
+    """One a line of the file. Raises ValueError for a file without any, with the same twice, or that is no text."""
+    if path is None:
+        if not source.is_demo:
+            raise ValueError("prompts: got no file; allowed: a text file with one prompt a line. Give --prompts FILE.")
+        return list(PROMPTS)
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: got a file that cannot be read as UTF-8 text: {error}") from error
+    prompts = [line for line in lines if line]
+    repeated = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
+    if not prompts or repeated:
+        got = f"{repeated[0]!r} more than once" if repeated else "no line with text"
+        raise ValueError(
+            f"{path}: got {got}; allowed: prompts that differ, one a line. --seeds makes more clips of each."
+        )
+    if source.is_demo:
+        tokenize(prompts)
+    return prompts
+
+
+def base_configs(source: Source, pipe: Any, sparsity: Sequence[float] = ()) -> tuple[SparseConfig, ...]:
+    """What configurations start from: exact sparsity on the demo model's small grid, else the model's preset.
+
+    sparsity: what was asked for. Raises ValueError where it is empty and there is no preset for the model.
+    """
+    if source.is_demo:
+        return (SparseConfig(block_size=64, top_p=0.0),)
+    return default_configs(pipe.transformer, pipe, {"sparsity": sparsity} if sparsity else {})
+
+
+def _why_no_lpips(wanted: bool | None, height: int | None, width: int | None) -> str | None:
+    """Why LPIPS is left out, None where it is computed. Raises ValueError where it is wanted and cannot be."""
+    if wanted is False:
+        return "--no-lpips"
+    reason = why_no_lpips()
+    if reason is None and min(height or LEAST_SIDE, width or LEAST_SIDE) < LEAST_SIDE:
+        reason = f"frames of {height} x {width} are too small for AlexNet, which needs sides of {LEAST_SIDE}"
+    if wanted and reason is not None:
+        raise ValueError(f"lpips: got --lpips, but {reason}; allowed: --no-lpips, or what is missing.")
+    return reason

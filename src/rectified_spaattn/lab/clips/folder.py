@@ -1,0 +1,251 @@
+"""The folder of one evaluation: what was asked for, one file a finished clip, videos; safe against being killed.
+
+    .rectified-spaattn          the mark: the folder is ours; without it nothing here is touched
+    manifest.json               settings, which may not change once a clip is finished, and where the run was made
+    clips/MODE/KEY.json         one finished clip with everything measured on it; with its video there it is done
+    videos/MODE/PROMPT-SEED.mp4
+    references/KEY.safetensors  the frames of full attention, while other modes of the pair are still to come
+
+Every file appears under its name complete or not at all. What is missing, damaged or of other settings is made again.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from ..rows import write_atomically
+from .clip import Pair
+from .options import ClipError
+from .summary import ClipRecord, plain
+
+MARK, LOCK, MANIFEST = ".rectified-spaattn", ".rectified-spaattn.lock", "manifest.json"
+_SAYS = "Made by rectified-spaattn, which replaces and removes its own files here, and no others.\n"
+_NAME_BYTES = 200  # of a prompt in a file name; file systems allow 255 in all
+
+
+def check_ours(root: Path) -> None:
+    """Raises ClipError where there is something that is not of this package."""
+    if root.exists() and not root.is_dir():
+        raise ClipError(f"{root}: got a file; allowed: a folder.")
+    there = {path.name for path in root.iterdir()} - {LOCK} if root.is_dir() else set()
+    if there and MARK not in there:
+        raise ClipError(
+            f"{root}: got a folder with files that are not of this command (it has no {MARK}); allowed: an empty or a "
+            "new folder, or one that this command made."
+        )
+
+
+class Folder:
+    """root: the folder, made where it is missing. prompts: all of the evaluation, in their order.
+
+    settings: everything that has an influence on a clip. say: told what is made again, and why.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        prompts: Sequence[str],
+        settings: Mapping[str, Any],
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.root = root
+        self._place = {prompt: place for place, prompt in enumerate(prompts)}
+        self.settings = plain(settings)
+        self._digest = _digest(json.dumps(self.settings, sort_keys=True))
+        self._say = say
+
+    @contextmanager
+    def claim(self, facts: Mapping[str, Any], files: Sequence[str] = (), anew: bool = False) -> Iterator[None]:
+        """Inside, the folder is this process's and those it works with; its manifest is there.
+
+        facts: what else is worth knowing about the run. files: names that a run writes besides clips, relative to the
+        root. anew: remove everything of an earlier run. Raises ClipError where the folder holds something else, clips
+        of other settings, or where another run is at work in it.
+        """
+        check_ours(self.root)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.root / LOCK, timeout=0)
+            lock.acquire()
+        except Timeout as error:
+            raise ClipError(
+                f"{self.root}: another run is at work in this folder. Wait for it, or use another --out."
+            ) from error
+        except OSError as error:
+            raise ClipError(f"{self.root}: this folder cannot be written: {error}. Use another --out.") from error
+        with lock:
+            write_atomically(self.root / MARK, lambda to: to.write_text(_SAYS))
+            for left in self.root.rglob(".partial-*"):  # of a run that was killed
+                left.unlink()
+            manifest = self._manifest()
+            if anew:
+                self._clear(manifest)
+            else:
+                self._check_settings(manifest)
+            if anew or manifest.get("settings") != self.settings:
+                text = json.dumps(plain({"settings": self.settings, "files": files, **facts}), indent=2) + "\n"
+                write_atomically(self.root / MANIFEST, lambda to: to.write_text(text, encoding="utf-8"))
+            yield
+
+    def record(self, mode: str, pair: Pair) -> ClipRecord | None:
+        """What was measured on a clip, None where it is not finished, cannot be read or has no video."""
+        path = self._record_path(mode, pair)
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            digest, size = values.pop("settings"), values.pop("video_bytes")
+            if values["psnr"] is None:
+                values["psnr"] = math.inf
+            record = ClipRecord(**{**values, "step_seconds": tuple(values["step_seconds"])})
+            _check_types(record)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            self._again(path, f"cannot be read ({type(error).__name__}: {error})")
+            return None
+        if digest != self._digest or record.pair != pair or record.mode != mode:
+            self._again(path, "is of other settings")
+            return None
+        video = self.video(mode, pair)
+        if not video.is_file() or video.stat().st_size != size:
+            self._again(video, "is missing" if not video.is_file() else "has another size than when it was made")
+            return None
+        return record
+
+    def write_record(self, record: ClipRecord) -> None:
+        """The clip's video is there already."""
+        size = self.video(record.mode, record.pair).stat().st_size
+        text = json.dumps(plain({**asdict(record), "video_bytes": size, "settings": self._digest}), indent=1) + "\n"
+        path = self._record_path(record.mode, record.pair)
+        write_atomically(path, lambda to: to.write_text(text, encoding="utf-8"))
+
+    def video(self, mode: str, pair: Pair) -> Path:
+        """Named as VBench looks for it: the prompt, "-", and which of the prompt's clips it is."""
+        return self.root / "videos" / mode / f"{_file_name(pair.prompt)}-{pair.seed}.mp4"
+
+    def read_reference(self, pair: Pair) -> torch.Tensor | None:
+        """The frames of full attention, float32 [T, 3, H, W], None where they are not kept or cannot be read."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self._reference_path(pair)
+        if not path.is_file():
+            return None
+        try:
+            tensors = load_file(path)
+            if len(tensors[self._digest].shape) == 4:
+                return tensors[self._digest]
+        except (OSError, ValueError, SafetensorError, KeyError) as error:
+            self._again(path, f"cannot be read ({type(error).__name__}: {error})")
+            return None
+        self._again(path, "holds no clip")
+        return None
+
+    def write_reference(self, pair: Pair, video: torch.Tensor) -> None:
+        from safetensors.torch import save  # save_file has a temporary file of its own, which a kill would leave
+
+        data = save({self._digest: video.contiguous()})
+        write_atomically(self._reference_path(pair), lambda to: to.write_bytes(data))
+
+    def drop_reference(self, pair: Pair) -> None:
+        self._reference_path(pair).unlink(missing_ok=True)
+
+    def _manifest(self) -> dict[str, Any]:
+        """What the manifest holds, nothing where it is missing or cannot be read."""
+        path = self.root / MANIFEST
+        if not path.is_file():
+            return {}
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(manifest["settings"], dict):
+                raise ValueError("no settings")
+            return manifest
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            self._again(path, f"cannot be read ({type(error).__name__}: {error})")
+            return {}
+
+    def _check_settings(self, manifest: dict[str, Any]) -> None:
+        """Other settings are an error once a clip is finished; before, the new ones take their place."""
+        changes = list(_differences("", manifest.get("settings", self.settings), self.settings))
+        finished = len(list(self.root.glob("clips/*/*.json")))
+        if changes and finished:
+            raise ClipError(
+                f"{self.root}: got settings that differ from those of the {finished} clips in this folder: "
+                f"{'; '.join(changes)}. allowed: the same ones, to go on (`{manifest.get('command')}`). Use another "
+                "--out for new ones, or remove the folder."
+            )
+
+    def _clear(self, manifest: dict[str, Any]) -> None:
+        """Remove what the run of a manifest wrote, file by file, and folders that are empty then."""
+        settings = manifest.get("settings", {})
+        prompts, modes = settings.get("prompts", []), [each["name"] for each in settings.get("modes", [])]
+        old = Folder(self.root, prompts, settings)
+        pairs = [Pair(prompt=prompt, seed=seed) for prompt in prompts for seed in range(settings.get("seeds", 0))]
+        ours = [self.root / name for name in manifest.get("files", [])]
+        for pair in pairs:
+            ours += [old._reference_path(pair)]
+            ours += [place(mode, pair) for mode in modes for place in (old.video, old._record_path)]
+        for path in ours:
+            path.unlink(missing_ok=True)
+        for folder in sorted({path.parent for path in ours} | {path.parent.parent for path in ours}, reverse=True):
+            with suppress(OSError):  # not empty, or not there
+                if folder != self.root and self.root in folder.parents:
+                    folder.rmdir()
+
+    def _again(self, path: Path, why: str) -> None:
+        self._say(f"{path} {why}: it is made again.")
+
+    def _record_path(self, mode: str, pair: Pair) -> Path:
+        return self.root / "clips" / mode / f"{self._key(pair)}.json"
+
+    def _reference_path(self, pair: Pair) -> Path:
+        return self.root / "references" / f"{self._key(pair)}.safetensors"
+
+    def _key(self, pair: Pair) -> str:
+        return f"{self._place[pair.prompt]:04d}-seed{pair.seed}"
+
+
+def _check_types(record: ClipRecord) -> None:
+    numbers = [getattr(record, name) for name in ("psnr", "ssim", "density", "computed", "seconds")]
+    numbers += [*record.step_seconds, *(each for each in (record.lpips, record.flicker) if each is not None)]
+    texts = [getattr(record, field.name) for field in fields(record) if field.type in (str, "str")]
+    wrong = [each for each in numbers if isinstance(each, bool) or not isinstance(each, int | float)]
+    wrong += [each for each in texts if not isinstance(each, str)]
+    if wrong or not record.step_seconds:
+        raise ValueError(f"got {wrong[0]!r} in a field of another type" if wrong else "got no steps")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _file_name(prompt: str) -> str:
+    """The prompt itself, or where that is no file name its beginning and a digest."""
+    if len(prompt.encode()) <= _NAME_BYTES and not set("/\0") & set(prompt):
+        return prompt
+    start = prompt.replace("/", " ").replace("\0", " ").encode()[: _NAME_BYTES - 20].decode(errors="ignore")
+    return f"{start}~{_digest(prompt)}"
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from _differences(f"{name}.{key}" if name else key, old.get(key), new.get(key))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for place, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(f"{name}[{place}]", before, after)
+    elif old != new:
+        yield f"{name} was {_short(old)}, now {_short(new)}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    return repr(value)

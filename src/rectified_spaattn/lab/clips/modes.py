@@ -1,0 +1,73 @@
+"""The modes that an evaluation compares: full attention, a grid of settings, files."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...config import SparseConfig, read_yaml
+from .clip import Mode, full_mode
+
+FLOOR = "full-other-kernel"
+
+
+def reference_modes(dense_kernel: str, floor_kernel: str) -> list[Mode]:
+    """Full attention, and once more on another kernel: what cannot be told from it cannot be told from rounding."""
+    label = f"full attention, {floor_kernel} kernel (noise floor)"
+    return [full_mode(dense_kernel), Mode(name=FLOOR, label=label, kernel=floor_kernel)]
+
+
+def grid_modes(
+    base: Sequence[SparseConfig],
+    grid: Mapping[str, Sequence[Any]],
+    overrides: Mapping[str, Any],
+    dense_kernel: str = "default",
+) -> list[Mode]:
+    """Every combination of the values of sparsity, rectify, block_size and order.
+
+    base: one config, or one a transformer. grid: an empty list keeps the base's own. overrides: other fields, for all.
+    Raises TypeError or ValueError as SparseConfig does.
+    """
+    lists = {name: tuple(dict.fromkeys(values)) or (getattr(base[0], name),) for name, values in grid.items()}
+    modes = []
+    for values in itertools.product(*lists.values()):
+        combination = {name: value for name, value in zip(lists, values, strict=True) if grid[name]}
+        configs = tuple(each.replace(**overrides, **combination) for each in base)
+        config = configs[0]
+        parts = [config.rectify, f"{100 * config.sparsity:g}"]
+        labels = [config.rectify, f"{100 * config.sparsity:g}%"]
+        if len(lists["block_size"]) > 1:
+            parts.append(f"b{config.block_size}")
+            labels.append(f"block {config.block_size}")
+        if len(lists["order"]) > 1:
+            parts.append(config.order)
+            labels.append(config.order)
+        modes.append(Mode(name="-".join(parts), label=", ".join(labels), configs=configs, kernel=dense_kernel))
+    return modes
+
+
+def file_mode(path: Path, dense_kernel: str = "default") -> Mode:
+    """The mode of a YAML file: one mapping with fields of SparseConfig, or a list of one a transformer."""
+    values = read_yaml(path)
+    several = values if isinstance(values, list) else [values]
+    if not several or not all(isinstance(each, dict) for each in several):
+        raise TypeError(f"{path}: got {values!r}; allowed: a mapping, such as 'sparsity: 0.8', or a list of them.")
+    try:
+        configs = tuple(SparseConfig.from_dict(each) for each in several)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    return Mode(name=path.stem, label=path.stem, configs=configs, kernel=dense_kernel)
+
+
+def check_names(modes: Sequence[Mode]) -> None:
+    """Raises ValueError where two modes have one name, or a name is not fit for a folder."""
+    names = [mode.name.casefold() for mode in modes]  # folders of some systems do not tell case apart
+    for name, mode in zip(names, modes, strict=True):
+        if names.count(name) > 1:
+            raise ValueError(f"config: got {name!r} twice; allowed: files and grid values whose names differ.")
+        if not re.fullmatch(r"[\w+-][\w.+-]*", name) or len(name.encode()) > 200:
+            raise ValueError(
+                f"config: got a file called {mode.name!r}; allowed: letters, digits and . + - _ in its name, no dot "
+                "in front."
+            )

@@ -1,0 +1,269 @@
+"""What the commands about clips are asked for."""
+
+import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ...backends import BACKENDS
+from ...config import ORDERS, RECTIFY, SparseConfig, check_choice, parse_yaml
+from ...presets import PRESET_NAMES
+from ...presets import preset as preset_of
+from ..machine import DEVICES, device_of
+from ..option import option
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+OFFLOADS = ("none", "model", "group")
+KERNELS = ("default", "math", "efficient", "flash", "cudnn")
+DEMO = "demo"
+CALL = {  # field -> argument of the pipeline's call
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "image": "image",
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+}
+_TAKEN = {argument: f"the option --{name.replace('_', '-')}" for name, argument in CALL.items()} | {
+    "generator": "the option --seed",
+    "output_type": "nothing: the command needs tensors",
+    "return_dict": "nothing: the command needs the output by name",
+    "callback_on_step_end": "nothing: the command watches the steps",
+    "num_videos_per_prompt": "nothing: one a run",
+    "num_images_per_prompt": "nothing: one a run",
+}
+_THE_PIPELINES = {"unset": "the pipeline's"}
+
+
+class ClipError(RuntimeError):
+    """Something asked for cannot be had here. The message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """A model and how its pipeline is called; None leaves the choice to the pipeline.
+
+    argument, scheduler   KEY=VALUE with a YAML value. Raises TypeError or ValueError for what is wrong whatever the
+    model is.
+    """
+
+    model: str = option("demo, or the folder or repository of a diffusers pipeline.", DEMO)
+    revision: str | None = option("Branch, tag or commit of the repository.", None)
+    negative_prompt: str | None = option("What not to show.", None)
+    image: str | None = option("File or address of the picture to start from.", None)
+    height: int | None = option("Pixels.", None, **_THE_PIPELINES)
+    width: int | None = option("Pixels.", None, **_THE_PIPELINES)
+    frames: int | None = option("Frames of a video.", None, **_THE_PIPELINES)
+    steps: int | None = option("Denoising steps.", None, **_THE_PIPELINES)
+    guidance: float | None = option("guidance_scale.", None, **_THE_PIPELINES)
+    argument: tuple[str, ...] = option("KEY=VALUE for the pipeline's call, the value in YAML; may be repeated.", ())
+    scheduler: tuple[str, ...] = option(
+        "KEY=VALUE for the scheduler's configuration, such as flow_shift=5.0; may be repeated.", ()
+    )
+    dtype: str = option("auto: bfloat16 on a GPU; float32 on a CPU and for demo.", "auto", choices=DTYPES)
+    offload: str = option("What stays on the CPU until it is needed.", "none", choices=OFFLOADS)
+    backend: str = option("Attention backend.", "auto", choices=("auto", *BACKENDS))
+    device: str = option("Where to run.", "auto", choices=DEVICES)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "height", "width", "frames", "fps", "seeds"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}; allowed: 1 or more.")
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("offload", self.offload, OFFLOADS)
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
+        device_of(self.device)
+        self.arguments()
+        self.scheduler_changes()
+
+    def arguments(self) -> dict[str, Any]:
+        """What --argument says."""
+        parsed = _pairs("argument", self.argument)
+        for name in parsed:
+            if name in _TAKEN:
+                raise ValueError(f"argument: got {name}; allowed: what has no option. Use {_TAKEN[name]}.")
+        return parsed
+
+    def scheduler_changes(self) -> dict[str, Any]:
+        """What --scheduler says."""
+        return _pairs("scheduler", self.scheduler)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ModelOptions):
+    """One video or picture.
+
+    config    YAML files, one for all transformers or one each; sparsity overrides theirs and the preset's
+    """
+
+    model: str = option("Folder or repository of a diffusers pipeline.", flag="ARGUMENT")
+    prompt: str = option("What to show.")
+    out: Path | None = option("File to write, .mp4 or .png.", None, unset="generated.mp4 or .png")
+    overwrite: bool = option("Replace files that are there.", False)
+    sparsity: float | None = option("Share of blocks to drop.", None, unset="the preset's")
+    preset: str | None = option(f"{PRESET_NAMES}, for all as published.", None, unset="the one that fits the model")
+    config: tuple[Path, ...] = option(
+        "YAML file with fields of SparseConfig, instead of a preset; may be repeated, one each.", ()
+    )
+    teacache: bool = option("Skip steps that change little, too.", False)
+    teacache_threshold: float | None = option("Change up to which steps are skipped.", None, unset="the model's")
+    compile: bool = option("Compile the transformer's blocks.", False)
+    compare: bool = option("Run full attention from the same seed as well, and write both.", False)
+    seed: int = option("Seed of the noise.", 0)
+    fps: int = option("Frames a second in the file.", 16)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset is not None:
+            preset_of(self.preset)
+            if self.config:
+                raise ValueError("config: got --preset, too; allowed: one of the two.")
+        if self.teacache_threshold is not None and not self.teacache:
+            raise ValueError("teacache_threshold: got a value without --teacache; allowed: both, or neither.")
+        self.configs()
+
+    def configs(self) -> tuple[SparseConfig, ...] | None:
+        """The configs of the files, None without files. Raises as SparseConfig.from_yaml does."""
+        _check_files(self.config)
+        overrides = self.overrides()
+        SparseConfig().replace(**overrides)
+        return tuple(SparseConfig.from_yaml(path).replace(**overrides) for path in self.config) or None
+
+    def overrides(self) -> dict[str, Any]:
+        """What changes the preset."""
+        return {} if self.sparsity is None else {"sparsity": self.sparsity}
+
+    def command(self, **changes: Any) -> list[str]:
+        """The words that ask for the same again, `changes` apart: what was left out stays out."""
+        words = ["rectified-spaattn", "generate", self.model]
+        for field in fields(self):
+            value = changes.get(field.name, getattr(self, field.name))
+            if field.name in ("model", "overwrite") or value == field.default:
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            if value is True:
+                words.append(flag)
+                continue
+            for each in value if isinstance(value, tuple) else (value,):
+                words += [flag, str(each)]
+        return words
+
+    def command_line(self, **changes: Any) -> str:
+        """`command` as a shell reads it."""
+        return shlex.join(self.command(**changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ModelOptions):
+    """Clips of full attention and of a list of configurations."""
+
+    out: Path = option("Folder for everything; one of a run that was stopped is gone on with.")
+    prompts: Path | None = option("Text file, one prompt a line.", None, unset="the demo's captions")
+    seeds: int = option("Clips a prompt, from seeds 0, 1, ...", 1)
+    config: tuple[Path, ...] = option("YAML file with fields of SparseConfig; may be repeated.", ())
+    rectify: tuple[str, ...] = option("This and the next three may be repeated.", (), choices=tuple(RECTIFY))
+    sparsity: tuple[float, ...] = option("Share of blocks to drop.", ())
+    block_size: tuple[int, ...] = option("Tokens a block.", ())
+    order: tuple[str, ...] = option("How blocks are made.", (), choices=ORDERS)
+    top_p: float | None = option("Least attention mass the kept blocks hold.", None)
+    neighbours: bool | None = option("Always keep blocks that touch in 3-D; needs an --order other than content.", None)
+    fps: int | None = option("Frames a second in the videos.", None, unset="8 for demo, else 16")
+    dense_kernel: str = option("SDPA kernel of every mode.", "default", choices=KERNELS)
+    floor_kernel: str | None = option(
+        "Another one, for the noise floor.", None, unset="math for demo and on a CPU, else efficient"
+    )
+    lpips: bool | None = option("Learned perceptual distance.", None, unset="where its weights are there")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_files((*self.config, *(() if self.prompts is None else (self.prompts,))))
+        for name in ("dense_kernel", "floor_kernel"):
+            check_choice(name, getattr(self, name) or "default", KERNELS)
+        if self.floor_kernel == self.dense_kernel:
+            raise ValueError(f"floor_kernel: got {self.floor_kernel!r}; allowed: another one than dense_kernel.")
+        if self.overrides() and self.config and not any(self.grid().values()):
+            raise ValueError(
+                f"{', '.join(self.overrides())}: got a value, but only --config files; allowed: with grid options "
+                "such as --sparsity. A file says everything itself."
+            )
+
+    def grid(self) -> dict[str, tuple[Any, ...]]:
+        """The values to combine; an empty one keeps the model's own."""
+        return {name: tuple(getattr(self, name)) for name in ("sparsity", "rectify", "block_size", "order")}
+
+    def overrides(self) -> dict[str, Any]:
+        """Other fields of SparseConfig that all combinations have."""
+        values = {name: getattr(self, name) for name in ("top_p", "neighbours")}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """The demo model's clips with full attention, plain sparse, the paper's mode and the default.
+
+    prompt   captions in place of the fixed prompts; quick: one prompt, 6 steps, no timing at 96 x 96
+    """
+
+    out: Path = option("Folder for the report, videos, figures and metrics.json.", Path("demo-output"))
+    quick: bool = option("A first look: 1 prompt, 6 steps, no 96 x 96 timing.", False)
+    prompts: int | None = option("How many of the fixed prompts.", None, unset="3")
+    prompt: tuple[str, ...] = option("A caption of your own, in the words the model knows; may be repeated.", ())
+    seeds: int = option("Seeds per prompt: 0, 1, ...", 1)
+    steps: int | None = option("Denoising steps.", None, unset="12")
+    size: int = option("Height and width in pixels; the model was trained at 64 and 96.", 64)
+    sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.8, 0.9))
+    block_size: int = option("Tokens a block.", 64)
+    top_p: float = option("Least attention mass the kept blocks hold.", 0.0)
+    neighbours: bool = option(
+        "Always keep blocks that touch in 3-D; on small grids these alone are many.", False, flag="--neighbours"
+    )
+    device: str = option("Where to run.", "auto", choices=DEVICES)
+    backend: str = option("Attention backend.", "auto", choices=("auto", *BACKENDS))
+    weights: Path | None = option("Folder with weights of your own training.", None)
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "seeds", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: 1 or more.")
+        if self.size < 16 or self.size % 4:
+            raise ValueError(f"size: got {self.size}; allowed: a multiple of 4 from 16 on, best 64 or 96.")
+        if not self.sparsity or len({f"{100 * each:g}" for each in self.sparsity}) != len(self.sparsity):
+            raise ValueError(f"sparsity: got {self.sparsity}; allowed: one or more values that differ.")
+        device_of(self.device)
+        check_choice("backend", self.backend, ("auto", *BACKENDS))
+        for sparsity in self.sparsity:
+            self.paper(sparsity)
+
+    def paper(self, sparsity: float) -> SparseConfig:
+        """The paper's settings on this small grid."""
+        return SparseConfig.paper(
+            sparsity=sparsity, block_size=self.block_size, top_p=self.top_p, neighbours=self.neighbours
+        )
+
+    def default(self, sparsity: float) -> SparseConfig:
+        """The package's."""
+        return SparseConfig(sparsity=sparsity, block_size=self.block_size, top_p=self.top_p)
+
+
+def _check_files(paths: tuple[Path, ...]) -> None:
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{path}: got no such file; allowed: a file that can be read.")
+
+
+def _pairs(name: str, texts: tuple[str, ...]) -> dict[str, Any]:
+    parsed = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"{name}: got {text!r}; allowed: KEY=VALUE, such as max_sequence_length=256.")
+        if key in parsed:
+            raise ValueError(f"{name}: got {key} twice; allowed: once.")
+        try:
+            parsed[key] = parse_yaml(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: got {text!r}; allowed: a YAML value behind the '='. {error}") from error
+    return parsed

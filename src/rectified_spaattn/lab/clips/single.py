@@ -1,0 +1,195 @@
+"""One clip for a user, the files it becomes, and the JSON beside it with everything needed to make it again."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...pipelines.adapters import default_configs
+from ...presets import preset as preset_of
+from ..machine import machine
+from ..rows import write_atomically
+from .clip import Clip, Mode
+from .models import Source, call_defaults
+from .options import ClipError, GenerateOptions
+from .summary import ModeSummary, after_the_first, measure, plain, summarise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """Where a run writes. full, side_by_side: with --compare."""
+
+    clip: Path
+    json: Path
+    full: Path
+    side_by_side: Path
+
+
+def outputs_of(options: GenerateOptions, source: Source) -> Outputs:
+    """--out, or its default, and the files beside it, checked for everything that can go wrong with them.
+
+    Raises ClipError for a suffix that does not fit what the model makes, for what cannot be written, and for files that
+    are there already unless --overwrite was given.
+    """
+    suffix = ".mp4" if source.makes_video else ".png"
+    out = options.out or Path("generated" + suffix)
+    if out.suffix != suffix:
+        kind = "videos" if source.makes_video else "pictures"
+        raise ClipError(
+            f"--out: got {out}; allowed: a name that ends with {suffix}, since {source.pipeline.__name__} makes {kind}."
+        )
+    full, both = (out.with_name(f"{out.stem}-{what}{suffix}") for what in ("full", "compare"))
+    outputs = Outputs(clip=out, json=out.with_suffix(".json"), full=full, side_by_side=both)
+    written = [outputs.clip, outputs.json, *((full, both) if options.compare else stale(outputs))]
+    try:
+        check_writable(out.parent)
+        for path in written:
+            if path.is_symlink() and not path.exists():
+                raise ClipError(f"--out: got {path}, a link to what is not there; allowed: a file. Remove the link.")
+            if path.exists() and not path.is_file():
+                raise ClipError(f"--out: got {path}, which is a folder; allowed: a name that is free. Use another one.")
+    except OSError as error:
+        raise ClipError(f"--out: {out} cannot be written: {error}. Use another one.") from error
+    there = [str(path) for path in written if path.exists()]
+    if there and not options.overwrite:
+        raise ClipError(
+            f"--out: {', '.join(there)} {'is' if len(there) == 1 else 'are'} there already. Use another name, or "
+            "--overwrite."
+        )
+    return outputs
+
+
+def stale(outputs: Outputs) -> list[Path]:
+    """The clips that an earlier run with --compare wrote beside this one, as its JSON says."""
+    try:
+        compared = json.loads(outputs.json.read_text(encoding="utf-8"))["compare"]
+        names = {compared["full"]["file"], compared["side_by_side"]}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []
+    return [path for path in (outputs.full, outputs.side_by_side) if path.name in names and path.exists()]
+
+
+def modes_of(options: GenerateOptions, pipe: Any) -> Mode:
+    """The sparse mode asked for. Raises ClipError where no settings fit the model."""
+    try:
+        configs = options.configs()
+        if configs is None:
+            overrides = options.overrides()
+            base = preset_of(options.preset) if options.preset else default_configs(pipe.transformer, pipe, overrides)
+            configs = tuple(config.replace(**overrides) for config in base)
+    except (TypeError, ValueError) as error:
+        raise ClipError(str(error)) from error
+    cached = " + TeaCache" if options.teacache else ""
+    threshold = "model" if options.teacache_threshold is None else options.teacache_threshold
+    return Mode(
+        name="sparse",
+        label=f"rectified, {configs[0].sparsity:.4g} sparse{cached}",
+        configs=configs,
+        teacache=threshold if options.teacache else None,
+    )
+
+
+def compile_blocks(pipe: Any) -> None:
+    """Compile the repeated blocks of every transformer."""
+    for name in ("transformer", "transformer_2"):
+        model = getattr(pipe, name, None)
+        if model is not None:
+            model.compile_repeated_blocks(fullgraph=True)
+
+
+def describe(
+    options: GenerateOptions, source: Source, pipe: Any, arguments: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """What does not change while it runs. arguments: of the pipeline's call, with a path for the image."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return plain(
+        {
+            "command": options.command_line(revision=source.revision),
+            **machine(device).to_dict(),
+            "model": {
+                "name": source.model,
+                "revision": source.revision,
+                "folder": None if source.revision else source.folder,
+                "pipeline": source.pipeline.__name__,
+                "transformers": source.transformers,
+            },
+            "request": asdict(options),
+            "call": call_defaults(source) | dict(arguments),
+            "image_sha256": file_hash(options.image),
+            "dtypes": {name: part.dtype for name, part in parts.items()},
+            "scheduler": {"class": type(pipe.scheduler).__name__, "config": dict(pipe.scheduler.config)},
+        }
+    )
+
+
+def result(clip: Clip, file: Path, fps: int | None) -> dict[str, Any]:
+    """One generation: its file, the seconds and the density of every step, and the peak of the GPU's memory."""
+    frames, _, height, width = clip.video.shape
+    return plain(
+        {
+            "file": file.name,
+            "frames": frames,
+            "height": height,
+            "width": width,
+            "fps": fps,
+            "seconds": clip.seconds,
+            "steps": [
+                {"seconds": seconds, "density": density}
+                for seconds, density in zip(clip.steps, clip.densities, strict=True)
+            ],
+            "peak_memory_bytes": clip.peak_memory,
+        }
+    )
+
+
+def sparse_result(clip: Clip, transformers: Mapping[str, str]) -> dict[str, Any]:
+    """What ran sparse, with which settings, and what TeaCache skipped."""
+    configs = clip.mode.configs * (len(transformers) if len(clip.mode.configs) == 1 else 1)
+    return plain(
+        {
+            "configs": {name: config.to_dict() for name, config in zip(transformers, configs, strict=True)},
+            "stats": clip.stats,
+            "teacache": clip.teacache,
+            "summary": clip.summary,
+        }
+    )
+
+
+def compare(full: Clip, sparse: Clip) -> list[ModeSummary]:
+    """Full attention, then the sparse run: PSNR, SSIM and the speed-up of a step; from the same prompt and seed."""
+    records = [measure(clip, full.video, "") for clip in (full, sparse)]
+    return summarise([full.mode, sparse.mode], records, after_the_first)
+
+
+def scores(rows: list[ModeSummary]) -> list[dict[str, Any]]:
+    """For JSON; a psnr of null stands for identical clips."""
+    names = ("mode", "label", "psnr", "ssim", "computed", "seconds", "step_seconds", "speedup", "backend")
+    return [{name: plain(row.row()[name]) for name in names} for row in rows]
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def file_hash(path: str | None) -> str | None:
+    """SHA-256 of a file, None for an address on a network."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
+
+
+def check_writable(folder: Path) -> None:
+    """Raises OSError unless a file can be made in the folder, or in the one it will be made in."""
+    while not folder.exists() and not folder.is_symlink():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is no folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} may not be written to")
+    with tempfile.TemporaryFile(dir=folder):
+        pass

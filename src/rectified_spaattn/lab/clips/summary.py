@@ -1,0 +1,187 @@
+"""From clips to numbers: every clip against full attention, and one row a mode."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from ...config import SparseConfig
+from .clip import FULL, Clip, Mode, Pair
+from .intervals import Interval, bootstrap
+from .metrics import flicker, psnr, ssim
+from .perceptual import Lpips
+
+SCORES = ("psnr", "ssim", "lpips", "flicker")
+_SETTINGS = ("sparsity", "rectify", "block_size", "order", "top_p", "neighbours")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRecord:
+    """One clip against the clip of the same prompt and seed with full attention.
+
+    video         its file
+    psnr          dB, inf for identical clips (so for full attention itself)
+    ssim          1 for identical clips
+    lpips         0 for identical clips; None where it was not asked for
+    flicker       as metrics.flicker; None for a picture
+    density       computed query-key pairs over all pairs, mean over the sparse calls, isolated tokens counted
+    computed      the same over all calls, full ones in dense steps and layers counted as 1
+    backend       what ran the sparse calls; "" for full attention
+    seconds       wall clock of the whole pipeline call
+    step_seconds  of every denoising step
+    """
+
+    mode: str
+    prompt: str
+    seed: int
+    video: str
+    psnr: float
+    ssim: float
+    lpips: float | None
+    flicker: float | None
+    density: float
+    computed: float
+    backend: str
+    seconds: float
+    step_seconds: tuple[float, ...]
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(prompt=self.prompt, seed=self.seed)
+
+
+def measure(clip: Clip, reference: torch.Tensor, video: str, lpips: Lpips | None = None) -> ClipRecord:
+    """reference: the frames of full attention, [T, 3, H, W]; video: where the clip is."""
+    ours, full = clip.video[None], reference[None]
+    return ClipRecord(
+        mode=clip.mode.name,
+        prompt=clip.pair.prompt,
+        seed=clip.pair.seed,
+        video=video,
+        psnr=psnr(ours, full).item(),
+        ssim=ssim(ours, full).item(),
+        lpips=None if lpips is None else lpips(clip.video, reference),
+        flicker=flicker(ours).item() if ours.shape[1] > 1 else None,
+        density=clip.density,
+        computed=clip.computed,
+        backend=clip.backend,
+        seconds=clip.seconds,
+        step_seconds=clip.steps,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModeSummary:
+    """One mode over all its clips; intervals are 95%, bootstrapped over the prompt-seed pairs.
+
+    scores        psnr, ssim, lpips (where it was computed) and flicker (of videos)
+    step_seconds  of one denoising step; speedup: that of full attention over it
+    """
+
+    mode: Mode
+    clips: int
+    scores: Mapping[str, Interval]
+    density: float
+    computed: float
+    seconds: float
+    step_seconds: float
+    speedup: float
+    backend: str
+
+    def row(self) -> dict[str, Any]:
+        """Plain values for a table; a score that is not there is None."""
+        row: dict[str, Any] = {**mode_columns(self.mode), "label": self.mode.label, "clips": self.clips}
+        for name in SCORES:
+            score = self.scores.get(name)
+            row[name] = None if score is None else score.mean
+            for end in ("low", "high"):
+                row[f"{name}_{end}"] = None if score is None else finite_or_none(getattr(score, end))
+        for name in ("density", "computed", "backend", "seconds", "step_seconds", "speedup"):
+            row[name] = getattr(self, name)
+        return row
+
+
+def summarise(
+    modes: Sequence[Mode], records: Sequence[ClipRecord], step: Callable[[Sequence[float]], float] = median
+) -> list[ModeSummary]:
+    """One row a mode, in the order of `modes`; every mode has records.
+
+    step: one number from the seconds of all steps of all clips; a median is not moved by a passing disturbance.
+    """
+    by_mode = {mode.name: [record for record in records if record.mode == mode.name] for mode in modes}
+    steps = {name: step([each for record in own for each in record.step_seconds]) for name, own in by_mode.items()}
+    return [
+        ModeSummary(
+            mode=mode,
+            clips=len(by_mode[mode.name]),
+            scores=_scores(by_mode[mode.name]),
+            density=fmean(record.density for record in by_mode[mode.name]),
+            computed=fmean(record.computed for record in by_mode[mode.name]),
+            seconds=fmean(record.seconds for record in by_mode[mode.name]),
+            step_seconds=steps[mode.name],
+            speedup=steps[FULL] / steps[mode.name],
+            backend=", ".join(sorted({record.backend for record in by_mode[mode.name]} - {""})),
+        )
+        for mode in modes
+    ]
+
+
+def after_the_first(steps: Sequence[float]) -> float:
+    """The mean of a single clip's steps but the first, which pays for what is done once: a median would not see dense
+    or skipped steps.
+    """
+    return fmean(steps[1:] or steps)
+
+
+def clip_rows(modes: Sequence[Mode], records: Sequence[ClipRecord]) -> list[dict[str, Any]]:
+    """One row a clip with its mode's settings; seconds and step_seconds (their median) come last."""
+    by_name = {mode.name: mode for mode in modes}
+    rows = []
+    for record in records:
+        row: dict[str, Any] = {"prompt": record.prompt, "seed": record.seed, **mode_columns(by_name[record.mode])}
+        for name in (*SCORES, "density", "computed", "backend", "video", "seconds"):
+            row[name] = getattr(record, name)
+        rows.append({**row, "step_seconds": median(record.step_seconds)})
+    return rows
+
+
+def mode_columns(mode: Mode) -> dict[str, Any]:
+    """The settings of a mode that tables are sorted by; None for full attention."""
+    values = {name: None if mode.config is None else getattr(mode.config, name) for name in _SETTINGS}
+    return {"mode": mode.name, "dense_kernel": mode.kernel, **values}
+
+
+def wins(records: Sequence[ClipRecord], mode: str, against: str, score: str) -> tuple[int, int]:
+    """In how many pairs `mode` has the higher value of a score, and how many pairs there are."""
+    other = {record.pair: getattr(record, score) for record in records if record.mode == against}
+    mine = [record for record in records if record.mode == mode]
+    return sum(getattr(record, score) > other[record.pair] for record in mine), len(mine)
+
+
+def finite_or_none(value: float) -> float | None:
+    """`value`, or None where JSON has no number for it: the PSNR of identical clips, which is infinite."""
+    return value if math.isfinite(value) else None
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: NaN and infinity become null, tuples lists, dataclasses mappings, everything else its text."""
+    if isinstance(value, float):
+        return finite_or_none(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(each) for each in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(value.to_dict() if isinstance(value, SparseConfig) else asdict(value))
+    return str(value).removeprefix("torch.")
+
+
+def _scores(records: Sequence[ClipRecord]) -> dict[str, Interval]:
+    columns = {name: [getattr(record, name) for record in records] for name in SCORES}
+    return {name: bootstrap(column) for name, column in columns.items() if None not in column}

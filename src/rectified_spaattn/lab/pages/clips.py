@@ -1,0 +1,37 @@
+"""Clips of several modes beside each other: the video, and what is written above it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..clips.clip import FULL, Pair
+from ..clips.intervals import Interval
+from ..clips.summary import ModeSummary
+from .video import CELL, Row, labelled_grid, write_frames
+
+HEADS = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "flicker": "flicker"}
+
+
+def side_by_side(
+    path: Path, columns: Sequence[ModeSummary], clips: Mapping[Pair, Sequence[torch.Tensor]], fps: int, cell: int = CELL
+) -> None:
+    """One column a mode and one row a pair: a video, or a picture where `path` ends with .png. cell: pixels of one."""
+    rows = [Row(caption=pair.caption(), clips=videos) for pair, videos in clips.items()]
+    write_frames(path, labelled_grid([column_label(each) for each in columns], rows, cell), fps)
+
+
+def column_label(summary: ModeSummary) -> str:
+    """Two lines: the mode, and its means."""
+    if summary.mode.name == FULL:
+        return f"{summary.mode.label}\nreference, {summary.seconds:.1f} s"
+    psnr = score_text(summary.scores["psnr"], "psnr").split(" [")[0]
+    return f"{summary.mode.label}\n{psnr} dB, {summary.seconds:.1f} s"
+
+
+def score_text(value: Interval, score: str) -> str:
+    """A mean and its interval, with the digits that the score deserves; an infinite PSNR in words."""
+    if math.isinf(value.mean):
+        return "identical" if math.isinf(value.low) else "some identical"
+    return value.text(2 if score == "psnr" else 4)

@@ -1,0 +1,109 @@
+"""What people look at after an evaluation: tables, the figure, the side-by-side video and report.html."""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..clips.clip import FULL, Mode
+from ..clips.folder import Folder
+from ..clips.modes import FLOOR
+from ..clips.summary import ClipRecord, ModeSummary, clip_rows, summarise
+from ..rows import write_atomically, write_rows
+from .clips import HEADS, score_text, side_by_side
+from .figures import MODE_COLOURS, PALETTE
+from .html import data_uri, render
+from .video import read_mp4
+
+FILES = ("clips.csv", "summary.csv", "scores.png", "side-by-side.mp4", "report.html")
+_COLUMNS, _ROWS = 6, 3  # of the side-by-side video
+_TITLES = {
+    "psnr": "PSNR to full attention, dB (higher is closer)",
+    "ssim": "SSIM to full attention (higher is closer)",
+    "lpips": "LPIPS to full attention (lower is closer)",
+    "flicker": "flicker: mean change between frames",
+}
+
+
+def write_evaluation(
+    folder: Folder, modes: Sequence[Mode], records: Sequence[ClipRecord], manifest: Mapping[str, Any], fps: int
+) -> list[ModeSummary]:
+    """Writes FILES. manifest: as in manifest.json. Raises OSError where a clip cannot be read back."""
+    clips_csv, summary_csv, figure, video, report = (folder.root / name for name in FILES)
+    summaries, clips = summarise(modes, records), clip_rows(modes, records)
+    write_rows(clips_csv, clips)
+    write_rows(summary_csv, [each.row() for each in summaries])
+    write_atomically(figure, lambda to: scores_figure(to, summaries))
+    shown = [each for each in summaries if each.mode.name != FLOOR][:_COLUMNS]
+    pairs = list(dict.fromkeys(record.pair for record in records))[:_ROWS]
+    videos = {pair: [read_mp4(folder.video(each.mode.name, pair)) for each in shown] for pair in pairs}
+    side_by_side(video, shown, videos, fps)
+    render(
+        "evaluation.html",
+        report,
+        m=manifest,
+        summaries=summaries,
+        names=_names(summaries),
+        titles=_TITLES,
+        heads=HEADS,
+        floor=next(each for each in summaries if each.mode.name == FLOOR),
+        clips=clips,
+        full=FULL,
+        interval=score_text,
+        infinity=math.inf,
+        figure=data_uri(figure),
+        video=data_uri(video),
+        raw=json.dumps(manifest, indent=2),
+    )
+    return summaries
+
+
+def scores_figure(path: Path, summaries: Sequence[ModeSummary]) -> None:
+    """Every score against the computed pairs, one point a mode with its interval; lines join one kind of rectification.
+
+    The noise floor, often far away, is in the titles; the flicker of full attention is a dashed line.
+    """
+    names = _names(summaries)
+    figure = Figure(figsize=(6.2 * len(names), 4.6), layout="constrained")
+    axes: Any = figure.subplots(1, len(names), squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=True):
+        _draw(axis, name, summaries)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _names(summaries: Sequence[ModeSummary]) -> list[str]:
+    return [name for name in _TITLES if name in summaries[0].scores]
+
+
+def _draw(axis: Axes, name: str, summaries: Sequence[ModeSummary]) -> None:
+    families: dict[str, list[ModeSummary]] = {}
+    for each in summaries:
+        if each.mode.config is not None:
+            family = each.mode.label.replace(f", {100 * each.mode.config.sparsity:g}%", "")
+            families.setdefault(family, []).append(each)
+    spare = itertools.cycle(colour for colour in PALETTE if colour not in MODE_COLOURS.values())
+    for family, members in families.items():
+        members.sort(key=lambda each: each.computed)
+        x, scores = [100 * each.computed for each in members], [each.scores[name] for each in members]
+        y = [each.mean for each in scores]
+        bars = [[max(0.0, e.mean - e.low) for e in scores], [max(0.0, e.high - e.mean) for e in scores]]
+        colour = MODE_COLOURS.get(family) or next(spare)
+        label = family.replace("$", r"\$")  # matplotlib would read formulas
+        axis.errorbar(x, y, yerr=bars, color=colour, marker="o", markersize=5, linewidth=1.6, capsize=3, label=label)
+    marked = FULL if name == "flicker" else FLOOR
+    level = next(each.scores[name].mean for each in summaries if each.mode.name == marked)
+    if name == "flicker":
+        axis.axhline(level, color="#222222", linestyle="--", linewidth=1)
+    title = f"{_TITLES[name]}\n{'full attention (dashed)' if name == 'flicker' else 'noise floor'} {level:.5g}"
+    axis.set_xlabel("computed query-key pairs, %")
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,110 @@
+"""What enabling puts on one transformer, processors and hooks, and takes away again."""
+
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import Adapter
+from .forwards import RunningForwards
+from .hooks import Hooks, remove_hooks
+from .processor import dense_backend, original, wrap
+from .state import LayerState, TransformerState
+from .watch import Watch, lost_layers
+
+
+class ForwardHooks(Hooks):
+    """Begins and ends the forwards of one transformer, and warns of what does not go as configured."""
+
+    def __init__(self, attachment: "Attachment", adapter: Adapter, watch: Watch) -> None:
+        self.attachments, self.state, self.adapter, self.watch = [attachment], attachment.state, adapter, watch
+
+    def register(self, model: nn.Module) -> None:
+        self.attachments[0].modules.append(weakref.ref(model))
+        model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        model.register_forward_hook(self.end, always_call=True)
+
+    @torch.compiler.disable  # bookkeeping of each call: not to be traced where the whole transformer is compiled
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.alive or not self.state.active:
+            return
+        inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
+        text, padding = self.adapter.text(inputs), self.adapter.padding(inputs)
+        grid = self.adapter.grid(model, inputs)
+        forward = self.state.begin_forward(grid, text=text, padding=padding, timestep=inputs.get("timestep"))
+        _say(self.watch.complaints(self.state, forward))
+
+    @torch.compiler.disable
+    def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self.alive or not self.state.active:
+            return
+        forward = self.state.forwards.end()
+        if forward is None or output is None:  # it raised
+            return
+        if not forward.calls and not lost_layers(self.state):
+            with self.state.lock:
+                self.state.skipped += 1  # every forward calls a layer once, or a cache left it out
+        _say(self.watch.complaints_after(self.state, forward))
+
+
+class RunHook(Hooks):
+    """On the encoders of a pipeline, which run first: whether its transformers are still those that were enabled."""
+
+    def __init__(self, attachments: list["Attachment"], watch: Watch) -> None:
+        self.attachments, self.watch = attachments, watch
+
+    def register(self, encoder: nn.Module) -> None:
+        self.attachments[0].modules.append(weakref.ref(encoder))
+        encoder.register_forward_pre_hook(self.look)
+
+    @torch.compiler.disable
+    def look(self, encoder: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.alive:
+            _say(self.watch.replaced_transformers())
+
+
+@dataclass(kw_only=True, eq=False)
+class Attachment:
+    """One enabled transformer. It holds nothing of the model: that holds it, by the hooks."""
+
+    state: TransformerState
+    modules: "list[weakref.ref[nn.Module]]" = field(default_factory=list)  # that carry hooks
+
+    def detach(self) -> None:
+        """Put the model back as it was, but for processors that somebody replaced since. Safe to call twice."""
+        self.state.active = False
+        for layer in self.state.layers:
+            module = layer.module()
+            if module is not None and getattr(module.processor, "rectified_layer", None) is layer:
+                module.set_processor(original(module.processor))
+        for module in [each() for each in self.modules]:
+            if module is not None:
+                remove_hooks(module, self)
+        self.state.forwards = RunningForwards()  # what an interrupted forward left there leads to the model
+
+
+def attach(
+    attentions: list[tuple[str, Any]], state: TransformerState, make: Callable[..., LayerState] = LayerState
+) -> None:
+    """Exchange the processors of `attentions`, (name, module) each, for ones that attend through layers of `make`."""
+    for index, (name, module) in enumerate(attentions):
+        processor = original(module.processor)
+        layer = make(
+            index=index,
+            name=f"{state.name}.{name}",
+            owner=state,
+            dense_backend=dense_backend(processor),
+            module=weakref.ref(module),
+        )
+        state.layers.append(layer)
+        module.set_processor(wrap(processor, layer))
+
+
+def _say(complaints: list[str]) -> None:
+    for complaint in complaints:
+        warnings.warn(f"rectified_spaattn: {complaint}", stacklevel=4)

@@ -1,0 +1,103 @@
+"""The forwards of a transformer that are running: what each of them knows, from its beginning to its end."""
+
+import sys
+import threading
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layout import TokenLayout
+from .masks import MaskedLayouts
+from .tokens import Grid
+
+_MODULE_CODE = nn.Module._call_impl.__code__.co_filename
+
+
+@dataclass(kw_only=True, eq=False)
+class ForwardState:
+    """One forward of a transformer.
+
+    layout       of all its tokens, padding included
+    padding      how many of them, at the end of the sequence, are padding in all rows
+    step, total  the denoising step and the number of steps; None where nobody knows
+    problem      why the step is unknown
+    why_dense    why every call in it is dense; None where calls may be sparse
+    calls        attention calls so far; sparse: those of them that were sparse; density: their sum, on the device
+    masked       what its masks make of the layout
+    """
+
+    layout: TokenLayout
+    padding: int = 0
+    step: int | None = None
+    total: int | None = None
+    problem: str = ""
+    why_dense: str | None = None
+    calls: int = 0
+    sparse: int = 0
+    density: torch.Tensor | float = 0.0
+    masked: MaskedLayouts = field(default_factory=MaskedLayouts)
+    call: FrameType = field(default_factory=lambda: innermost_call())
+
+    @property
+    def grid(self) -> Grid:
+        assert self.layout.grid is not None
+        return self.layout.grid
+
+    @property
+    def unpadded(self) -> TokenLayout:
+        """Of all tokens but the padding."""
+        if not self.padding:
+            return self.layout
+        return TokenLayout.build(self.grid, self.layout.text - self.padding, self.layout.grid_start > 0)
+
+
+class RunningForwards(threading.local):
+    """The forwards of one transformer that run in this thread; the innermost is the last.
+
+    A forward has ended when the Python call it belongs to is no longer on this thread's stack. PyTorch's hooks alone
+    cannot tell: a forward hook with always_call is left out where a KeyboardInterrupt, or any other BaseException that
+    is no Exception, ends the forward. A wrapper in place of model.forward could, but offloading puts its own forward
+    there at every run and takes ours away; and a subclass in place of the model's class is unknown to diffusers.
+    """
+
+    def __init__(self) -> None:
+        self._stack: list[ForwardState] = []
+
+    def begin(self, forward: ForwardState) -> None:
+        self._drop_ended()
+        self._stack.append(forward)
+
+    def current(self) -> ForwardState | None:
+        self._drop_ended()
+        return self._stack[-1] if self._stack else None
+
+    def end(self) -> ForwardState | None:
+        """Called from a forward hook: ends the forward it belongs to and gives it; None where that ended before."""
+        self._drop_ended()
+        if self._stack and self._stack[-1].call is innermost_call():
+            return self._stack.pop()
+        return None
+
+    def _drop_ended(self) -> None:
+        while self._stack and not _is_running(self._stack[-1].call):
+            self._stack.pop()
+
+
+def innermost_call() -> FrameType:
+    """The Python frame in which the innermost module of this thread is being called."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _MODULE_CODE:
+        frame = frame.f_back
+    if frame is None:
+        raise RuntimeError("A forward begins outside of a module's call. Call the transformer, not its hooks.")
+    return frame
+
+
+def _is_running(call: FrameType) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is call

@@ -1,0 +1,69 @@
+"""Handle: what enable gives back. It counts, reports and undoes."""
+
+from numbers import Integral
+from types import TracebackType
+from typing import Any
+
+from ..config import SparseConfig
+from .attachment import Attachment
+from .clock import RunClock
+from .stats import RunStats, run_stats, run_summary
+from .watch import Watch
+
+
+class Handle:
+    """Rectified attention enabled on a pipeline or a transformer. Also a context manager that disables on exit.
+
+    It keeps figures, and nothing of the model; what is enabled stays so without it, until disable(pipe).
+    """
+
+    def __init__(self, attachments: list[Attachment], clock: RunClock, watch: Watch) -> None:
+        self._enabled = attachments
+        self._clock = clock
+        self._watch = watch
+
+    @property
+    def active(self) -> bool:
+        """Whether any transformer is still enabled."""
+        return any(state.active for state in self._watch.states)
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+    def disable(self) -> None:
+        """Put the model back as it was; processors that somebody replaced since stay. Safe to call twice."""
+        for attachment in self._enabled:
+            attachment.detach()
+
+    def set_step(self, step: int | None, total: int | None = None) -> None:
+        """Say which denoising step comes next, where no pipeline's scheduler tells. step: 0 .. total - 1.
+
+        It holds for the forwards that follow, until the next set_step, until set_step(None), or until the scheduler of
+        the enabled pipeline moves on: a run of that pipeline counts its own steps, and warms up.
+        """
+        if step is not None and (not _is_int(step) or step < 0):
+            raise ValueError(f"step: got {step!r}; allowed: an integer of 0 or more, or None to stop telling.")
+        if total is not None and (step is None or not _is_int(total) or total <= step):
+            raise ValueError(f"total: got {total!r}; allowed: an integer above step = {step}, or None.")
+        self._clock.tell(None if step is None else int(step), None if total is None else int(total))
+
+    def configs(self) -> dict[str, SparseConfig]:
+        """Transformer -> the config it runs with."""
+        return {state.name: state.config for state in self._watch.states}
+
+    def stats(self) -> RunStats:
+        """Figures of the last run. Waits for the device."""
+        return run_stats(self._watch.states)
+
+    def summary(self) -> str:
+        """A table of what ran sparse, how densely and where, of what ran dense and why, and of what was lost since."""
+        return run_summary(self._watch.states, self._watch)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

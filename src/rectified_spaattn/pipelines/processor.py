@@ -1,0 +1,246 @@
+"""The seam: a backend in diffusers' dispatcher, and processors that tell it which layer calls.
+
+Data flow of one call: wrapped processor -> dispatch_attention_fn -> our backend -> the op `rectified_spaattn::layer`,
+which looks up the LayerState behind the layer's handle. The op is opaque to torch.compile, so the step, the grid and
+the schedule may change without a recompilation; the handle is a tensor, so all layers share one compiled block.
+"""
+
+import copy
+import functools
+import threading
+import weakref
+from typing import Any
+
+import torch
+from diffusers.hooks._helpers import AttentionProcessorRegistry
+from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from torch.overrides import _get_current_function_mode_stack
+
+from ..ops import TAGS
+from .cogvideox import CogVideoXProcessor
+from .hooks import refuse_pickling
+from .hunyuan_video15 import HunyuanVideo15Processor
+from .state import LayerState
+
+BACKEND_NAME = "rectified_spaattn"
+
+# Stock processors that attend by themselves, or could not at full size, and ours in their place.
+STAND_INS: dict[Any, Any] = {
+    CogVideoXAttnProcessor2_0: CogVideoXProcessor,
+    FusedCogVideoXAttnProcessor2_0: CogVideoXProcessor,
+    HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor,
+}
+
+_layers: "weakref.WeakValueDictionary[int, LayerState]" = weakref.WeakValueDictionary()
+
+
+class _Caller(threading.local):
+    """The handle of the layer whose processor is running in this thread."""
+
+    handle: torch.Tensor | None = None
+
+
+_caller = _Caller()
+
+
+@torch.library.custom_op("rectified_spaattn::layer", mutates_args=(), tags=TAGS)
+def layer_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    handle: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    """q, k, v: [B, S, H, D]; mask: of keys, or None; handle: int64 scalar on the CPU. Returns [B, S, H, D]."""
+    return _layer_of(handle).attend(q, k, v, mask, scale).contiguous()
+
+
+def _layer_of(handle: torch.Tensor) -> LayerState:
+    layer = _layers.get(int(handle))
+    if layer is None:
+        raise RuntimeError(
+            "Rectified attention was disabled, but code compiled while it was enabled still runs. "
+            "Call torch.compiler.reset() and compile again after disable()."
+        )
+    return layer
+
+
+@layer_attention.register_fake
+def _layer_attention_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    handle: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
+    return q.new_empty(q.shape)
+
+
+def _backend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    _parallel_config: Any = None,
+) -> torch.Tensor:
+    """What dispatch_attention_fn calls for a wrapped processor."""
+    handle = _caller.handle
+    if handle is None:
+        raise RuntimeError(
+            f"The attention backend {BACKEND_NAME!r} was called by a processor it was not enabled for. "
+            "Use rectified_spaattn.enable(pipe); do not set the backend by its name."
+        )
+    if any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack()):
+        return value  # perturbed attention guidance: what the dense dispatch gives inside this mode
+    if dropout_p or is_causal or enable_gqa:
+        raise ValueError(
+            f"rectified attention: got dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}; allowed: "
+            "0, False, False. Disable it on this model."
+        )
+    if _parallel_config is not None:
+        raise RuntimeError("Context parallelism with rectified attention is not supported yet: disable one of the two.")
+    query, key, value = (_autocast(x) for x in (query, key, value))
+    if torch.compiler.is_compiling():
+        return layer_attention(query, key, value, attn_mask, handle, scale)
+    return _layer_of(handle).attend(query, key, value, attn_mask, scale)  # no op between: dense calls have a gradient
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """As torch.autocast casts the inputs of scaled_dot_product_attention."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+@functools.cache
+def backend_member() -> AttentionBackendName:
+    """Our member of diffusers' closed enum of backends, registered the first time it is asked for."""
+    member = str.__new__(AttentionBackendName, BACKEND_NAME)
+    member._name_, member._value_ = BACKEND_NAME.upper(), BACKEND_NAME
+    AttentionBackendName._member_map_[member._name_] = member
+    AttentionBackendName._value2member_map_[BACKEND_NAME] = member
+    AttentionBackendName._member_names_.append(member._name_)
+    _AttentionBackendRegistry.register(member)(_backend)
+    return member
+
+
+@functools.cache
+def _wrapped_class(processor_class: Any) -> Any:
+    """A subclass that names its layer while its __call__ runs; modules read its signature, hence wraps."""
+    base = STAND_INS.get(processor_class, processor_class)
+
+    @functools.wraps(base.__call__)
+    def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        layer = self.rectified_layer
+        if layer is None:  # made by somebody from our class, as load_ip_adapter does: the stock one
+            return processor_class.__call__(self, attn, *args, **kwargs)
+        # compiled code is of one module, whose processor this is
+        if not layer.owner.active or not (torch.compiler.is_compiling() or _is_of(layer, attn)):
+            return original(self)(attn, *args, **kwargs)
+        before = _caller.handle
+        _caller.handle = self.rectified_handle
+        try:
+            return base.__call__(self, attn, *args, **kwargs)
+        finally:
+            _caller.handle = before
+
+    members = {
+        "__call__": call,
+        "__module__": __name__,
+        "__copy__": _copied,
+        "__deepcopy__": _deeply_copied,
+        "__reduce_ex__": _pickled,
+        "rectified_handle": None,
+        "rectified_layer": None,
+        "rectified_stock": processor_class,
+    }
+    wrapped = type(processor_class.__name__, (base,), members)
+    AttentionProcessorRegistry._register()  # it fills itself when first asked
+    if processor_class in AttentionProcessorRegistry._registry:  # skip-layer guidance looks processors up by class
+        AttentionProcessorRegistry.register(wrapped, AttentionProcessorRegistry.get(processor_class))
+    return wrapped
+
+
+def _is_of(layer: LayerState, module: Any) -> bool:
+    own = layer.module()
+    return own is None or own is module
+
+
+def _copied(self: Any) -> Any:
+    return copy.copy(original(self))
+
+
+def _deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
+    return copy.deepcopy(original(self), memo)
+
+
+def _pickled(self: Any, protocol: Any) -> Any:
+    if self.rectified_layer is not None and self.rectified_layer.owner.active:
+        refuse_pickling()
+    return copy.copy, (original(self),)
+
+
+def wrap(processor: Any, layer: LayerState) -> Any:
+    """A copy of `processor` that attends through `layer`; the original stays as it is."""
+    wrapped = copy.copy(processor)
+    wrapped.__class__ = _wrapped_class(processor.__class__)
+    wrapped._attention_backend = backend_member()
+    wrapped.rectified_handle = layer.handle
+    layer.masks_text_only = getattr(wrapped, "masks_text_only", False)
+    wrapped.rectified_layer = layer  # keeps the layer alive as long as its processor
+    wrapped.rectified_original = (processor,)  # in a tuple: a module by itself would become a part of the wrapped one
+    _layers[int(layer.handle)] = layer
+    return wrapped
+
+
+def original(processor: Any) -> Any:
+    """The processor that a wrapped one was made from, with what was set on it meanwhile; any other one is itself."""
+    stock_class = getattr(processor, "rectified_stock", None)
+    if stock_class is None:
+        return processor
+    if processor.rectified_layer is None:  # made by somebody from our class
+        made = object.__new__(stock_class)
+        vars(made).update(vars(processor))
+        return made
+    (stock,) = processor.rectified_original
+    if processor._attention_backend is not backend_member() and hasattr(stock, "_attention_backend"):
+        stock._attention_backend = processor._attention_backend  # by set_attention_backend
+    if getattr(stock, "_parallel_config", None) is not getattr(processor, "_parallel_config", None):
+        stock._parallel_config = processor._parallel_config  # by enable_parallelism
+    return stock
+
+
+def check_processor(processor: Any, name: str) -> None:
+    """Raises TypeError for a processor whose attention cannot be redirected."""
+    processor = original(processor)
+    if type(processor) not in STAND_INS and not hasattr(processor, "_attention_backend"):
+        raise TypeError(
+            f"{name}: got a {type(processor).__name__}, which calls its attention itself; allowed: a processor that "
+            "uses diffusers' dispatch_attention_fn. Put the model's own processor back, then enable."
+        )
+
+
+def dense_backend(processor: Any) -> Any:
+    """What a processor attends with when it is left alone: for a stand-in's original, PyTorch's own attention."""
+    return getattr(processor, "_attention_backend", AttentionBackendName.NATIVE)
+
+
+def is_wrapped(processor: Any, layer: LayerState) -> bool:
+    """Whether `processor` is still the one that attends through `layer`."""
+    return getattr(processor, "rectified_layer", None) is layer and processor._attention_backend is backend_member()
+
+
+def is_enabled(module: Any) -> bool:
+    """Whether the processor of an attention module is one of ours that works there."""
+    layer = getattr(module.processor, "rectified_layer", None)
+    return layer is not None and layer.owner.active and _is_of(layer, module)

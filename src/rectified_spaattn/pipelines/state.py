@@ -1,0 +1,293 @@
+"""What the seam knows of a transformer and its layers, and what one attention call does with it."""
+
+import itertools
+import threading
+import warnings
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..attention import rectified_attention
+from ..config import SparseConfig
+from ..layout import TokenLayout
+from .clock import RunClock
+from .forwards import ForwardState, RunningForwards
+from .masks import key_mask, masked_layout
+from .tokens import Grid
+
+OUTSIDE = "a call outside of the transformer's forward"
+
+_handles = itertools.count()
+
+
+@dataclass(kw_only=True, eq=False)
+class TransformerState:
+    """One transformer: its settings, its layers, and what it did in the last run. Threads may share it.
+
+    active      False once disable() was called, for ever: processors that know this state are then the original ones
+    is_first    whether it is the first, or the only, transformer of its pipeline
+    model       weak, as everything here that leads to the model
+    forwards    the ones that are running
+    run         number of the run that the figures below are of
+    first_step  the step at which this transformer's share of the run began
+    count       forwards of the run; skipped: those in which a cache left out every block
+    """
+
+    config: SparseConfig
+    backend: str
+    clock: RunClock
+    text_first: bool
+    name: str = "transformer"
+    kind: str = ""
+    is_first: bool = True
+    model: "weakref.ref[Any]" = lambda: None  # type: ignore[assignment]
+    layers: list["LayerState"] = field(default_factory=list)
+    active: bool = True
+    forwards: RunningForwards = field(default_factory=RunningForwards)
+    lock: Any = field(default_factory=threading.RLock)
+    run: int = -1
+    first_step: int | None = None
+    last_total: int | None = None
+    steps_seen: set[int] = field(default_factory=set)
+    count: int = 0
+    skipped: int = 0
+    said_outside: bool = False
+
+    @property
+    def needs_steps(self) -> bool:
+        return self.steps_wanted is not None
+
+    @property
+    def steps_wanted(self) -> str | None:
+        """The settings that need the denoising step; None without any."""
+        settings = [
+            f"{name}={value}" for name in ("dense_steps", "dense_last_steps") if (value := getattr(self.config, name))
+        ]
+        return " and ".join(settings) or None
+
+    @property
+    def step(self) -> int | None:
+        """The step of the forward that is running in this thread; None without one, or where nobody knows."""
+        forward = self.forwards.current()
+        return None if forward is None else forward.step
+
+    def begin_forward(self, grid: Grid, *, text: int = 0, padding: int = 0, timestep: Any = None) -> ForwardState:
+        """Called before every forward of the transformer, with the timestep that it gets.
+
+        text: number of text tokens in joint attention; padding: how many of them, at the end, are padding in all rows.
+        Raises RuntimeError where the step decides what is dense and two threads share it.
+        """
+        with self.lock:
+            step, total = self.clock.read(timestep, exact=self.needs_steps)
+            problem = "" if step is not None else self.clock.problem
+            if self.clock.conflict and self.needs_steps:
+                raise RuntimeError(
+                    f"{self.name}: {problem}, so the denoising step of this forward is unknown, and with it what "
+                    "should be dense. Enable without dense steps, or give each thread a transformer of its own "
+                    "(copy.deepcopy(transformer) shares no state; enable each on its pipeline)."
+                )
+            self.catch_up()
+            if self.first_step is None:
+                self.first_step = 0 if self.is_first and self.clock.is_told else step
+            if step is not None:
+                self.steps_seen.add(step)
+            self.last_total = total
+            self.count += 1
+            forward = ForwardState(
+                layout=TokenLayout.build(grid, text, self.text_first and text > 0),
+                padding=padding,
+                step=step,
+                total=total,
+                problem=problem,
+                why_dense=self._scheduled(step, total),
+            )
+        self.forwards.begin(forward)
+        return forward
+
+    def catch_up(self) -> None:
+        """Forget the run before, if a new one has started, on this transformer or another of the pipeline."""
+        with self.lock:
+            if self.run == self.clock.run:
+                return
+            self.run, self.first_step, self.steps_seen = self.clock.run, None, set()
+            self.count = self.skipped = 0
+            for layer in self.layers:
+                layer.record = Record()
+
+    def _scheduled(self, step: int | None, total: int | None) -> str | None:
+        """Why the step makes every call dense; None where it does not, or where nobody knows the step."""
+        if step is None or self.first_step is None:
+            return None
+        if step - self.first_step < self.config.dense_step_count(total):
+            return "dense_steps"
+        if total is not None and step >= total - self.config.dense_last_step_count(total):
+            return "dense_last_steps"
+        return None
+
+
+@dataclass
+class Record:
+    """Calls of one layer in one run. `density` is a running sum that stays on the device: no synchronisation."""
+
+    sparse: int = 0
+    density: torch.Tensor | float = 0.0
+    dense: Counter[str] = field(default_factory=Counter)
+    backends: set[str] = field(default_factory=set)
+
+
+@dataclass(kw_only=True, eq=False)
+class LayerState:
+    """One self-attention layer.
+
+    handle            what compiled code carries in its place: a tensor, so that layers share code
+    module            weak: where its processor is
+    masks_text_only   whether that hides no video token, ever, so that the device need not be asked; text is behind
+    called            in any run; a processor that does without the dispatcher never gets here
+    """
+
+    index: int
+    name: str
+    owner: TransformerState
+    dense_backend: Any
+    module: "weakref.ref[Any]" = lambda: None  # type: ignore[assignment]
+    handle: torch.Tensor = field(default_factory=lambda: torch.tensor(next(_handles), device="cpu"))
+    record: Record = field(default_factory=Record)
+    masks_text_only: bool = False
+    called: bool = False
+
+    def why_dense(self, forward: ForwardState) -> str | None:
+        if self.index in self.owner.config.dense_layers:
+            return "dense_layers"
+        if forward.why_dense is not None:
+            return forward.why_dense
+        block_size = self.owner.config.block_size
+        if forward.layout.video < block_size:
+            return f"grid {forward.grid} is smaller than one block of {block_size}"
+        return None
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> torch.Tensor:
+        """q, k, v: [B, S, H, D] after RoPE; mask: as in masks.key_mask, or None. Returns [B, S, H, D]."""
+        if k.shape[1] != q.shape[1]:  # an IP-Adapter's cross-attention from the same processor: none of ours
+            return self._dense(q, k, v, mask, scale)
+        self.called = True
+        forward = self.owner.forwards.current()
+        if forward is None:
+            self._say_outside()
+            return self._counted(OUTSIDE, None, q, k, v, mask, scale)
+        self._check_sequence(forward, q.shape[1])
+        reason = self.why_dense(forward)
+        if reason is not None:
+            return self._counted(reason, forward, q, k, v, mask, scale)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise RuntimeError(
+                f"{self.name}: sparse attention is for inference and has no gradient. Call the model inside "
+                "torch.no_grad(); to train, call disable() first."
+            )
+        return self._sparse(forward, q, k, v, mask, scale)
+
+    def _sparse(
+        self,
+        forward: ForwardState,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        state = self.owner
+        layout, text_mask = forward.unpadded, None
+        if mask is not None and self.masks_text_only:
+            text_mask = key_mask(mask, len(q), q.shape[1])[:, layout.video : layout.sequence]
+        elif mask is not None:
+            layout, text_mask = forward.masked.of(mask, layout, forward.layout, len(q))
+            if layout.video < state.config.block_size:
+                reason = f"its mask leaves {layout.video} tokens, less than one block of {state.config.block_size}"
+                return self._counted(reason, forward, q, k, v, mask, scale)
+        if forward.padding:
+            q, k, v = (x[:, : layout.sequence] for x in (q, k, v))
+        out, stats = rectified_attention(
+            q, k, v, layout, state.config, text_mask=text_mask, scale=scale, backend=state.backend, return_stats=True
+        )
+        density = stats.device_density
+        with state.lock:
+            self.record.sparse += 1
+            self.record.density = self.record.density + density
+            self.record.backends.add(stats.backend)
+        forward.calls += 1
+        forward.sparse += 1
+        forward.density = forward.density + density
+        out = out.to(q.dtype)
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, forward.padding)) if forward.padding else out
+
+    def _counted(
+        self,
+        reason: str,
+        forward: ForwardState | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        """Full attention that counts as a dense call."""
+        with self.owner.lock:
+            self.record.dense[reason] += 1
+        if forward is not None:
+            forward.calls += 1
+        return self._dense(q, k, v, mask, scale)
+
+    def _dense(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    ) -> torch.Tensor:
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
+
+    def _say_outside(self) -> None:
+        recomputed = torch._C._current_graph_task_id() != -1  # gradient checkpointing: in the backward pass
+        if recomputed and self.record.sparse:
+            raise RuntimeError(
+                f"{self.name}: sparse attention is for inference and has no gradient, and gradient checkpointing runs "
+                "this layer again. To train, call disable() first."
+            )
+        if not recomputed and not self.owner.said_outside:
+            self.owner.said_outside = True
+            warnings.warn(
+                f"rectified_spaattn: {self.name} was called outside of a call of its transformer (by transformer."
+                "forward(...), or block by block), so its tokens and its step are unknown and attention is full. Call "
+                "transformer(...) instead.",
+                stacklevel=2,
+            )
+
+    def _check_sequence(self, forward: ForwardState, sequence: int) -> None:
+        if sequence != forward.layout.sequence:
+            raise RuntimeError(
+                f"{self.name}: got {sequence} tokens; allowed: {forward.layout.sequence}, a grid of {forward.grid} and "
+                f"{forward.layout.text} of text. Something adds tokens (reference images, keyframes) or drops them "
+                "(token merging); disable one of the two."
+            )
+
+    def _layout(self, sequence: int) -> TokenLayout:
+        """The layout of the forward that is running, for instruments that look at a call from inside."""
+        forward = self.owner.forwards.current()
+        if forward is None:
+            raise RuntimeError(
+                f"{self.name}: attention ran before the transformer's forward. Call the transformer, not its blocks."
+            )
+        self._check_sequence(forward, sequence)
+        return forward.layout
+
+
+def key_text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor | None:
+    """bool [B, text]: what a key mask says of the text, for instruments. ValueError where it hides video tokens."""
+    if mask is None:
+        return None
+    masked, valid = masked_layout(mask, layout, layout, len(mask))
+    if masked is not layout:
+        raise ValueError(f"attention mask: got one that hides {masked.text - layout.text} video tokens; allowed: none.")
+    return valid

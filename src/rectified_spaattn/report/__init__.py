@@ -1,1 +1,0 @@
-"""What a person looks at: videos, figures and report.html."""

@@ -1,0 +1,1 @@
+"""What was tried, on one harness; see NOTEBOOK.md. Run from the root of the checkout: python -m studies.NAME."""
