@@ -3,13 +3,37 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+PYTEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest
+# the method, the operator, its ways to be called, and one pipeline
+QUICK := stages layout orders tokens config errors operator metamorphic arrange plan rules tree diffusers
+
+# A machine with a GPU brings its own Python with torch, and needs no install. Compiled kernels are shared by all workers.
+GPU_PYTHON ?= python
+GPU_WORKERS ?= 8
+GPU_TESTS ?= tests
+GPU_PYTEST := PYTHONPATH=src OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(CURDIR)/build/triton \
+	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU_PYTHON) -m pytest
+
+.PHONY: demo test quick slow-test gpu-test lint clean
 
 demo: $(STAMP)
 	$(BIN)/rectified-spaattn demo --out demo-output
 
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not gpu"
+	$(PYTEST) -n auto -m "not gpu and not slow"
+
+# under 40 seconds: what to run while working
+quick: $(STAMP) lint
+	$(PYTEST) -n auto -m "not gpu" -k "not triton" $(QUICK:%=tests/test_%.py)
+
+# thousands of random calls; FUZZ_FIRST=1200 goes on from there
+slow-test: $(STAMP)
+	$(PYTEST) -n auto -m "slow and not gpu" tests
+
+# GPU_PYTHON=python3.12 make gpu-test; the large tests have the GPU to themselves
+gpu-test:
+	$(GPU_PYTEST) -n $(GPU_WORKERS) --dist loadgroup -m "gpu and not large" $(GPU_TESTS)
+	$(GPU_PYTEST) -n 0 -s -m "gpu and large" tests/test_gpu_kernels.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check src studies tests benchmarks examples

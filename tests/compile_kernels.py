@@ -1,7 +1,7 @@
-"""Compiles every kernel for one architecture, without a GPU: `python compile_kernels.py 90` (or 80, ..., hip).
+"""Compiles kernels without a GPU: `python compile_kernels.py 90 hip` (or 80, ...: compute capabilities, or AMD's).
 
-Prints a JSON line a kernel: its name, and the shared memory it needs. A process of its own, because Triton's
-interpreter, which the tests use, replaces the compiler for good.
+Prints a JSON line a kernel: architecture, name, and the shared memory that it needs. A process of its own, because
+Triton's interpreter, which the tests use, replaces the compiler for good.
 """
 
 import json
@@ -14,12 +14,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rectified_spaattn.kernels.arrange import _directions_kernel, _halve_kernel, _project_kernel
-from rectified_spaattn.kernels.attend import _attend_kernel, tiling_of
-from rectified_spaattn.kernels.plan import _compensate_kernel, _scores_kernel, _select_kernel
-from rectified_spaattn.kernels.tile import _tail_kernel, _tile_kernel
+from rectified_spaattn.backends.triton.arrange import _directions_kernel, _halve_kernel, _project_kernel
+from rectified_spaattn.backends.triton.attend import _attend_kernel, tiling_of
+from rectified_spaattn.backends.triton.plan import _compensate_kernel, _scores_kernel, _select_kernel
+from rectified_spaattn.backends.triton.tile import _tail_kernel, _tile_kernel
 
-_SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "ROW")
+SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "TAIL")
 
 
 class Kernel(NamedTuple):
@@ -31,67 +31,113 @@ class Kernel(NamedTuple):
 
 
 def kernels(arch: str) -> Iterator[Kernel]:
-    """Every kernel at every head size and block size, in bfloat16."""
-    x = "bf16"
-    for block, head_dim in ((128, 128), (64, 128), (128, 64), (64, 64)):
-        shape = {"BLOCK": block, "HEAD_DIM": head_dim}
-        contiguous = dict.fromkeys(("q_sd", "k_sd", "v_sd"), 1)
-        for mode in ("gapr", "row", "plain") if (block, head_dim) == (128, 128) else ("gapr", "row"):
-            flags = {"GAPR": mode == "gapr", "ROW": mode == "row"}
-            yield kernel(f"tile {block}x{head_dim} {mode}", _tile_kernel, {**shape, **contiguous, **flags}, x)
-        for resume, row in product((False, True) if block == 128 else (False,), (False, True)):
-            tiling = tiling_of(arch, block, head_dim, resume)
-            constants = {
-                **shape,
-                "BLOCK_M": tiling.block_m,
-                "BLOCK_N": tiling.block_n,
-                "RESUME": resume,
-                "ROW": row,
-                "TAIL_STAGES": tiling.tail_stages,
-            }
-            options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
-            if tiling.maxnreg is not None:
-                options["maxnreg"] = tiling.maxnreg
-            yield kernel(
-                f"attend {block}x{head_dim} resume={resume} row={row}", _attend_kernel, constants, x, **options
-            )
-    for head_dim in (64, 128):
-        for gain, row in ((False, False), (True, False), (False, True)):
-            constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "CHUNK": 32, "GAIN": gain, "ROW": row}
-            yield kernel(f"scores {head_dim} gain={gain} row={row}", _scores_kernel, constants, x)
-        constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "BLOCK_K": 16}
-        yield kernel(f"compensate {head_dim}", _compensate_kernel, constants, x)
-        tree = {"RANK": 8, "WIDTH": 16}
-        constants = {**tree, "DIM": 2 * head_dim, "CHUNK": 32, "ROUNDS": 10}
-        yield kernel(f"directions {head_dim}", _directions_kernel, constants, x, num_warps=8)
-        constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "WIDTH": 16, "q_sd": 1, "k_sd": 1}
-        yield kernel(f"project {head_dim}", _project_kernel, constants, x)
+    """What is compiled for an architecture, in bfloat16.
+
+    90      every kernel at every shape and with every flag; only there a partial result is taken up (RESUME), after
+            FlashAttention-4
+    hip     every kernel once, at its largest: another compiler
+    others  what multiplies on tensor cores, which every generation does in its own way: to NVIDIA's the other kernels
+            are the same instructions and the same shared memory
+    attend  everywhere with a tail and without: its tiling follows the architecture
+    """
+    if arch == "90":
+        yield from every_variant()
+        return
+    for tail in (False, True):
+        yield attend_kernel(arch, 128, 128, False, tail)
+    yield scores_kernel(128, True, True)
+    yield compensate_kernel(128)
+    yield project_kernel(128)
+    if arch == "hip":
+        yield tile_kernel(128, 128, True, True)
+        yield directions_kernel(128)
+        yield halve_kernel(8192, 16)
+        yield kernel("tail", _tail_kernel, {"BLOCK": 128})
+        yield select_kernel(8192, False, *SELECT_FLAGS)
+
+
+def every_variant() -> Iterator[Kernel]:
+    flags = tuple(product((True, False), repeat=2))  # gain, tail
+    for number, (block, head_dim) in enumerate(((128, 128), (64, 128), (128, 64), (64, 64))):
+        for resume, tail in product((False, True) if block == 128 else (False,), (False, True)):
+            yield attend_kernel("90", block, head_dim, resume, tail)
+        for gain, tail in flags if number == 0 else flags[:1]:
+            yield tile_kernel(block, head_dim, gain, tail)
+    for head_dim in (128, 64):
+        for gain, tail in flags if head_dim == 128 else flags[:1]:
+            yield scores_kernel(head_dim, gain, tail)
+        yield compensate_kernel(head_dim)
+        yield project_kernel(head_dim)
+    yield directions_kernel(128)  # of head_dim 64: smaller tiles of the same, and the second slowest to compile
     for chunk, warps in ((8192, 16), (2048, 8), (128, 2)):
-        constants = {"FIRST": chunk == 8192, "RANK": 8, "SAMPLE": 64, "CHUNK": chunk}
-        yield kernel(f"halve {chunk}", _halve_kernel, constants, x, num_warps=warps)
-    yield kernel("tail", _tail_kernel, {"BLOCK": 128}, x)
-    for width, warps in ((64, 1), (1024, 2), (8192, 16)):
-        for given in (False, True):
-            constants = {"WIDTH": width, "GIVEN": given, **dict.fromkeys(_SELECT_FLAGS, True)}
-            yield kernel(f"select {width} given={given}", _select_kernel, constants, x, num_warps=warps)
-    for compensate in (False, True):
-        constants = {"WIDTH": 64, "GIVEN": False, **dict.fromkeys(_SELECT_FLAGS, False), "COMPENSATE": compensate}
-        yield kernel(f"select 64 compensate={compensate}, no gain", _select_kernel, constants, x, num_warps=1)
+        yield halve_kernel(chunk, warps)
+    yield kernel("tail", _tail_kernel, {"BLOCK": 128})
+    yield select_kernel(8192, False, *SELECT_FLAGS)
+    yield select_kernel(8192, True, *SELECT_FLAGS)
+    yield select_kernel(64, False)
+    yield select_kernel(64, False, "COMPENSATE")
+    yield select_kernel(64, False, "COMPENSATE", "TAIL", "TOP_P")
 
 
-def kernel(name: str, function: Any, constants: dict[str, Any], x: str, **options: Any) -> Kernel:
+def tile_kernel(block: int, head_dim: int, gain: bool, tail: bool) -> Kernel:
+    constants = {"BLOCK": block, "HEAD_DIM": head_dim, "GAIN": gain, "TAIL": tail, "q_sd": 1, "k_sd": 1, "v_sd": 1}
+    return kernel(f"tile {block}x{head_dim} gain={gain} tail={tail}", _tile_kernel, constants)
+
+
+def scores_kernel(head_dim: int, gain: bool, tail: bool) -> Kernel:
+    constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "CHUNK": 32, "GAIN": gain, "TAIL": tail}
+    return kernel(f"scores {head_dim} gain={gain} tail={tail}", _scores_kernel, constants)
+
+
+def compensate_kernel(head_dim: int) -> Kernel:
+    return kernel(f"compensate {head_dim}", _compensate_kernel, {"HEAD_DIM": head_dim, "BLOCK": 64, "BLOCK_K": 16})
+
+
+def project_kernel(head_dim: int) -> Kernel:
+    constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "WIDTH": 16, "q_sd": 1, "k_sd": 1}
+    return kernel(f"project {head_dim}", _project_kernel, constants)
+
+
+def directions_kernel(head_dim: int) -> Kernel:
+    constants = {"RANK": 8, "WIDTH": 16, "DIM": 2 * head_dim, "CHUNK": 32, "ROUNDS": 10}
+    return kernel(f"directions {head_dim}", _directions_kernel, constants, num_warps=8)
+
+
+def halve_kernel(chunk: int, warps: int) -> Kernel:
+    constants = {"FIRST": chunk == 8192, "RANK": 8, "SAMPLE": 64, "CHUNK": chunk}
+    return kernel(f"halve {chunk}", _halve_kernel, constants, num_warps=warps)
+
+
+def select_kernel(width: int, given: bool, *flags: str) -> Kernel:
+    constants = {"WIDTH": width, "GIVEN": given, **{flag: flag in flags for flag in SELECT_FLAGS}}
+    name = " ".join(("select", str(width), f"given={given}", *flags))
+    return kernel(name, _select_kernel, constants, num_warps=min(max(width // 512, 1), 16))
+
+
+def attend_kernel(arch: str, block: int, head_dim: int, resume: bool, tail: bool) -> Kernel:
+    tiling = tiling_of(arch, block, head_dim, resume)
+    constants = {"BLOCK": block, "HEAD_DIM": head_dim, "RESUME": resume, "TAIL": tail}
+    constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "TAIL_STAGES": tiling.tail_stages}
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    if tiling.maxnreg is not None:
+        options["maxnreg"] = tiling.maxnreg
+    return kernel(f"attend {block}x{head_dim} resume={resume} tail={tail}", _attend_kernel, constants, **options)
+
+
+def kernel(name: str, function: Any, constants: dict[str, Any], **options: Any) -> Kernel:
     types = {
-        argument: "constexpr" if argument in constants else type_of(argument, function.__name__, constants, x)
+        argument: "constexpr" if argument in constants else type_of(argument, function.__name__, constants)
         for argument in function.arg_names
     }
     return Kernel(name, function, types, constants, options)
 
 
-def type_of(argument: str, kernel: str, constants: dict[str, Any], x: str) -> str:
+def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
+    x = "bf16"
     if argument.endswith("_desc"):
         rows = constants["BLOCK_M"] if argument == "q_desc" else constants["BLOCK_N"]
         return f"tensordesc<{x}[{rows},{constants['HEAD_DIM']}]>"
-    if argument in ("scale", "log_b", "top_p", "cap"):
+    if argument in ("scale", "log_b", "tail_log_b", "top_p", "cap"):
         return "fp32"
     model_strides = kernel in ("_tile_kernel", "_project_kernel") and argument[1:3] == "_s"
     if argument.endswith(("_sb", "_ss", "_sh", "_sd", "_st")):
@@ -137,9 +183,10 @@ def compiled(kernel: Kernel, arch: str) -> Any:
 
 
 def main() -> None:
-    arch = sys.argv[1]
-    for each in kernels(arch):
-        print(json.dumps({"kernel": each.name, "shared": compiled(each, arch).metadata.shared}), flush=True)
+    for arch in sys.argv[1:]:
+        for each in kernels(arch):
+            line = {"arch": arch, "kernel": each.name, "shared": compiled(each, arch).metadata.shared}
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

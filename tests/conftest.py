@@ -9,6 +9,20 @@ from hypothesis import settings
 
 if not torch.cuda.is_available():  # before anything imports the kernels: they are interpreted, as this machine can
     os.environ["TRITON_INTERPRET"] = "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Kernels of one case on a GPU compile in one worker. Where they are compiled, a CPU has none."""
+    for item in items:
+        params: dict[str, object] = getattr(getattr(item, "callspec", None), "params", {})
+        if item.get_closest_marker("gpu") is not None:
+            if isinstance(params.get("case"), str):
+                item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {params['case']}"))
+        elif any(isinstance(x, str) and x == "triton" for x in params.values()) and not INTERPRETED:
+            item.add_marker(pytest.mark.skip(reason="kernels are compiled here; TRITON_INTERPRET=1 interprets them"))
+
 
 pytest_plugins = ["clip_runs"]
 

@@ -1,6 +1,6 @@
 """Order "content": what sorting promises, and that the operator is the method on the tokens so sorted."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,63 +13,53 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rectified_spaattn as rsa
 import tiny
 from cases import MODES, Call, calls, video_like
-from oracle import dense, oracle
+from oracle import dense
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
-from rectified_spaattn.method.arrange import arrange, content_order, directions, k_d_order, moments, put_back
+from rectified_spaattn.method.arrange import content_order, directions, k_d_order, moments
+from rectified_spaattn.orders import blocks_of
+from sorted_oracle import oracle_by_head
 
-GRID, TEXT = (3, 8, 11), 7  # 264 video tokens: 16 blocks of 16 and 8 left over
+LAYOUT = TokenLayout.build((3, 8, 11), 7)  # 264 video tokens: 16 blocks of 16 and 8 left over
+
+
+def small(sparsity: float = 0.6, mode: str = "row") -> SparseConfig:
+    return SparseConfig(sparsity=sparsity, rectify=mode, block_size=16)  # type: ignore[arg-type]
 
 
 def sorted_call(call: Call) -> Call:
     """The same call with blocks by content, which lie nowhere in the video."""
-    shape = call.layout
-    layout = TokenLayout.build(shape.grid, shape.text, shape.text_first, shape.block_size, "content")
-    return replace(call, layout=layout, config=call.config.replace(neighbours=False, first_frame=False))
-
-
-def by_hand(call: Call, order: torch.Tensor, block_mask: torch.Tensor, compensated: torch.Tensor) -> torch.Tensor:
-    """The oracle on tokens that are moved head by head, one at a time, and its output moved back."""
-    q, k, v = (x.double() for x in call.qkv)
-    tiled = call.layout.tiled
-    out = torch.empty_like(q)
-    for i in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            place = torch.arange(q.shape[1])
-            place[tiled] = order[i, h]
-            moved = [x[i : i + 1, place, h : h + 1] for x in (q, k, v)]
-            options = {name: x[i : i + 1] if name == "text_mask" else x for name, x in call.options.items()}
-            given = {"block_mask": block_mask[i : i + 1, h : h + 1], "compensated": compensated[i : i + 1, h : h + 1]}
-            out[i, place, h] = oracle(*moved, call.layout, call.config, **options, **given).out[0, :, 0]
-    return out
+    return replace(call, config=call.config.replace(order="content", neighbours=False, first_frame=False))
 
 
 @settings(max_examples=60)
 @given(call=calls(min_blocks=1).map(sorted_call), backend=st.sampled_from(("reference", "torch")))
 def test_the_operator_is_the_method_on_sorted_tokens(call: Call, backend: str) -> None:
     out, stats = rectified_attention(*call.arguments, **call.options, return_stats=True, backend=backend)
+    assert stats.sorting == "torch"
     assert stats.token_order is not None
-    assert torch.equal(stats.token_order.sort(-1).values, call.layout.tiled.sort().values.expand_as(stats.token_order))
-    want = by_hand(call, stats.token_order, stats.block_mask, stats.compensated)
+    assert torch.equal(stats.token_order.sort(-1).values, call.blocks.tiled.sort().values.expand_as(stats.token_order))
+    want = oracle_by_head(call, stats.token_order, stats.block_mask, stats.compensated).out
     error = (out.double() - want).abs().max().item()
     assert error <= (1e-10 if backend == "reference" else 1e-4 * want.abs().max().item())
+    again = {**call.options, "token_order": stats.token_order.int(), "backend": backend, "return_stats": True}
+    same, stats_again = rectified_attention(*call.arguments, **again)
+    assert torch.equal(same, out)
+    assert stats_again.sorting == ""
+    assert torch.equal(stats_again.token_order, stats.token_order)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_all_blocks_kept_is_dense_attention(mode: str) -> None:
-    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
-    qkv = video_like(1, 2, layout.sequence, 3, 8)
-    config = SparseConfig(sparsity=0.0, rectify=mode, order="content", neighbours=False)
-    out = rectified_attention(*qkv, layout, config)
+    qkv = video_like(1, 2, LAYOUT.sequence, 3, 8)
+    out = rectified_attention(*qkv, LAYOUT, small(0.0, mode))
     assert (out - dense(*qkv)).abs().max().item() <= 1e-5
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_masses_sum_to_one(mode: str) -> None:
     """With values of 1 every output is the sum of a query's weights."""
-    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
-    q, k, v = video_like(2, 2, layout.sequence, 3, 8)
-    config = SparseConfig(sparsity=0.8, rectify=mode, order="content", neighbours=False)
-    out = rectified_attention(q, k, torch.ones_like(v), layout, config)
+    q, k, v = video_like(2, 2, LAYOUT.sequence, 3, 8)
+    out = rectified_attention(q, k, torch.ones_like(v), LAYOUT, small(0.8, mode))
     assert (out - 1).abs().max().item() <= 1e-5
 
 
@@ -137,9 +127,8 @@ def test_blocks_hold_tokens_that_attend_alike() -> None:
     )
     errors = {}
     for order in ("gilbert", "content"):
-        layout = TokenLayout.build((4, 8, 8), block_size=16, order=order)
-        config = SparseConfig(sparsity=0.75, top_p=0.0, neighbours=False, order=order, rectify="row")
-        out, stats = rectified_attention(q, k, v, layout, config, return_stats=True)
+        config = SparseConfig(sparsity=0.75, top_p=0.0, block_size=16, order=order)  # type: ignore[arg-type]
+        out, stats = rectified_attention(q, k, v, TokenLayout.build((4, 8, 8)), config, return_stats=True)
         errors[order] = ((out - dense(q, k, v)).norm() / dense(q, k, v).norm()).item()
     assert stats.token_order is not None
     in_blocks = kinds[stats.token_order[0, 0]].view(16, 16)
@@ -150,52 +139,64 @@ def test_blocks_hold_tokens_that_attend_alike() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
 def test_numbers_that_are_none_still_give_an_order(bad: float) -> None:
-    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
-    q, k, _ = video_like(3, 2, layout.sequence, 2, 8)
+    tiled = blocks_of(LAYOUT, small()).tiled
+    q, k, _ = video_like(3, 2, LAYOUT.sequence, 2, 8)
     q[0, 5, 0, 0] = bad
-    order = content_order(q, k, layout.tiled, block_size=16, scale=0.3)
-    assert torch.equal(order.sort(-1).values, layout.tiled.sort().values.expand_as(order))
-    clean = content_order(q[1:], k[1:], layout.tiled, block_size=16, scale=0.3)
+    order = content_order(q, k, tiled, block_size=16, scale=0.3)
+    assert torch.equal(order.sort(-1).values, tiled.sort().values.expand_as(order))
+    clean = content_order(q[1:], k[1:], tiled, block_size=16, scale=0.3)
     assert torch.equal(order[1:], clean)  # the other sample does not mind
 
 
 def test_padding_does_not_matter() -> None:
-    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
-    q, k, v = video_like(4, 2, layout.sequence, 2, 8)
-    valid = torch.ones(2, TEXT, dtype=torch.bool)
+    q, k, v = video_like(4, 2, LAYOUT.sequence, 2, 8)
+    valid = torch.ones(2, LAYOUT.text, dtype=torch.bool)
     valid[:, 3:] = False
-    config = SparseConfig(sparsity=0.6, order="content", neighbours=False)
-    clean = rectified_attention(q, k, v, layout, config, text_mask=valid)
+    clean = rectified_attention(q, k, v, LAYOUT, small(), text_mask=valid)
     for x in (k, v):
-        x[:, layout.isolated[layout.leftover + 3 :]] = torch.nan
-    assert torch.equal(rectified_attention(q, k, v, layout, config, text_mask=valid), clean)
-
-
-def test_put_back_undoes_arrange() -> None:
-    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
-    x = torch.randn(2, layout.sequence, 3, 4)
-    order = torch.stack([layout.tiled[torch.randperm(256)] for _ in range(6)]).view(2, 3, 256)
-    moved = arrange(x, layout.tiled, order)
-    assert torch.equal(moved[1, layout.tiled, 2], x[1, order[1, 2], 2])
-    assert torch.equal(moved[:, layout.isolated], x[:, layout.isolated])
-    assert torch.equal(put_back(moved, layout.tiled, order), x)
+        x[:, LAYOUT.text_places[3:]] = torch.nan
+    assert torch.equal(rectified_attention(q, k, v, LAYOUT, small(), text_mask=valid), clean)
 
 
 def test_blocks_without_a_place_have_no_neighbours() -> None:
     for name in ("neighbours", "first_frame"):
         with pytest.raises(ValueError, match=f"{name}: got True with order='content'.*Pass {name}=False"):
-            SparseConfig(order="content", **{"neighbours": False, name: True})
-    layout = TokenLayout.build(GRID, TEXT, block_size=16, order="content")
-    qkv = video_like(0, 1, layout.sequence, 1, 8)
-    with pytest.raises(ValueError, match="neighbours: got True with order='content'"):
-        rectified_attention(*qkv, layout, SparseConfig(order="gilbert", neighbours=True))
+            SparseConfig(order="content", **{name: True})
+
+
+@pytest.mark.parametrize("order", ["gilbert", "tile", "raster"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_nothing_sorts_in_space(order: str, backend: str) -> None:
+    q, k, v = video_like(5, 1, 128, 1, 64)
+    config = SparseConfig(block_size=64, order=order)  # type: ignore[arg-type]
+    layout = TokenLayout.build((2, 8, 8))
+    _, stats = rectified_attention(q, k, v, layout, config, backend=backend, return_stats=True)
+    assert (stats.sorting, stats.token_order) == ("", None)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (torch.zeros(2, 2, 256), TypeError, "token_order: got torch.float32; allowed: an int32 or int64"),
+        (torch.zeros(2, 2, 255, dtype=torch.int64), ValueError, r"token_order: got shape \(2, 2, 255\)"),
+        (torch.zeros(2, 2, 256, dtype=torch.int64, device="meta"), ValueError, "on meta; allowed"),
+        ([[0]], TypeError, "token_order: got list"),
+    ],
+)
+def test_an_order_that_is_none_is_refused(bad: Any, error: type[Exception], message: str) -> None:
+    qkv = video_like(0, 2, LAYOUT.sequence, 2, 8)
+    with pytest.raises(error, match=message):
+        rectified_attention(*qkv, LAYOUT, small(), token_order=bad)
+    order = torch.zeros(2, 2, 256, dtype=torch.int64)
+    with pytest.raises(ValueError, match="token_order: got one with order='gilbert'"):
+        rectified_attention(*qkv, LAYOUT, small().replace(order="gilbert"), token_order=order)
 
 
 def test_one_line_enables_it_and_one_call_takes_it_back() -> None:
     model, inputs = tiny.hunyuan_transformer(), tiny.hunyuan_inputs()
     with torch.no_grad():
         untouched = model(**inputs).sample
-        options = {"block_size": 16, "order": "content", "neighbours": False}
+        options = {"block_size": 16, "order": "content", "neighbours": False, "first_frame": False}
         handle = rsa.enable(model, sparsity=0.0, **options)
         torch.testing.assert_close(model(**inputs).sample, untouched, rtol=1e-4, atol=1e-5)
         assert "order content" in handle.summary()
@@ -205,15 +206,13 @@ def test_one_line_enables_it_and_one_call_takes_it_back() -> None:
 
 def test_sorting_on_a_gpu_neither_reads_nor_writes_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device without data every read raises, and no tensor may live elsewhere; the kernels do not run here."""
-    from rectified_spaattn.kernels import arrange as arrange_kernels
+    from rectified_spaattn.backends.triton import arrange as kernels
 
     launched: list[str] = []
     for name in ("_directions_kernel", "_project_kernel", "_halve_kernel"):
-        monkeypatch.setattr(arrange_kernels, name, Launcher(partial(note, launched, name)))
-    layout = TokenLayout.build((3, 8, 11), TEXT, block_size=64, order="content")
-    q, k = (torch.empty(2, layout.sequence, 3, 64, device="meta", dtype=torch.bfloat16) for _ in "qk")
-    tensors = {x.name: getattr(layout, x.name) for x in fields(layout)}
-    tensors = {name: x.to("meta") for name, x in tensors.items() if isinstance(x, torch.Tensor)}
+        monkeypatch.setattr(kernels, name, Launcher(partial(note, launched, name)))
+    q, k = (torch.empty(2, LAYOUT.sequence, 3, 64, device="meta", dtype=torch.bfloat16) for _ in "qk")
+    blocks = blocks_of(LAYOUT, SparseConfig(block_size=64)).on(torch.device("meta"))
     elsewhere = []
 
     class Watch(TorchDispatchMode):
@@ -223,9 +222,8 @@ def test_sorting_on_a_gpu_neither_reads_nor_writes_the_host(monkeypatch: pytest.
             elsewhere.extend(str(func) for x in leaves if isinstance(x, torch.Tensor) and x.device.type != "meta")
             return out
 
-    moved = replace(layout, **tensors)
     with Watch():
-        order = arrange_kernels.content_order(q, k, moved, 0.1)
+        order = kernels.content_order(q, k, blocks, 0.1)
     assert (order.shape, order.dtype) == ((2, 3, 4 * 64), torch.int64)
     assert launched == ["_directions_kernel", "_project_kernel", "_halve_kernel", "_halve_kernel"]
     assert elsewhere == []

@@ -10,11 +10,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import rectified_spaattn
 from cases import STRIDED, video_like
-from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
-from rectified_spaattn.ops import attention
+from rectified_spaattn import SparseConfig, TokenLayout, ops, rectified_attention
+from rectified_spaattn.orders import blocks_of
 
 GRID, TEXT, HEADS, HEAD_DIM = (2, 5, 8), 5, 2, 8
-LAYOUT = TokenLayout.build(GRID, TEXT, block_size=16)  # 5 blocks
+LAYOUT = TokenLayout.build(GRID, TEXT)
+SMALL = SparseConfig(block_size=16, sparsity=0.6, top_p=0.1, rectify="ipar+gapr", order="gilbert")  # 5 blocks
 BLOCKS = torch.rand(2, HEADS, 5, 5, generator=torch.Generator().manual_seed(0)) < 0.5
 TEXT_MASK = torch.tensor([[True, True, False, True, False], [False] * 5])
 
@@ -29,17 +30,23 @@ def fresh_compiler() -> Iterator[None]:
 # --- the op itself
 
 
-def arguments(strides: str | None = None, dtype: torch.dtype = torch.float32, **changed: Any) -> tuple[Any, ...]:
-    grid, text = changed.get("grid", list(GRID)), changed.get("text", TEXT)
-    q, k, v = video_like(0, 2, grid[0] * grid[1] * grid[2] + text, HEADS, HEAD_DIM, dtype)
+def arguments(
+    layout: TokenLayout = LAYOUT,
+    strides: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    text_mask: torch.Tensor | None = None,
+    block_mask: torch.Tensor | None = None,
+    token_order: torch.Tensor | None = None,
+    backend: str = "torch",
+    **settings: Any,
+) -> tuple[Any, ...]:
+    q, k, v = video_like(0, 2, layout.sequence, HEADS, HEAD_DIM, dtype)
     if strides:
         q, k, v = (STRIDED[strides](x) for x in (q, k, v))
-    plain = {"q": q, "k": k, "v": v, "text_mask": None, "block_mask": None, "grid": grid, "text": text}
-    plain |= {"text_first": False, "block_size": 16, "order": "gilbert", "sparsity": 0.6, "top_p": 0.1}
-    plain |= {"rectify": "ipar+gapr", "neighbours": False, "first_frame": False, "scale": 0.3, "backend": "torch"}
-    return tuple({**plain, **changed}.values())
+    return q, k, v, text_mask, block_mask, token_order, layout.key, SMALL.replace(**settings).key, 0.3, backend
 
 
+ORDER = blocks_of(LAYOUT, SMALL).tiled.flip(0).expand(2, HEADS, -1)
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "bfloat16": {"dtype": torch.bfloat16},
@@ -48,11 +55,14 @@ CASES: dict[str, dict[str, Any]] = {
     "pooled": {"rectify": "pooled"},
     "ipar": {"rectify": "ipar", "neighbours": True, "first_frame": True},
     "text_mask": {"text_mask": TEXT_MASK},
-    "text first, tile": {"text_first": True, "order": "tile"},
-    "no block": {"grid": [1, 3, 3]},
-    "one block": {"grid": [1, 2, 8], "text": 0},
+    "text first, tile": {"layout": TokenLayout.build(GRID, TEXT, text_first=True), "order": "tile"},
+    "no block": {"layout": TokenLayout.build((1, 3, 3), TEXT)},
+    "one block": {"layout": TokenLayout.build((1, 2, 8))},
     "content": {"order": "content", "rectify": "row"},
-    "content, no block": {"order": "content", "grid": [1, 3, 3]},
+    "content, no block": {"order": "content", "layout": TokenLayout.build((1, 3, 3), TEXT)},
+    "content, no grid": {"order": "content", "layout": TokenLayout.of(90, [(3, 40), (45, 80)])},
+    "token_order": {"order": "content", "token_order": ORDER},
+    "token_order, int32": {"order": "content", "token_order": ORDER.int(), "rectify": "row"},
     "block_mask": {"block_mask": BLOCKS},
     "block_mask, transposed": {"block_mask": BLOCKS.transpose(2, 3)},
     "block_mask, transposed, none": {"block_mask": BLOCKS.transpose(2, 3), "rectify": "none"},
@@ -66,7 +76,14 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name: str, backend: str) -> None:
     """Schema, fake against real outputs (shapes, dtypes, strides), and tracing with dynamic shapes."""
-    torch.library.opcheck(attention, arguments(**CASES[name], backend=backend))
+    torch.library.opcheck(ops.attention, arguments(**CASES[name], backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not {"block_mask", "token_order"} & {*case}])
+def test_opcheck_of_a_plan(name: str, backend: str) -> None:
+    q, k, v, text_mask, _, _, *rest = arguments(**CASES[name], backend=backend)
+    torch.library.opcheck(ops.plan, (q, k, v, text_mask, *rest))
 
 
 # --- models
@@ -99,7 +116,7 @@ def tokens(batch: int) -> torch.Tensor:
     return torch.randn(batch, LAYOUT.sequence, HEADS * HEAD_DIM, generator=torch.Generator().manual_seed(batch))
 
 
-EQUAL_CONFIGS = [SparseConfig(sparsity=0.6, neighbours=False) for _ in range(4)]
+EQUAL_CONFIGS = [SparseConfig(sparsity=0.6, block_size=16) for _ in range(4)]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -131,7 +148,7 @@ def test_layers_compiled_one_by_one_share_one_compilation() -> None:
 
 @torch.no_grad()
 def test_layers_of_different_sparsity_compile_too() -> None:
-    configs = [SparseConfig(sparsity=s, neighbours=False) for s in (0.0, 0.4, 0.6, 0.8)]
+    configs = [SparseConfig(sparsity=s, block_size=16) for s in (0.0, 0.4, 0.6, 0.8)]
     model = Model(configs)
     want = model(tokens(2))
     for layer in model.layers:
@@ -171,7 +188,7 @@ def test_statistics_come_out_of_a_compiled_call() -> None:
 @torch.no_grad()
 def test_through_the_packages_lazy_name() -> None:
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return rectified_spaattn.rectified_attention(q, k, v, LAYOUT)
+        return rectified_spaattn.rectified_attention(q, k, v, LAYOUT, SMALL)
 
     q, k, v = video_like(2, 1, LAYOUT.sequence, HEADS, HEAD_DIM)
     assert torch.equal(torch.compile(run, backend="eager", fullgraph=True)(q, k, v), run(q, k, v))

@@ -10,19 +10,23 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 SHARED_KIB = {"80": 163, "89": 99, "90": 227, "100": 227, "120": 99, "hip": 64}
+TENSOR_CORES = {"attend", "scores", "compensate", "project"}
+EVERY = TENSOR_CORES | {"directions", "halve", "tile", "tail", "select"}
+OF_ARCH = dict.fromkeys(SHARED_KIB, TENSOR_CORES) | {"90": EVERY, "hip": EVERY}
+LEAST = min(SHARED_KIB[arch] for arch in SHARED_KIB if arch != "hip")
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("arch", SHARED_KIB)
-def test_kernels_compile_and_fit(arch: str, tmp_path: Path):
+@pytest.mark.parametrize("arches", [("90",), ("80", "89", "100", "120", "hip")], ids=" ".join)
+def test_kernels_compile_and_fit(arches: tuple[str, ...], tmp_path: Path) -> None:
+    """compile_kernels.py says what is compiled for which architecture. Importing takes seconds: two processes."""
     # not the interpreter, and no kernel that an earlier run has compiled
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, SCRIPT, arch], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {each["kernel"].split()[0] for each in kernels} == {
-        "directions", "project", "halve", "tile", "tail", "scores", "select", "compensate", "attend"
-    }  # fmt: skip
-    too_large = [each for each in kernels if each["shared"] > SHARED_KIB[arch] * 1024]
-    assert not too_large
+    run = subprocess.run([sys.executable, SCRIPT, *arches], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    for arch in arches:
+        assert {each["kernel"].split()[0] for each in kernels if each["arch"] == arch} == OF_ARCH[arch]
+    for each in kernels:
+        alike = each["arch"] == "90" and each["kernel"].split()[0] not in TENSOR_CORES  # on every NVIDIA GPU
+        assert each["shared"] <= (LEAST if alike else SHARED_KIB[each["arch"]]) * 1024, each

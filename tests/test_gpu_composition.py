@@ -1,4 +1,4 @@
-"""Offload, compilation and half precision as they are used on a CUDA GPU: `pytest -m gpu`."""
+"""Offload, compilation and half precision as they are used on a CUDA GPU: `make gpu-test`."""
 
 import warnings
 
@@ -84,8 +84,7 @@ def test_offload_before_or_after_enabling(kind, how, when):
     torch.testing.assert_close(run(pipeline, steps=STEPS).cuda(), untouched.cuda(), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("when", "dtype"), [("before", torch.float32), ("after", torch.bfloat16)])
 def test_compiled_blocks_before_or_after_enabling(kind, when, dtype):
     make, run = PIPELINES[kind]
     pipeline = make().to("cuda", dtype)

@@ -10,24 +10,23 @@ from hypothesis import strategies as st
 
 from oracle import choose_blocks
 from rectified_spaattn import SparseConfig, TokenLayout
-from rectified_spaattn.method.estimate import estimate, estimate_pooled
+from rectified_spaattn.config import RECTIFY, Rule
+from rectified_spaattn.method.estimate import estimate
 from rectified_spaattn.method.gain import gain
 from rectified_spaattn.method.pool import Pooled, pool
 from rectified_spaattn.method.rectify import rectify
 from rectified_spaattn.method.select import select
-from rectified_spaattn.method.tail import CAP, tail_bias
+from rectified_spaattn.method.tail import CAP, pooled_keys
+from rectified_spaattn.orders import blocks_of
+
+NONE, POOLED, IPAR, GAPR, ROW = (RECTIFY[mode] for mode in ("none", "pooled", "ipar", "ipar+gapr", "row"))
 
 
-def row_layout(blocks: int) -> TokenLayout:
-    """`blocks` rows of 16 tokens in one frame."""
-    return TokenLayout.build((1, blocks, 16), block_size=16, order="raster")
-
-
-def choose(probability: list[list[float]], blocks: int, **config: Any) -> list[list[int]]:
-    """The kept blocks of every row of P [rows of nb + 1]."""
-    config = {"order": "raster", "neighbours": False, "top_p": 0.0, **config}
-    p = torch.tensor(probability)[None, None]
-    mask = select(p, row_layout(blocks), SparseConfig(**config))
+def choose(probability: list[list[float]], blocks: int, frames: int = 1, **settings: Any) -> list[list[int]]:
+    """The kept blocks of every row of P [rows of nb + 1], where a block is a row of 16 tokens in a frame."""
+    config = SparseConfig(block_size=16, **{"order": "raster", "top_p": 0.0, **settings})
+    layout = TokenLayout.build((frames, blocks // frames, 16))
+    mask = select(torch.tensor(probability)[None, None], blocks_of(layout, config), config)
     assert mask.dtype == torch.bool
     return [row.nonzero().flatten().tolist() for row in mask[0, 0]]
 
@@ -37,7 +36,7 @@ def choose(probability: list[list[float]], blocks: int, **config: Any) -> list[l
 
 def test_pool_by_hand() -> None:
     x = torch.tensor([[0.0, 4.0], [2.0, -4.0], [4.0, 4.0], [6.0, -4.0]])[None, None, None]  # one block of 4, D = 2
-    got = pool(x, 2 * x + 1, -x)
+    got = pool(x, 2 * x + 1, -x, GAPR)
     assert got.q.flatten().tolist() == [3.0, 0.0]
     assert got.dq.flatten().tolist() == [2.0, 4.0]  # mean absolute, not squared, deviation
     assert got.k.flatten().tolist() == [7.0, 1.0]
@@ -49,7 +48,7 @@ def test_pool_by_hand() -> None:
 def test_pool_is_float32_for_halves(dtype: torch.dtype) -> None:
     x = torch.full((1, 1, 1, 128, 4), 1.0, dtype=dtype)
     x[..., 0, :] = 1.0078125  # one step of bfloat16 above 1: a mean in half precision would lose it
-    got = pool(x, x, x)
+    got = pool(x, x, x, GAPR)
     assert {part.dtype for part in got if part is not None} == {torch.float32}
     assert got.k_var is None
     exact = x.double().mean(3)
@@ -59,33 +58,36 @@ def test_pool_is_float32_for_halves(dtype: torch.dtype) -> None:
 
 def test_pool_gives_the_spread_that_is_asked_for() -> None:
     x = torch.tensor([1.0, 1.0, 1.0, 5.0]).view(1, 1, 1, 4, 1)
-    got = pool(x, 2 * x, x, "row")
+    got = pool(x, 2 * x, x, ROW)
     assert got[3:5] == (None, None)
     assert got.k_var.item() == 12.0  # of 2, 2, 2, 10 around 4: (3 * 4 + 36) / 4
-    assert pool(x, x, x, "ipar")[3:] == (None, None, None)
+    assert pool(x, x, x, IPAR)[3:] == (None, None, None)
+    assert None not in pool(x, x, x, Rule(gate="gain", tail=True))
     with pytest.raises(ValueError, match="without deviations"):
-        gain(got, torch.zeros(1, 1, 1, 1, dtype=torch.bool), "ipar+gapr")
+        gain(got, torch.zeros(1, 1, 1, 1, dtype=torch.bool), GAPR)
 
 
 def test_tail_bias_is_what_the_spread_of_keys_adds_up_to_a_cap() -> None:
     generator = torch.Generator().manual_seed(0)
     q = torch.full((1, 1, 1, 4096, 2), 1.0, dtype=torch.float64)
     k = 0.5 * torch.randn(1, 1, 1, 4096, 2, generator=generator, dtype=torch.float64)
-    pooled, every = pool(q, k, k, "row"), torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    pooled, every = pool(q, k, k, ROW), torch.ones(1, 1, 1, 1, dtype=torch.bool)
     mass = (k[0, 0, 0].sum(-1)).exp().sum().log().item()  # log-sum-exp of the logits of q = (1, 1)
     mean = pooled.k.sum().item()
-    assert mean + tail_bias(pooled, every, 1.0, 4096).item() == pytest.approx(mass, abs=0.02)
+    tail = pooled_keys(pooled, every, 1.0, 4096)
+    assert (tail.k is pooled.k, tail.v is pooled.v) == (True, True)
+    assert mean + tail.bias.item() == pytest.approx(mass, abs=0.02)
     assert mean + math.log(4096) < mass - 0.2  # what is missing without the variance
-    assert tail_bias(pooled, every, 100.0, 4096).item() == pytest.approx(math.log(4096) + CAP)
-    assert tail_bias(pooled, ~every, 1.0, 4096).item() == -math.inf
+    assert pooled_keys(pooled, every, 100.0, 4096).bias.item() == pytest.approx(math.log(4096) + CAP)
+    assert pooled_keys(pooled, ~every, 1.0, 4096).bias.item() == -math.inf
     with pytest.raises(ValueError, match="without the variance"):
-        tail_bias(pool(q, k, k), every, 1.0, 4096)
+        pooled_keys(pool(q, k, k, IPAR), every, 1.0, 4096)
 
 
 def test_pool_of_large_halves_does_not_overflow() -> None:
     x = torch.full((1, 1, 1, 128, 4), 65504.0, dtype=torch.float16)
     x[..., 1::2, :] = -65504.0
-    got = pool(x, x, x)
+    got = pool(x, x, x, GAPR)
     assert (got.q == 0).all()
     assert (got.dq == 65504).all()
 
@@ -97,7 +99,7 @@ def tensors(*values: list[list[float]]) -> list[torch.Tensor]:
 def test_estimate_by_hand() -> None:
     q_mean, k_mean, k_alone = tensors([[2.0], [0.0]], [[1.0], [-1.0]], [[0.5], [3.0]])
     valid = torch.tensor([[True, True]])
-    got = estimate(q_mean, k_mean, k_alone, valid, scale=0.5, block_size=16)[0, 0]
+    got = estimate(q_mean, k_mean, k_alone, valid, rule=IPAR, scale=0.5, block_size=16, leftover=0)[0, 0]
     weights = [16 * math.e, 16 / math.e, math.exp(0.5), math.exp(3.0)]  # a block stands for its 16 tokens
     total = sum(weights)
     want = [weights[0] / total, weights[1] / total, (weights[2] + weights[3]) / total]
@@ -107,15 +109,16 @@ def test_estimate_by_hand() -> None:
 
 def test_estimate_leaves_out_invalid_isolated_keys_whatever_they_hold() -> None:
     q_mean, k_mean, k_alone = tensors([[1.0]], [[1.0]], [[math.nan], [1.0], [math.inf]])
-    got = estimate(q_mean, k_mean, k_alone, torch.tensor([[False, True, False]]), scale=1.0, block_size=16)
+    settings: Any = {"rule": IPAR, "scale": 1.0, "block_size": 16, "leftover": 0}
+    got = estimate(q_mean, k_mean, k_alone, torch.tensor([[False, True, False]]), **settings)
     torch.testing.assert_close(got.flatten(), torch.tensor([16 / 17, 1 / 17]))
-    none = estimate(q_mean, k_mean, k_alone, torch.zeros(1, 3, dtype=torch.bool), scale=1.0, block_size=16)
+    none = estimate(q_mean, k_mean, k_alone, torch.zeros(1, 3, dtype=torch.bool), **settings)
     assert none.flatten().tolist() == [1.0, 0.0]
 
 
 def test_estimate_of_large_logits_does_not_overflow() -> None:
     q_mean, k_mean, k_alone = tensors([[1e4]], [[1e4], [-1e4]], [[9e3]])
-    got = estimate(q_mean, k_mean, k_alone, torch.tensor([[True]]), scale=1.0, block_size=16)
+    got = estimate(q_mean, k_mean, k_alone, torch.tensor([[True]]), rule=IPAR, scale=1.0, block_size=16, leftover=0)
     assert got.flatten().tolist() == [1.0, 0.0, 0.0]
 
 
@@ -125,7 +128,7 @@ def test_estimate_pooled_by_hand() -> None:
     leftover, text = [[1.0], [3.0]], [[1.0]] * 8 + [[math.nan]] * 8 + [[-1.0], [math.nan]]
     k_alone = torch.tensor(leftover + text)[None, None]
     valid = torch.tensor([[True] * 10 + [False] * 8 + [True, False]])
-    got = estimate_pooled(q_mean, k_mean, k_alone, valid, scale=1.0, block_size=16, leftover=2).flatten()
+    got = estimate(q_mean, k_mean, k_alone, valid, rule=POOLED, scale=1.0, block_size=16, leftover=2).flatten()
     weights = torch.tensor([2.0, 0.0, 2.0, 1.0, -1.0]).exp()
     want = torch.tensor([weights[0], weights[1], weights[2:].sum()]) / weights.sum()
     torch.testing.assert_close(got, want)
@@ -190,11 +193,21 @@ def test_neighbours_are_added_not_counted() -> None:
 
 
 def test_first_frame_blocks_see_each_other() -> None:
-    layout = TokenLayout.build((2, 2, 16), block_size=16, order="raster")  # two blocks a frame
-    p = torch.tensor([0.1, 0.1, 0.1, 0.7, 0.0]).expand(1, 1, 4, 5)
-    config = SparseConfig(sparsity=0.9, top_p=0, order="raster", neighbours=False, first_frame=True)
-    assert select(p, layout, config)[0, 0].int().tolist() == [[1, 1, 0, 1], [1, 1, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1]]
-    assert select(p, layout, config.replace(first_frame=False))[0, 0].sum() == 4
+    settings: dict[str, Any] = {"blocks": 4, "frames": 2, "sparsity": 0.9}
+    p = [[0.1, 0.1, 0.1, 0.7, 0.0]] * 4
+    assert choose(p, **settings, first_frame=True) == [[0, 1, 3], [0, 1, 3], [3], [3]]
+    assert choose(p, **settings) == [[3]] * 4
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_keeps_every_block(bad: float) -> None:
+    """Nothing says what could be left out; other rows stay as they are."""
+    p = [[0.125, 0.5, 0.125, 0.25], [0.1, 0.1, bad, 0.1], [0.1, 0.6, 0.1, bad]]
+    assert choose(p, 3, sparsity=0.9) == [[1], [0, 1, 2], [0, 1, 2]]
+
+
+def test_top_p_of_one_keeps_all_even_where_a_rounded_sum_gets_there_before() -> None:
+    assert choose([[1.0, 1e-9, 0.0, 0.0]] * 3, 3, sparsity=0.9, top_p=1) == [[0, 1, 2]] * 3
 
 
 @given(
@@ -213,11 +226,10 @@ def test_select_against_counting(
     generator = torch.Generator().manual_seed(seed)
     weights = torch.randint(1, levels + 1, (2, 2, blocks, blocks + 1), generator=generator).double()
     p = weights / weights.sum(-1, keepdim=True)
-    config = SparseConfig(
-        sparsity=sparsity, top_p=top_p, order="gilbert", neighbours=neighbours, first_frame=first_frame
-    )
-    layout = TokenLayout.build((2, blocks, 8), block_size=16)
-    assert torch.equal(select(p, layout, config), choose_blocks(p, layout, config))
+    place: Any = {"order": "gilbert", "neighbours": neighbours, "first_frame": first_frame}
+    config = SparseConfig(sparsity=sparsity, top_p=top_p, block_size=16, **place)
+    layout = TokenLayout.build((2, blocks, 8))
+    assert torch.equal(select(p, blocks_of(layout, config), config), choose_blocks(p, layout, config))
 
 
 # --- gain
@@ -238,12 +250,13 @@ def test_gain_against_error(q: list[float], k: list[float], dq: list[float], dk:
     parts = {name: torch.tensor(value)[None, None, None] for name, value in zip("qkab", (q, k, dq, dk), strict=True)}
     pooled = Pooled(q=parts["q"], k=parts["k"], v=parts["k"], dq=parts["a"], dk=parts["b"])
     dropped, kept = torch.zeros(1, 1, 1, 1, dtype=torch.bool), torch.ones(1, 1, 1, 1, dtype=torch.bool)
-    assert gain(pooled, dropped, "ipar+gapr").item() is worth
-    assert not gain(pooled, kept, "ipar+gapr").item()
-    for mode in ("ipar", "pooled"):
-        assert gain(pooled, dropped, mode).item()  # type: ignore[arg-type]
-        assert not gain(pooled, kept, mode).item()  # type: ignore[arg-type]
-    assert not gain(pooled, dropped, "none").item()
+    for rule in (GAPR, GAPR._replace(tail=True)):
+        assert gain(pooled, dropped, rule).item() is worth
+        assert not gain(pooled, kept, rule).item()
+    for rule in (IPAR, POOLED, ROW):
+        assert gain(pooled, dropped, rule).item()
+        assert not gain(pooled, kept, rule).item()
+    assert not gain(pooled, dropped, NONE).item()
 
 
 # --- rectify
@@ -253,7 +266,8 @@ def test_rectify_by_hand() -> None:
     p = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 1.0, 0.0]])[None, None]
     compensated = torch.tensor([[False, True, True], [False, False, False], [True, True, True]])[None, None]
     v_mean = torch.tensor([[1.0], [2.0], [4.0]])[None, None]
-    r, c = rectify(p, compensated, v_mean)
+    r, c, tail = rectify(p, compensated, v_mean)
+    assert tail is None
     assert r.flatten().tolist() == [0.625, 1.0, 0.0]
     assert c.flatten().tolist() == [1.0, 0.0, 4.0]
 
@@ -261,5 +275,5 @@ def test_rectify_by_hand() -> None:
 def test_a_small_rest_is_not_lost_to_rounding() -> None:
     """1 - 0.99999998 is 0 or 1e-7 in float32: R is summed from what is left instead."""
     p = torch.tensor([0.5, 0.5, 3e-9, 1e-9])[None, None, None]
-    r, _ = rectify(p, torch.tensor([True, True, False])[None, None, None], torch.zeros(1, 1, 3, 1))
+    r, *_ = rectify(p, torch.tensor([True, True, False])[None, None, None], torch.zeros(1, 1, 3, 1))
     torch.testing.assert_close(r.item(), 4e-9, rtol=1e-5, atol=0)

@@ -329,7 +329,7 @@ def _select_kernel(
     tl.store(r_ptr + row, tl.where(some, isolated + tl.sum(tl.where(compensated, 0.0, probability), 0), 1.0))
     kept = (keep & inside).to(tl.int32)
     if TAIL:
-        tl.store(bias_ptr + row * num_blocks + m, float("-inf"), mask=inside & ~compensated)
+        tl.store(bias_ptr + row * num_blocks + m, float("-inf"), mask=inside & (compensated == 0))
     tl.store(count_ptr + listed, tl.sum(kept, 0))
     tl.store(index_ptr + listed * num_blocks + tl.cumsum(kept, 0) - 1, m, mask=kept != 0)
 

@@ -1,0 +1,80 @@
+"""The kernels of order "content" against the stage in PyTorch, and the operator with both against the reference."""
+
+import pytest
+import torch
+
+from cases import MODES, STRIDED, kernel_budget
+from rectified_spaattn import rectified_attention
+from rectified_spaattn.backends import torch as torch_backend
+from rectified_spaattn.backends.triton import arrange as kernels
+from rectified_spaattn.backends.triton import sort
+from rectified_spaattn.method import arrange
+from test_kernels import ALONE, DEVICE, FEW, RAGGED, call
+
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
+
+
+@pytest.mark.parametrize(
+    ("blocks", "block_size", "kind"),
+    [
+        *((1, 64, "normal"), (2, 64, "few values"), (3, 64, "equal"), (3, 64, "normal")),
+        *((9, 128, "few values"), (13, 64, "normal"), (17, 64, "few values"), (33, 64, "equal")),
+    ],
+)
+def test_the_tree_is_that_of_the_stage(blocks, block_size, kind):
+    """To the last token: both have the same bfloat16 features, and of equal ones the first go left."""
+    points = torch.randn(2, blocks * block_size, 8, generator=torch.Generator().manual_seed(blocks))
+    points = {"normal": points, "few values": points.round(), "equal": torch.zeros_like(points)}[kind]
+    points = points.to(DEVICE, torch.bfloat16)
+    got = kernels.k_d_order(points, block_size)
+    assert torch.equal(got.long(), arrange.k_d_order(points, block_size))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_directions_are_those_of_the_stage(head_dim):
+    generator = torch.Generator().manual_seed(0)
+    long = torch.linspace(3, 0.3, head_dim)  # a spectrum whose directions are far apart
+    heads = 2 if head_dim == 64 else 1
+    q, k = ((torch.randn(heads, 900, head_dim, generator=generator) * long.square() + 1).to(DEVICE) for _ in "qk")
+    moments = arrange.moments(q, k, head_dim**-0.5)
+    want, got = arrange.directions(moments), kernels.directions(moments)
+    seen, exact = (torch.cat([q, k], -1) @ w for w in (got, want))
+    seen, exact = (x - x.mean(1, keepdim=True) for x in (seen, exact))
+    sign = (seen * exact).sum(1, keepdim=True).sign()
+    assert ((sign * seen - exact).norm(dim=1) <= 0.02 * exact.norm(dim=1)).all()
+
+
+@pytest.mark.parametrize("stride", ["contiguous", *STRIDED])
+def test_projections_are_those_of_the_stage(stride):
+    head_dim = 128 if stride == "contiguous" else 64
+    q, k, _, blocks, *_ = call((*RAGGED[:4], head_dim), order="content")[1]
+    q, k = (STRIDED.get(stride, torch.clone)(x) for x in (q, k))
+    w = torch.randn(4, 2 * head_dim, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE, q.dtype)
+    shift = torch.randn(4, 1, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    got = kernels.project(q, k, blocks.tiled, w, shift)
+    both = torch.cat([x[:, blocks.tiled].transpose(1, 2).flatten(0, 1) for x in (q, k)], -1).double()
+    want = both @ w.double() - shift.double()
+    torch.testing.assert_close(got.double(), want, rtol=2.0**-7, atol=1e-3)  # the interpreter cuts bfloat16 off
+
+
+@pytest.mark.parametrize("case", [RAGGED, ALONE])
+def test_order_content_is_the_reference(case):
+    """Sorted once; with that order every mode."""
+    layout, inputs = call(case, heads=FEW, order="content", scale=case[-1] ** -0.5)
+    order = sort(inputs)
+    assert torch.equal(order, torch_backend.sort(inputs))
+    options = {"text_mask": inputs.text_mask, "return_stats": True}
+    for mode in MODES:
+        config = inputs.config.replace(rectify=mode)
+        given = options if mode == "row" else {**options, "token_order": order}
+        out, stats = rectified_attention(*inputs[:3], layout, config, backend="triton", **given)
+        assert stats.sorting == ("triton" if mode == "row" else "")
+        assert torch.equal(stats.token_order, order)
+        given = {**options, "token_order": order, "block_mask": stats.block_mask}
+        want, exact = rectified_attention(*inputs[:3], layout, config, backend="reference", **given)
+        same = (stats.compensated == exact.compensated).all(-1)
+        assert same.all() or mode == "ipar+gapr"
+        error = (out.double() - want).abs().amax(-1).transpose(1, 2)  # [B, H, S]
+        tiled = error.gather(2, order)[same.repeat_interleave(inputs.blocks.block_size, -1)]
+        worst = torch.cat([tiled, error[..., inputs.blocks.isolated].flatten()]).max()
+        assert worst <= kernel_budget(inputs[:3], layout, inputs.text_mask) * want.abs().max()
