@@ -37,11 +37,14 @@ TRITON = [
     *(("128x64", BF16, "ipar"), ("128x64", BF16, "row"), ("128x64", FP16, "ipar+gapr")),
     *(("128x128 alone", BF16, mode) for mode in ("pooled", "ipar+gapr", "row")),
     *(("128x128 long", BF16, mode) for mode in ("ipar+gapr", "row")),
+    *(("128x128 long", BF16, "row+slope"), ("128x128 alone", FP16, "row+slope"), ("64x64", BF16, "row+slope")),
+    *(("64x128", FP16, "row+slope"), ("128x64", BF16, "row+slope")),
 ]
 FA4 = [
     *(("128x128", BF16, mode) for mode in ("none", "ipar+gapr", "row")),
     *(("128x128", FP16, "row"), ("128x64", BF16, "row"), ("128x64", FP16, "ipar+gapr")),
     *(("128x128 alone", BF16, "row"), ("128x128 long", BF16, "row"), ("64x64", BF16, "row")),
+    *(("128x128", FP16, "row+slope"), ("128x128 long", BF16, "row+slope"), ("128x64", BF16, "row+slope")),
 ]
 
 
@@ -101,6 +104,7 @@ def test_error_is_at_most_twice_that_of_sdpa(name, case, dtype, mode):
         *(("triton", case, "row") for case in CASES),
         *(("triton", "128x128", "none"), ("triton", "64x64", "ipar")),
         *(("fa4", "128x128", "row"), ("fa4", "128x128 alone", "none")),
+        *((name, "128x128 long", "row+slope") for name in NAMES),
     ],
 )
 def test_order_content_is_the_reference(name, case, mode):

@@ -79,29 +79,38 @@ def directions(of: Moments) -> torch.Tensor:
     together, as long as the deviation along them: those of S C, where S = diag(M_k, M_q) and C is the covariance of
     [q, k].
     """
-    w = principal(of.covariance, of.weigh)
+    w = _subspace(of.covariance, of.weigh)
     seen = of.covariance @ w
     spread = (seen * (of.weigh @ seen)).sum(1, keepdim=True)  # the eigenvalue, where wᵀ C w = 1
     return w * spread.sqrt()
 
 
 def principal(covariance: torch.Tensor, weigh: torch.Tensor) -> torch.Tensor:
-    """W [Z, n, r], Wᵀ C W = 1: the r = min(DIRECTIONS, n) principal directions of S C by subspace iteration.
+    """W [Z, n, r], Wᵀ C W = 1: the r = min(DIRECTIONS, n) principal directions of S C.
 
     covariance, weigh: C and S, symmetric [Z, n, n].
     """
+    return _orthonormal(_subspace(covariance, weigh), covariance)  # once more: the iteration leaves a percent
+
+
+def _subspace(covariance: torch.Tensor, weigh: torch.Tensor) -> torch.Tensor:
+    """The directions by subspace iteration on S C."""
     step = weigh @ covariance
     step = step @ step
     w = start_directions(step.shape[1], step.dtype, step.device)
-    little = 1e-5 * torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
     for _ in range(ROUNDS):
         w = step @ w
-        w = w / w.norm(dim=1, keepdim=True)
-        gram = w.transpose(1, 2) @ covariance @ w
-        gram = gram + little * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-        triangle = torch.linalg.cholesky_ex(gram)[0]
-        w = torch.linalg.solve_triangular(triangle, w.transpose(1, 2), upper=False).transpose(1, 2)
+        w = _orthonormal(w / w.norm(dim=1, keepdim=True), covariance)
     return w
+
+
+def _orthonormal(w: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """W with Wᵀ C W = 1, but for a little that keeps what is nearly parallel from blowing up."""
+    gram = w.transpose(1, 2) @ covariance @ w
+    little = 1e-5 * torch.eye(w.shape[2], dtype=w.dtype, device=w.device)
+    gram = gram + little * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    triangle = torch.linalg.cholesky_ex(gram)[0]
+    return torch.linalg.solve_triangular(triangle, w.transpose(1, 2), upper=False).transpose(1, 2)
 
 
 def k_d_order(features: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -29,8 +29,8 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     """R * (attention over listed blocks and isolated keys) + C for tiled queries, full attention for isolated ones.
 
     Where there is a tail, tiled queries attend to listed blocks, isolated keys and the tail's pooled ones instead, and
-    where there is a slope, the tail's share of q @ slope is added. With `partial` all but the listed blocks are attended
-    to here, and joined to it.
+    where there is a slope, the tail's share of q @ slope is added. With `partial` all but the listed blocks are
+    attended to here, and joined to it.
 
     Returns out [B, S, H, D] in the model's token order, and the log-sum-exp of the logits of every query over the keys
     it attended to, float32 [B, H, rows], in block order.
@@ -51,8 +51,9 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
         _rows_of(tiled.q, tiling.block_m), *(_rows_of(x, tiling.block_n) for x in keys),
+        *((None, None) if slope is None else _for_slope(tiled.q, slope, tiling)),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tail and tail.bias,
-        tiled.places, turns, r, c, slope,
+        tiled.places, turns, r, c,
         out, lse, *before, *before[0].stride()[:3], *out.stride()[:3],
         heads, num_blocks, rows, rows if tiled.places.ndim == 3 else 0, pool[0].shape[2],
         inputs.scale / math.log(2),
@@ -67,6 +68,12 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
 def _rows_of(x: torch.Tensor, count: int) -> TensorDescriptor:
     """x: [..., D], contiguous, read `count` rows at a time."""
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [count, x.shape[-1]])
+
+
+def _for_slope(q: torch.Tensor, slope: torch.Tensor, tiling: Tiling) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Both factors of q @ slope in parts of block_n columns and rows."""
+    queries = TensorDescriptor.from_tensor(q.view(-1, q.shape[-1]), [tiling.block_m, tiling.block_n])
+    return queries, _rows_of(slope, tiling.block_n)
 
 
 def tiling_for(device: torch.device, block: int, head_dim: int, resume: bool) -> Tiling:
@@ -122,8 +129,8 @@ def _absorb_biased(
 
 @triton.jit
 def _attend_kernel(
-    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc,
-    count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, places_ptr, turn_ptr, r_ptr, c_ptr, slope_ptr,
+    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, q_part_desc, slope_desc,
+    count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, places_ptr, turn_ptr, r_ptr, c_ptr,
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     partial_sb, partial_sh, partial_ss,
     out_sb, out_ss, out_sh,
@@ -184,10 +191,10 @@ def _attend_kernel(
     if SLOPE:
         # [BLOCK_M]: what pooled keys have of the softmax
         share = tl.where(n < num_blocks, 1.0 - exact * tl.exp2(exact_top - top) / total, 0.0)
-        asked = (q.to(tl.float32) * share[:, None]).to(q.dtype)
-        # [HEAD_DIM, HEAD_DIM]
-        slope = tl.load(slope_ptr + (head.to(tl.int64) * HEAD_DIM + d[:, None]) * HEAD_DIM + d[None, :])
-        result = tl.dot(asked, slope, result, input_precision="ieee")
+        for start in tl.range(0, HEAD_DIM, BLOCK_N, num_stages=1):
+            # [BLOCK_M, BLOCK_N]
+            asked = (q_part_desc.load([head * rows + first, start]).to(tl.float32) * share[:, None]).to(q.dtype)
+            result = tl.dot(asked, slope_desc.load([head * HEAD_DIM + start, 0]), result, input_precision="ieee")
     if not TAIL and n < num_blocks:
         # [HEAD_DIM]
         c = tl.load(c_ptr + planned * HEAD_DIM + d)
