@@ -40,7 +40,8 @@ def content_order(
 def sample_of(x: torch.Tensor, tiled: torch.Tensor) -> torch.Tensor:
     """Some of the tiled tokens of x [B, S, H, D], evenly spread: [B * H, m, D], m at most SAMPLE."""
     some = tiled[:: -(-tiled.numel() // SAMPLE)]
-    return x[:, some].transpose(1, 2).flatten(0, 1).to(stage_dtype(x.dtype))
+    # contiguous: the same values give the same bits, however they lie in memory
+    return x[:, some].transpose(1, 2).flatten(0, 1).to(stage_dtype(x.dtype)).contiguous()
 
 
 class Moments(NamedTuple):
@@ -76,41 +77,24 @@ def directions(of: Moments) -> torch.Tensor:
 
     Two keys differ, for the queries there are, by |M_q½ (k - k')|, M_q = scale² mean q qᵀ; two queries by
     |M_k½ (q - q')|, with centred keys, as no softmax sees what all keys share. W are the r principal directions of both
-    together, as long as the deviation along them: those of S C, where S = diag(M_k, M_q) and C is the covariance of
-    [q, k].
+    together, as long as the deviation along them, by subspace iteration on S C, where S = diag(M_k, M_q) and C is the
+    covariance of [q, k].
     """
-    w = _subspace(of.covariance, of.weigh)
-    seen = of.covariance @ w
-    spread = (seen * (of.weigh @ seen)).sum(1, keepdim=True)  # the eigenvalue, where wᵀ C w = 1
-    return w * spread.sqrt()
-
-
-def principal(covariance: torch.Tensor, weigh: torch.Tensor) -> torch.Tensor:
-    """W [Z, n, r], Wᵀ C W = 1: the r = min(DIRECTIONS, n) principal directions of S C.
-
-    covariance, weigh: C and S, symmetric [Z, n, n].
-    """
-    return _orthonormal(_subspace(covariance, weigh), covariance)  # once more: the iteration leaves a percent
-
-
-def _subspace(covariance: torch.Tensor, weigh: torch.Tensor) -> torch.Tensor:
-    """The directions by subspace iteration on S C."""
+    _, covariance, weigh = of
     step = weigh @ covariance
     step = step @ step
     w = start_directions(step.shape[1], step.dtype, step.device)
+    little = 1e-5 * torch.eye(w.shape[1], dtype=w.dtype, device=w.device)
     for _ in range(ROUNDS):
         w = step @ w
-        w = _orthonormal(w / w.norm(dim=1, keepdim=True), covariance)
-    return w
-
-
-def _orthonormal(w: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """W with Wᵀ C W = 1, but for a little that keeps what is nearly parallel from blowing up."""
-    gram = w.transpose(1, 2) @ covariance @ w
-    little = 1e-5 * torch.eye(w.shape[2], dtype=w.dtype, device=w.device)
-    gram = gram + little * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    triangle = torch.linalg.cholesky_ex(gram)[0]
-    return torch.linalg.solve_triangular(triangle, w.transpose(1, 2), upper=False).transpose(1, 2)
+        w = w / w.norm(dim=1, keepdim=True)
+        gram = w.transpose(1, 2) @ covariance @ w
+        gram = gram + little * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        triangle = torch.linalg.cholesky_ex(gram)[0]
+        w = torch.linalg.solve_triangular(triangle, w.transpose(1, 2), upper=False).transpose(1, 2)
+    seen = covariance @ w
+    spread = (seen * (weigh @ seen)).sum(1, keepdim=True)  # the eigenvalue, where wᵀ C w = 1
+    return w * spread.sqrt()
 
 
 def k_d_order(features: torch.Tensor, block_size: int) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """What a block leaves undone where its pooled key stands for it: stage 3 keeps blocks by it. Not in the paper."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from .arrange import principal, sample_of
+from .arrange import DIRECTIONS, sample_of
 
 
 class Directions(NamedTuple):
@@ -24,6 +25,19 @@ class Responses(NamedTuple):
     kv: torch.Tensor
 
 
+def principal(covariance: torch.Tensor, weigh: torch.Tensor) -> torch.Tensor:
+    """W [Z, n, r], Wᵀ C W = 1: the r = min(DIRECTIONS, n) principal directions of S C; C and S symmetric, [Z, n, n].
+
+    Where C is singular, W is 0 in what C does not reach.
+    """
+    values, vectors = torch.linalg.eigh(covariance.nan_to_num(0.0, 0.0, 0.0))
+    some = values > 100 * torch.finfo(values.dtype).eps * values[:, -1:]
+    root = values.where(some, 0).sqrt()[:, None]
+    seen = (vectors * root).transpose(1, 2) @ weigh.nan_to_num(0.0, 0.0, 0.0) @ (vectors * root)
+    main = torch.linalg.eigh(seen)[1][:, :, -DIRECTIONS:]
+    return (vectors / root.where(some[:, None], math.inf)) @ main
+
+
 def directions(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -31,11 +45,11 @@ def directions(
     scale: float,
     principal: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = principal,
 ) -> Directions:
-    """The directions of every head in which its keys differ most for its queries. q, k: [B, S, H, D]; principal: as
-    method.arrange has it.
+    """The directions of every head in which its keys differ most for its queries. q, k: [B, S, H, D].
 
     K are the r principal directions of M_q C_k, Kᵀ C_k K = 1, with C_k the covariance of keys and M_q = scale² mean
-    q qᵀ, from the sample that sorting takes; Q = scale * C_k K. Zeros where they are not finite.
+    q qᵀ, from the sample that sorting takes; Q = scale * C_k K. Zeros where they are not finite. principal: what finds
+    them, exactly here, by iteration on a GPU.
     """
     batch, _, heads, _ = q.shape
     some_q, some_k = sample_of(q, tiled), sample_of(k, tiled)

@@ -25,7 +25,7 @@ def directions(of: Moments) -> torch.Tensor:
 
 
 def principal(covariance: torch.Tensor, weigh: torch.Tensor, as_long_as_deviation: bool = False) -> torch.Tensor:
-    """W [Z, n, r], as method.arrange.principal, n a multiple of 32."""
+    """W [Z, n, r], as method.residual.principal but by iteration. covariance, weigh: [Z, n, n], n of 64 or more."""
     trees, dim, _ = weigh.shape
     start = start_directions(dim, torch.float32, weigh.device)
     rank = start.shape[1]
