@@ -3,7 +3,7 @@
 import torch
 
 import rectified_spaattn as rsa
-from rectified_spaattn.demo.pipeline import load_demo_pipeline
+from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pipe = load_demo_pipeline(device)

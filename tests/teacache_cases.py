@@ -122,7 +122,8 @@ def at_step(inputs, step, total, pace=0.1):
     fraction = 1 - step / total
     scaled = timestep * 2 * fraction if timestep.is_floating_point() else (timestep * 2 * fraction).long()
     drift = pace * step * torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(step))
-    return {**inputs, "timestep": scaled, "hidden_states": inputs["hidden_states"] + drift}
+    latents = inputs["hidden_states"] + drift.to(inputs["hidden_states"].device)
+    return {**inputs, "timestep": scaled, "hidden_states": latents}
 
 
 def forward(model, inputs, branch=None):
@@ -138,7 +139,7 @@ def walk(model, inputs, handle, total=8, branch=None, pace=0.1):
     for step in range(total):
         if handle is not None:
             handle.set_step(step, total)
-        outputs.append(forward(model, at_step(inputs, step, total, pace), branch))
+        outputs.append(forward(model, at_step(inputs, step, total, pace), branch).clone())  # as CUDA graphs need
     return torch.stack(outputs)
 
 

@@ -9,15 +9,16 @@ from typing import Any
 import imageio.v3 as iio
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from clip_runs import command
 from rectified_spaattn import SparseConfig, cli
-from rectified_spaattn.cli.app import app
-from rectified_spaattn.cli.demo_options import DEFAULT, QUICK, DemoOptions
+from rectified_spaattn.lab.clips.demo import evaluation_of
+from rectified_spaattn.lab.clips.options import DemoOptions
 
 FILES = ("report.html", "metrics.json", "side-by-side.mp4", "side-by-side.png")
 MODES = ["full", *(f"{word}-{share}" for share in (80, 90) for word in ("sparse", "rectified", "default"))]
-
+CAPTION = "a red solid circle moving right over a blue solid background"
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,48 +27,40 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished demo: its folder and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    arguments = [
-        "--out",
-        out,
-        "--weights",
-        weights,
-        "--quick",
-        "--size",
-        32,
-        "--steps",
-        2,
-        "--seeds",
-        2,
-    ]
-    result = CliRunner().invoke(app, ["demo", *map(str, arguments)])
+    words = ["--out", out, "--weights", weights, "--quick", "--size", 32, "--steps", 2, "--seeds", 2]
+    result = command("demo", *words)
     assert result.exit_code == 0, result.output
     return out, result.output
 
 
 def test_help_names_the_command_and_its_options() -> None:
-    assert "demo" in CliRunner().invoke(app, ["--help"]).output
-    result = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "160"})
+    assert "demo" in command("--help").output
+    result = command("demo", "--help")
     assert result.exit_code == 0
     for option in ("--out", "--quick", "--prompts", "--seeds", "--steps", "--size", "--sparsity", "--device"):
         assert option in result.output
 
 
 def test_version() -> None:
-    assert re.search(r"rectified-spaattn \d+\.\d+", CliRunner().invoke(app, ["--version"]).output)
+    assert re.search(r"rectified-spaattn \d+\.\d+", command("--version").output)
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--sparsity", "1.5"], "sparsity"),
-        (["--device", "tpu"], "allowed: auto, cpu or cuda"),
+        (["--sparsity", "0.5", "--sparsity", "0.5"], "values that differ"),
+        (["--device", "tpu"], "device: got 'tpu'; allowed: "),
+        (["--backend", "fast"], "backend: got 'fast'; allowed: "),
         (["--steps", "0"], "allowed: 1 or more"),
         (["--size", "30"], "multiple of 4"),
         (["--block-size", "50"], "multiple of 16"),
+        (["--prompts", "99"], "allowed: up to"),
+        (["--prompt", "a red zebra"], "does not know 'zebra'"),
     ],
 )
 def test_bad_options_are_refused_with_what_is_allowed(arguments: list[str], told: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out"), *arguments], env={"COLUMNS": "300"})
+    result = command("demo", "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 2
     assert told in result.output
     assert not (tmp_path / "out").exists()
@@ -78,59 +71,79 @@ def test_missing_packages_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert "typer, matplotlib" in str(stopped.value)
-    assert 'pip install "rectified-spaattn[demo]"' in str(stopped.value)
+    assert 'pip install ".[demo]" in a checkout' in str(stopped.value)
 
 
 def test_without_weights_the_message_says_what_to_do(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["demo", "--weights", str(tmp_path), "--out", str(tmp_path / "out")])
+    result = command("demo", "--weights", tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 1
     assert "no demo weights" in result.output
-
-
-def test_a_word_the_model_does_not_know_is_named_before_anything_is_written(weights: Path, tmp_path: Path) -> None:
-    arguments = ["--weights", str(weights), "--out", str(tmp_path / "out"), "--prompt", "a red zebra"]
-    result = CliRunner().invoke(app, ["demo", *arguments])
-    assert result.exit_code == 1
-    assert "does not know 'zebra'" in result.output
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.filterwarnings("ignore:rectified_spaattn")
 def test_blocks_larger_than_the_clip_end_with_what_to_change(weights: Path, tmp_path: Path) -> None:
-    arguments = ["--weights", weights, "--out", tmp_path, "--quick", "--size", 16, "--steps", 1, "--block-size", 512]
-    result = CliRunner().invoke(app, ["demo", *map(str, arguments)])
+    words = ["--weights", weights, "--out", tmp_path, "--quick", "--size", 16, "--steps", 1, "--block-size", 512]
+    result = command("demo", *words)
     assert result.exit_code == 1
     assert "Use a smaller block_size" in result.output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("command", [["demo"], ["doctor"], ["inspect"], ["generate", "model", "--prompt", "x"]])
-def test_a_gpu_that_is_not_there_is_told_alike_by_every_command(command: list[str]) -> None:
-    result = CliRunner().invoke(app, [*command, "--device", "cuda"], env={"COLUMNS": "300"})
+@pytest.mark.parametrize("words", [["demo"], ["doctor"], ["inspect"], ["generate", "model", "--prompt", "x"]])
+def test_a_gpu_that_is_not_there_is_told_alike_by_every_command(words: list[str]) -> None:
+    result = command(*words, "--device", "cuda")
     assert result.exit_code == 2
     assert "torch finds no CUDA GPU here. Use cpu" in result.output
 
 
+def test_an_error_that_nobody_foresaw_is_a_sentence_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*arguments: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr("rectified_spaattn.cli.demo.load", fail)
+    result = command("demo", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "ZeroDivisionError: by nothing" in result.output
+    assert "--debug" in result.output
+    assert isinstance(command("--debug", "demo", "--out", tmp_path / "out").exception, ZeroDivisionError)
+
+
 def test_modes_differ_in_nothing_but_sparsity_rectification_and_order() -> None:
-    full, *sparse = DEFAULT.modes()
+    default = DemoOptions()
+    full, *sparse = evaluation_of(default, CPU).modes
     assert full.config is None
     assert [mode.name for mode in sparse] == MODES[1:]
     for mode in sparse:
         assert mode.config is not None
         same = mode.config.replace(sparsity=0.5, rectify="none", order="gilbert")
-        assert same == DEFAULT.config(0.5, "none")
-    assert DemoOptions(sparsity=(0.875,)).modes()[1].name == "sparse-87.5"
-    assert QUICK.prompts * QUICK.steps < DEFAULT.prompts * DEFAULT.steps
+        assert same == default.paper(0.5).replace(rectify="none")
+    assert evaluation_of(DemoOptions(sparsity=(0.875,)), CPU).modes[1].name == "sparse-87.5"
+    steps = [evaluation_of(DemoOptions(quick=quick), CPU) for quick in (True, False)]
+    quick, whole = (len(each.prompts) * each.arguments["num_inference_steps"] for each in steps)
+    assert quick < whole
+
+
+def test_the_demo_shows_the_paper_and_the_default() -> None:
+    for options in (DemoOptions(), DemoOptions(quick=True), DemoOptions(neighbours=True)):
+        configs = [mode.config for mode in evaluation_of(options, CPU).modes if mode.config is not None]
+        shown = {(config.rectify, config.order, config.neighbours) for config in configs}
+        paper, ours = SparseConfig.paper(), SparseConfig()
+        assert shown == {
+            ("none", paper.order, options.neighbours),
+            (paper.rectify, paper.order, options.neighbours),
+            (ours.rectify, ours.order, ours.neighbours),
+        }
 
 
 def test_demo_writes_every_file(run: tuple[Path, str]) -> None:
     out, printed = run
     assert all((out / name).stat().st_size > 1000 for name in FILES)
     assert {path.stem for path in (out / "figures").iterdir()} == {"curve", "plan", "error"}
-    videos = sorted(path.name for path in (out / "videos").iterdir())
+    videos = sorted((out / "videos").rglob("*.mp4"))
     assert len(videos) == 2 * 7
-    assert "01-seed0-full.mp4" in videos
-    assert iio.imread(out / "videos" / videos[0]).shape == (16, 384, 384, 3)
+    assert {path.parent.name for path in videos} == set(MODES)
+    assert iio.imread(videos[0]).shape == (16, 384, 384, 3)
     side = iio.imread(out / "side-by-side.mp4")
     assert side.shape[0] == 16
     assert 7 * 192 < side.shape[2] < 7 * 192 + 60
@@ -157,42 +170,22 @@ def test_metrics_json_agrees_with_itself_and_with_the_report(run: tuple[Path, st
     density = {each["mode"]: each["density"] for each in metrics["means"]}
     assert density["sparse-80"] == density["rectified-80"] == density["default-80"]
     assert density["sparse-90"] < density["sparse-80"] < 0.3
-    assert metrics["settings"]["seeds"] == [0, 1]
+    assert metrics["settings"]["seeds"] == 2
     assert metrics["speed"] == []
-    assert set(metrics["versions"]) == {"rectified-spaattn", "python", "torch", "diffusers"}
+    assert {"rectified-spaattn", "python", "torch", "diffusers"} <= set(metrics["versions"])
 
 
-def test_a_second_run_replaces_the_videos_of_the_first(run: tuple[Path, str], weights: Path) -> None:
+def test_a_second_run_replaces_the_videos_of_the_first_and_no_others(run: tuple[Path, str], weights: Path) -> None:
     out, _ = run
-    caption = "a red solid circle moving right over a blue solid background"
-    arguments = [
-        "--out",
-        out,
-        "--weights",
-        weights,
-        "--size",
-        32,
-        "--steps",
-        1,
-        "--sparsity",
-        0.5,
-        "--prompt",
-        caption,
-        "--quick",
-    ]
-    result = CliRunner().invoke(app, ["demo", *map(str, arguments)])
+    mine = [out / "videos" / "holiday.mp4", out / "videos" / "sparse-90" / "mine.mp4", out / "notes.txt"]
+    for path in mine:
+        path.write_text("mine")
+    words = ["--out", out, "--weights", weights, "--size", 32, "--steps", 1, "--sparsity", 0.5, "--quick"]
+    result = command("demo", *words, "--prompt", CAPTION)
     assert result.exit_code == 0, result.output
-    assert len(list((out / "videos").iterdir())) == 4
-    assert json.loads((out / "metrics.json").read_text())["clips"][0]["prompt"] == caption
-
-
-def test_the_demo_shows_the_paper_and_the_default() -> None:
-    for options in (DEFAULT, QUICK, DemoOptions(neighbours=True)):
-        configs = [mode.config for mode in options.modes() if mode.config is not None]
-        found = {(config.rectify, config.order, config.neighbours) for config in configs}
-        ours = SparseConfig()
-        assert found == {
-            ("none", "gilbert", options.neighbours),
-            ("ipar+gapr", "gilbert", options.neighbours),
-            (ours.rectify, ours.order, ours.neighbours),
-        }
+    videos = set((out / "videos").rglob("*.mp4"))
+    assert videos - set(mine) == {
+        out / "videos" / mode / f"{CAPTION}-0.mp4" for mode in ("full", "sparse-50", "rectified-50", "default-50")
+    }
+    assert all(path.read_text() == "mine" for path in mine)
+    assert json.loads((out / "metrics.json").read_text())["clips"][0]["prompt"] == CAPTION

@@ -7,10 +7,11 @@ from pathlib import Path
 import imageio.v3 as iio
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import scaled_dot_product_attention
 
 import tiny
-from clip_runs import LABELS, MODES, PAIRS, evaluate, rows
+from clip_runs import LABELS, MODES, PAIRS, command, evaluate, rows
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.clips import evaluate as work
 from rectified_spaattn.lab.clips import perceptual
@@ -178,6 +179,25 @@ def test_a_diffusers_pipeline_with_its_preset_and_a_config_file(models: Path, tm
     density = {name: float(each["density"]) for name, each in by_mode.items()}
     assert computed["ipar-75"] == pytest.approx((2 + density["ipar-75"]) / 3)  # two of three layers run in full
     assert computed["quarter"] == pytest.approx((1 + 2 * density["quarter"]) / 3)
+
+
+def test_a_model_that_starts_from_an_image(models: Path, tmp_path: Path) -> None:
+    picture, prompts = tmp_path / "first.png", tmp_path / "prompts.txt"
+    Image.linear_gradient("L").convert("RGB").resize((64, 64)).save(picture)
+    prompts.write_text("a b c")
+    words = ["evaluate", "--model", models / "ti2v", "--prompts", prompts, "--argument", "max_sequence_length=12"]
+    words += ["--height", 64, "--width", 64, "--frames", 5, "--steps", 1, "--dtype", "float32", "--device", "cpu"]
+    words += ["--config", models / "sparse.yaml", "--no-lpips"]
+    result = command(*words, "--image", picture, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "out" / "manifest.json").read_text())["settings"]
+    assert settings["pipeline"] == "WanImageToVideoPipeline"
+    assert settings["call"]["image"] == str(picture)
+    assert len(settings["image_sha256"]) == 64
+    refused = command(*words, "--image", tmp_path / "gone.png", "--out", tmp_path / "other")
+    assert refused.exit_code == 1
+    assert "gone.png" in refused.output
+    assert not (tmp_path / "other").exists()
 
 
 def test_lpips_is_never_skipped_in_silence(

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from clip_runs import MODES, PROMPTS, command, evaluate, rows, times
-from rectified_spaattn.lab.clips.clip import Pair
+from rectified_spaattn.lab.clips.clip import Clip, Pair, full_mode
 from rectified_spaattn.lab.clips.folder import MANIFEST, MARK, Folder
 from rectified_spaattn.lab.clips.options import ClipError
+from rectified_spaattn.lab.clips.summary import measure
 from rectified_spaattn.lab.rows import write_atomically
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,7 +105,7 @@ def test_a_damaged_manifest_is_named_and_written_again(text: str, copy: Path) ->
     said: list[str] = []
     before = json.loads((copy / MANIFEST).read_text())
     (copy / MANIFEST).write_text(text)
-    with Folder(copy, list(PROMPTS), before["settings"], said.append).claim({}):
+    with Folder(copy, list(PROMPTS), before["settings"], said.append).claim("evaluate", {}):
         assert json.loads((copy / MANIFEST).read_text())["settings"] == before["settings"]
     assert len(said) == 1
     assert said[0].startswith(f"{copy / MANIFEST} cannot be read")
@@ -154,7 +155,7 @@ def test_without_a_manifest_clips_of_other_settings_are_not_taken(copy: Path) ->
     settings, said = json.loads((copy / MANIFEST).read_text())["settings"], []
     (copy / MANIFEST).unlink()
     folder = Folder(copy, list(PROMPTS), settings | {"fps": 99}, said.append)
-    with folder.claim({}):
+    with folder.claim("evaluate", {}):
         assert json.loads((copy / MANIFEST).read_text())["settings"]["fps"] == 99
         assert folder.record("row-50", FIRST) is None
     assert said[0].endswith("is of other settings: it is made again.")
@@ -166,7 +167,7 @@ def test_what_a_killed_process_left_is_removed(copy: Path) -> None:
     for path in left:
         path.write_bytes(b"0" * 1000)
     settings = json.loads((copy / MANIFEST).read_text())["settings"]
-    with Folder(copy, list(PROMPTS), settings).claim({}):
+    with Folder(copy, list(PROMPTS), settings).claim("evaluate", {}):
         assert not any(path.exists() for path in left)
 
 
@@ -292,13 +293,23 @@ def test_a_folder_made_anew_loses_its_own_files_and_no_others(tmp_path: Path) ->
     settings = {"prompts": ["a"], "seeds": 1, "modes": [{"name": "full"}]}
     folder = Folder(tmp_path, ["a"], settings)
     pair = Pair(prompt="a", seed=0)
-    with folder.claim({}, files=["report.html"]):
+    with folder.claim("demo", {}):
         for path in (folder.video("full", pair), tmp_path / "videos" / "full" / "mine.mp4", tmp_path / "report.html"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("x")
-    with Folder(tmp_path, ["b"], settings | {"prompts": ["b"]}).claim({}, anew=True):
+        clip = Clip(mode=full_mode(), pair=pair, video=torch.rand(2, 3, 16, 16), seconds=1.0, steps=(1.0,))
+        folder.write_record(measure(clip, clip.video, ""))
+        folder.write_reference(pair, clip.video)
+    with (
+        pytest.raises(ClipError, match="of another command; allowed: one of `evaluate`"),
+        folder.claim("evaluate", {}),
+    ):
+        pass
+    with Folder(tmp_path, ["b"], settings | {"prompts": ["b"]}).claim("demo", {}, clear=["report.html"]):
         assert not folder.video("full", pair).exists()
         assert not (tmp_path / "report.html").exists()
+        assert not (tmp_path / "clips").exists()
+        assert not (tmp_path / "references").exists()
         assert (tmp_path / "videos" / "full" / "mine.mp4").exists()
-        with pytest.raises(ClipError, match="another run is at work"), folder.claim({}):
+        with pytest.raises(ClipError, match="another run is at work"), folder.claim("demo", {}):
             pass

@@ -38,7 +38,7 @@ def test_a_folder_that_another_run_works_in_is_refused_until_that_one_is_dead(ar
         assert times(copy, "**/*") == before
         other.kill()
     settings = json.loads((copy / MANIFEST).read_text())["settings"]
-    with Folder(copy, list(PROMPTS), settings).claim({}):
+    with Folder(copy, list(PROMPTS), settings).claim("evaluate", {}):
         pass
 
 

@@ -237,10 +237,9 @@ def test_axes_say_how_blocks_are_sorted(
     assert any("sorted by content" in note for note in notes) == (order == "content")
 
 
-def test_inspect_reads_the_folder_of_any_pipeline(tmp_path: Path) -> None:
-    wan_pipeline().save_pretrained(tmp_path / "wan")
+def test_inspect_reads_the_folder_of_any_pipeline(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    common = ("--model", tmp_path / "wan", "--prompt", "a b c", "--height", 128, "--width", 128, "--frames", 9)
+    common = ("--model", models / "wan", "--prompt", "a b c", "--height", 128, "--width", 128, "--frames", 9)
     code, printed = invoke(*common, "--steps", 2, "--block-size", 32, "--out", out, "--device", "cpu")
     assert code == 0, printed
     told = json.loads((out / "inspect.json").read_text())
@@ -253,6 +252,29 @@ def test_inspect_reads_the_folder_of_any_pipeline(tmp_path: Path) -> None:
     assert code == 1
     assert "block_size: got 256 for 192 video tokens" in printed
     assert not (tmp_path / "none").exists()
+
+
+def test_inspect_starts_from_an_image_and_takes_the_settings_of_a_file(models: Path, tmp_path: Path) -> None:
+    picture, out = tmp_path / "first.png", tmp_path / "out"
+    Image.linear_gradient("L").convert("RGB").resize((128, 128)).save(picture)
+    small = ("--height", 128, "--width", 128, "--frames", 9, "--steps", 2, "--device", "cpu", "--sparsity", 0.8)
+    settings = ("--config", models / "sparse.yaml", "--rectify", "ipar")
+    code, printed = invoke("--model", models / "ti2v", "--image", picture, *small, *settings, "--out", out)
+    assert code == 0, printed
+    told = json.loads((out / "inspect.json").read_text())
+    assert told["arguments"]["image"] == str(picture)
+    assert (told["config"]["block_size"], told["config"]["rectify"], told["config"]["top_p"]) == (16, "ipar", 0.0)
+    code, printed = invoke("--model", models / "ti2v", "--image", tmp_path / "none.png", *small, "--out", out)
+    assert code == 1
+    assert "there is no such file" in printed
+
+
+def test_inspect_sees_the_transformer_that_makes_the_step(models: Path, tmp_path: Path) -> None:
+    small = ("--height", 128, "--width", 128, "--frames", 9, "--steps", 4, "--device", "cpu", "--sparsity", 0.8)
+    last = ("--model", models / "wan-2", "--prompt", "a b c", "--block-size", 16, "--step", 3)
+    code, printed = invoke(*last, *small, "--out", tmp_path / "out")
+    assert code == 0, printed
+    assert json.loads((tmp_path / "out" / "inspect.json").read_text())["call"]["step"] == 3
 
 
 def test_inspect_refuses_a_folder_without_a_pipeline_and_a_pipeline_without_videos(tmp_path: Path) -> None:

@@ -4,31 +4,31 @@ import math
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from rectified_spaattn import SparseConfig, rectified_attention
-from rectified_spaattn.config import RECTIFY_MODES
-from rectified_spaattn.demo.model import build_caption_encoder, build_transformer
-from rectified_spaattn.demo.pipeline import DemoVideoPipeline
-from rectified_spaattn.evaluation.attention_error import (
-    attention_error,
-    block_masses,
-    full_attention,
-    misplaced,
+from rectified_spaattn import SparseConfig
+from rectified_spaattn.lab.clips.clip import (
+    Clip,
+    Mode,
+    NothingSparseError,
+    Pair,
+    check_sparse,
+    full_mode,
+    generate,
+    warm_up,
 )
-from rectified_spaattn.evaluation.capture import AttentionCall, capture_attention, end_after
-from rectified_spaattn.evaluation.maps import one_head, output_masses
-from rectified_spaattn.evaluation.metrics import finite_or_none, psnr, ssim
-from rectified_spaattn.evaluation.paired import Clip, Mode, Pair, Settings, full_mode, generate, generate_pairs
-from rectified_spaattn.evaluation.record import comparisons_record, scores_record
-from rectified_spaattn.evaluation.scores import means, pairs_won, score
+from rectified_spaattn.lab.clips.metrics import flicker, psnr, ssim
+from rectified_spaattn.lab.clips.summary import finite_or_none, measure, plain, summarise, wins
+from rectified_spaattn.lab.demo_model.model import build_caption_encoder, build_transformer
+from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
+from rectified_spaattn.lab.pages.demo import comparisons
+from rectified_spaattn.pipelines import RunStats
 
 PROMPT = "a red solid circle moving right over a blue striped background"
-SETTINGS = Settings(height=32, width=32, num_frames=8, steps=3)
-SPARSE = SparseConfig(sparsity=0.8, top_p=0.0, rectify="ipar+gapr", block_size=32, order="gilbert", neighbours=False)
-PLAIN = Mode(name="sparse-80", label="sparse 80%", config=SPARSE.replace(rectify="none"))
-RECTIFIED = Mode(name="rectified-80", label="rectified 80%", config=SPARSE)
+CALL = {"height": 32, "width": 32, "num_frames": 8, "num_inference_steps": 3}
+SPARSE = SparseConfig.paper(sparsity=0.8, top_p=0.0, block_size=32, neighbours=False)
+PLAIN = Mode(name="sparse-80", label="sparse 80%", configs=(SPARSE.replace(rectify="none"),))
+RECTIFIED = Mode(name="rectified-80", label="rectified 80%", configs=(SPARSE,))
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,13 +43,6 @@ def pipe() -> DemoVideoPipeline:
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return DemoVideoPipeline(transformer, build_caption_encoder().eval(), FlowMatchEulerDiscreteScheduler())
-
-
-@pytest.fixture(scope="module")
-def call(pipe: DemoVideoPipeline) -> AttentionCall:
-    with capture_attention(pipe, step=1, layers=[1]) as calls:
-        generate(pipe, full_mode(), Pair(prompt=PROMPT, seed=0), SETTINGS, after_step=end_after(1))
-    return calls[0]
 
 
 def clips(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -121,17 +114,17 @@ def test_ssim_refuses_frames_below_its_window() -> None:
         ssim(clips(1, 1, 3, 8, 16), clips(1, 1, 3, 8, 16))
 
 
+def test_flicker() -> None:
+    video = torch.zeros(2, 3, 3, 16, 16)
+    video[1, 1] = 0.5
+    assert flicker(video).tolist() == [0, 0.5]
+    with pytest.raises(ValueError, match="2 or more"):
+        flicker(video[:, :1])
+
+
 def clip(mode: Mode, pair: Pair, brightness: float, seconds: float) -> Clip:
     video = torch.full((2, 3, 16, 16), brightness)
-    return Clip(
-        mode=mode,
-        pair=pair,
-        video=video,
-        seconds=seconds,
-        steps=(seconds / 2, seconds / 2),
-        density=0.2,
-        backend="torch",
-    )
+    return Clip(mode=mode, pair=pair, video=video, seconds=seconds, steps=(seconds / 2, seconds / 2))
 
 
 def test_scores_means_and_wins_by_hand() -> None:
@@ -144,36 +137,33 @@ def test_scores_means_and_wins_by_hand() -> None:
         clip(PLAIN, second, 0.51, 4.0),  # 40 dB
         clip(RECTIFIED, second, 0.6, 4.0),  # 20 dB
     ]
-    scores = score(made)
-    assert [round(each.psnr, 2) for each in scores] == [math.inf, 20, 40, math.inf, 40, 20]
-    full, plain, rectified = means(made, scores)
-    assert (full.speedup, plain.speedup, plain.step_seconds, plain.clips) == (1.0, 2.0, 2.0, 2)
-    assert plain.psnr == pytest.approx(30, abs=1e-3)
-    assert pairs_won(scores, "rectified-80", "sparse-80", "psnr") == (1, 2)
+    records = [measure(each, made[0].video, "") for each in made]
+    assert [round(each.psnr, 2) for each in records] == [math.inf, 20, 40, math.inf, 40, 20]
+    summaries = summarise([full_mode(), PLAIN, RECTIFIED], records)
+    full, sparse, _ = summaries
+    assert (full.speedup, sparse.speedup, sparse.step_seconds, sparse.clips) == (1.0, 2.0, 2.0, 2)
+    assert sparse.scores["psnr"].mean == pytest.approx(30, abs=1e-3)
+    assert wins(records, "rectified-80", "sparse-80", "psnr") == (1, 2)
 
-    row = comparisons_record([full_mode(), PLAIN, RECTIFIED], [full, plain, rectified], scores)[0]
+    [row] = comparisons(summaries, records)
     assert row["psnr_gain"] == pytest.approx(0, abs=1e-3)
     assert (row["sparse"], row["rectified"], row["psnr_won"], row["pairs"]) == ("sparse-80", "rectified-80", 1, 2)
-    assert scores_record(scores)[0]["psnr"] is None
-    with pytest.raises(ValueError, match="alone"):
-        score(made[1:3])
+    assert plain(records[0])["psnr"] is None
 
 
-def test_pairs_start_from_the_same_noise_and_leave_the_pipeline_alone(pipe: DemoVideoPipeline) -> None:
+def test_a_mode_has_the_same_noise_every_time_and_leaves_the_pipeline_alone(pipe: DemoVideoPipeline) -> None:
     processors = dict(pipe.transformer.attn_processors)
-    pairs = [Pair(prompt=PROMPT, seed=3), Pair(prompt=PROMPT, seed=4)]
-    seen: list[tuple[str, int, int]] = []
-    made = generate_pairs(
-        pipe,
-        [full_mode(), PLAIN, full_mode()],
-        pairs,
-        SETTINGS,
-        on_step=lambda mode, pair, step: seen.append((mode.name, pair.seed, step)),
-    )
+    seen: list[tuple[int, int, float | None]] = []
+    runs = [(full_mode(), 3), (PLAIN, 3), (full_mode(), 3), (full_mode(), 4)]
+    made = [
+        generate(pipe, mode, Pair(prompt=PROMPT, seed=seed), CALL, on_step=lambda *step: seen.append(step))
+        for mode, seed in runs
+    ]
     assert torch.equal(made[0].video, made[2].video)
     assert not torch.equal(made[0].video, made[1].video)
     assert not torch.equal(made[0].video, made[3].video)
-    assert seen[:8] == [("full", 3, step) for step in range(4)] + [("sparse-80", 3, step) for step in range(4)]
+    assert seen[:3] == [(step, 3, 1.0) for step in (1, 2, 3)]
+    assert [step[2] for step in seen[3:6]] == list(made[1].densities)
     assert made[0].video.shape == (8, 3, 32, 32)
     assert (made[0].density, made[0].backend) == (1.0, "")
     assert (made[1].backend, len(made[1].steps)) == ("torch", 3)
@@ -183,6 +173,10 @@ def test_pairs_start_from_the_same_noise_and_leave_the_pipeline_alone(pipe: Demo
 
 
 def test_a_mode_that_runs_no_sparse_call_is_an_error(pipe: DemoVideoPipeline) -> None:
-    dense = Mode(name="nothing", label="nothing", config=SPARSE.replace(dense_layers=(0, 1)))
-    with pytest.raises(RuntimeError, match="no attention call ran sparse"):
-        generate(pipe, dense, Pair(prompt=PROMPT, seed=0), SETTINGS)
+    dense = Mode(name="nothing", label="nothing", configs=(SPARSE.replace(dense_layers=(0, 1)),))
+    with pytest.raises(NothingSparseError, match="no attention call ran sparse"):
+        warm_up(pipe, [dense], Pair(prompt=PROMPT, seed=0), CALL)
+    made = generate(pipe, dense, Pair(prompt=PROMPT, seed=0), {**CALL, "num_inference_steps": 1})
+    assert isinstance(made.stats, RunStats)
+    with pytest.raises(NothingSparseError):
+        check_sparse(made)

@@ -318,7 +318,6 @@ def test_compiled_blocks(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' Euler scheduler
 @torch.no_grad()
 def test_capture_sees_cogvideox_as_it_is() -> None:
-    from rectified_spaattn.lab.calls.capture import capture_attention
 
     case = PIPELINES["CogVideoX 1.5 T2V"]
     pipeline, arguments = case.make(), case.arguments()

@@ -119,7 +119,6 @@ def test_an_image_prompt_in_the_processor_stays_dense(quiet):
 
 
 def test_an_image_prompt_in_the_processor_is_no_call_to_capture(quiet):
-    from rectified_spaattn.lab.calls.capture import capture_attention
 
     pipeline = tiny.wan_pipeline()
     tiny_run = {"steps": 2, "guidance_scale": 1.0}

@@ -7,15 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from rectified_spaattn import TokenLayout
-from rectified_spaattn.report import figures
-from rectified_spaattn.report.html import Media, data_uri, decibel, percent, write_report
-from rectified_spaattn.report.video import Row, difference, enlarge, labelled_grid, write_mp4
+from rectified_spaattn.lab.clips.folder import Folder
+from rectified_spaattn.lab.pages import figures
+from rectified_spaattn.lab.pages.demo import write_report
+from rectified_spaattn.lab.pages.html import data_uri, decibel, percent
+from rectified_spaattn.lab.pages.video import (
+    Row,
+    difference,
+    enlarge,
+    even,
+    labelled_grid,
+    read_mp4,
+    write_clip,
+    write_mp4,
+)
 
 
 def flat_clip(red: float, frames: int = 5, side: int = 16) -> torch.Tensor:
@@ -84,13 +95,57 @@ def test_mp4_refuses_odd_sides_and_floats(tmp_path: Path) -> None:
         write_mp4(tmp_path / "x.mp4", np.zeros((2, 16, 16, 3)))
 
 
+def test_odd_sides_gain_a_pixel(tmp_path: Path) -> None:
+    frames = torch.arange(2 * 3 * 5 * 3, dtype=torch.uint8).view(2, 3, 5, 3).numpy()
+    assert even(frames).shape == (2, 4, 6, 3)
+    assert (even(frames)[:, :3, :5] == frames).all()
+    write_clip(tmp_path / "odd.mp4", torch.rand(2, 3, 17, 33), fps=8)
+    assert iio.imread(tmp_path / "odd.mp4").shape == (2, 18, 34, 3)
+    write_clip(tmp_path / "wide.mp4", torch.rand(2, 3, 16, 32), fps=8, width=64)
+    assert iio.imread(tmp_path / "wide.mp4").shape == (2, 32, 64, 3)
+
+
+# Encoders that fail: killed, a full disk that it reports, a file that lacks frames, and none.
+FAILING = {
+    "killed": "kill -9 $$",
+    "fails": 'echo "No space left on device" >&2; exit 1',
+    "truncates": 'set -- "${@:1:$#-1}" -frames:v 1 "${@: -1}"; exec {ffmpeg} "$@"',
+    "writes nothing": "exit 0",
+    "writes rubbish": 'for last; do :; done; echo rubbish > "$last"',
+}
+
+
+@pytest.mark.parametrize("how", FAILING)
+def test_a_video_that_is_not_whole_is_an_error_and_leaves_what_was_there(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = imageio_ffmpeg.get_ffmpeg_exe()
+    encoder, path = tmp_path / "encoder", tmp_path / "videos" / "v.mp4"
+    script = FAILING[how].replace("{ffmpeg}", real)
+    encoder.write_text(f"#!/bin/bash\n{script}\n")
+    encoder.chmod(0o755)
+    path.parent.mkdir()
+    path.write_text("before")
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(encoder))
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        write_mp4(path, np.zeros((5, 16, 16, 3), dtype=np.uint8))
+    assert path.read_text() == "before"
+    assert [each.name for each in path.parent.iterdir()] == ["v.mp4"]
+
+
+def test_a_video_that_cannot_be_read_back_is_named(tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").write_text("no video")
+    with pytest.raises(OSError, match=r"v\.mp4: got a file that is no video"):
+        read_mp4(tmp_path / "v.mp4")
+
+
 def test_curve_figure_measures_how_compact_blocks_are(tmp_path: Path) -> None:
     spread = figures.curve_figure(tmp_path / "curve.png", grid=(4, 4, 4), block_size=16)
     points = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))  # a slice of one frame
     by_hand = torch.nn.functional.pdist(points).mean().item()
     assert spread["raster"] == pytest.approx(by_hand, rel=1e-5)
     assert spread["gilbert"] < spread["raster"]
-    assert figures.mean_distance(TokenLayout.build((4, 4, 4), 0, False, 16, "tile")) <= spread["raster"]
+    assert figures.mean_distance((4, 4, 4), 16, "tile") <= spread["raster"]
     assert Image.open(tmp_path / "curve.png").width > 800
 
 
@@ -160,13 +215,15 @@ def metrics() -> dict[str, Any]:
         "device": {"type": "cpu", "name": "Some CPU", "threads": 2, "load_average": 0.37},
         "load_average_after": 2.91,
         "settings": {
-            "height": 64, "width": 64, "num_frames": 16, "steps": 12, "guidance_scale": 1.0, "dtype": "float32",
-            "prompts": 1, "seeds": [0, 1],
+            "call": {
+                "height": 64, "width": 64, "num_frames": 16, "num_inference_steps": 12, "guidance_scale": 1.0
+            },
+            "dtype": "float32", "prompts": ["a <b>red</b> circle"], "seeds": 2,
         },
         "modes": [
-            {"name": "full", "label": "full attention", "config": None},
-            {"name": "sparse-80", "label": "sparse 80%", "config": {**config, "rectify": "none"}},
-            {"name": "rectified-80", "label": "rectified 80%", "config": config},
+            {"name": "full", "label": "full attention", "configs": []},
+            {"name": "sparse-80", "label": "sparse 80%", "configs": [{**config, "rectify": "none"}]},
+            {"name": "rectified-80", "label": "rectified 80%", "configs": [config]},
         ],
         "means": [
             mean("full", "full attention", None, 1.0, 9.51), mean("sparse-80", "sparse 80%", 21.345, 0.87654, 6.07),
@@ -200,15 +257,14 @@ def metrics() -> dict[str, Any]:
 
 @pytest.fixture
 def page(metrics: dict[str, Any], tmp_path: Path) -> _Page:
-    picture, video = tmp_path / "p.png", tmp_path / "v.mp4"
-    Image.new("RGB", (4, 4)).save(picture)
-    write_mp4(video, np.zeros((2, 16, 16, 3), dtype=np.uint8))
-    names = ("curve", "plan", "error")
-    write_report(
-        tmp_path / "report.html", metrics, Media(video=video, still=picture, figures=dict.fromkeys(names, picture))
-    )
+    (tmp_path / "figures").mkdir()
+    for name in ("side-by-side", "figures/curve", "figures/plan", "figures/error"):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
+    write_mp4(tmp_path / "side-by-side.mp4", np.zeros((2, 16, 16, 3), dtype=np.uint8))
+    report = write_report(Folder(tmp_path, [], {}), metrics)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     parsed = _Page()
-    parsed.feed((tmp_path / "report.html").read_text())
+    parsed.feed(report.read_text())
     return parsed
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler
+from diffusers import FirstBlockCacheConfig, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 
 import rectified_spaattn as rsa
 import tiny
-from teacache_cases import cogvideox_transformer, flux_transformer, forward
+from teacache_cases import cogvideox_transformer, flux_transformer, forward, walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,6 +63,21 @@ def test_unknown_steps_are_refused_and_leave_the_model_whole():
         for step, total in ((4, 4), (-1, 4), (0, 0), (True, 4), (0, None)):
             with pytest.raises(ValueError, match="allowed"):
                 handle.set_step(step, total)
+
+
+def test_subclasses_work_and_namesakes_are_refused():
+    class Mine(WanTransformer3DModel):
+        pass
+
+    model, inputs = tiny.wan_transformer(), tiny.wan_inputs()
+    untouched = walk(model, inputs, None)
+    model.__class__ = Mine
+    with rsa.enable_teacache(model, threshold=0) as handle:
+        assert torch.equal(walk(model, inputs, handle), untouched)
+        assert "transformer (Mine)" in handle.summary()
+    namesake = type("WanTransformer3DModel", (torch.nn.Module,), {})()
+    with pytest.raises(TypeError, match=r"test_teacache_errors\.WanTransformer3DModel; allowed"):
+        rsa.enable_teacache(namesake)
 
 
 def test_enabling_twice_is_refused():

@@ -89,8 +89,8 @@ def test_nothing_of_a_stopped_forward_is_used_again(untouched, name):
 FOLDER = str(Path(seam.__file__).parent)
 
 
-def interrupted_at(model, inputs, count):
-    """A forward with a KeyboardInterrupt at the count-th line of our code in it; whether there are so many."""
+def interrupted_at(count, function, *args):
+    """Call it with a KeyboardInterrupt at the count-th line of our code; whether there are so many."""
     left = [count]
 
     def line(frame, event, _):
@@ -107,7 +107,7 @@ def interrupted_at(model, inputs, count):
     before = sys.gettrace()
     sys.settrace(call)
     try:
-        forward(model, inputs)
+        function(*args)
     except KeyboardInterrupt:
         return True
     finally:
@@ -127,7 +127,7 @@ def test_an_interrupt_at_every_line_of_our_code(untouched, step):
             handle.set_step(earlier, 8)
             forward(model, at_step(inputs, earlier, 8))
         handle.set_step(step, 8)
-        stopped = interrupted_at(model, at_step(inputs, step, 8), count)
+        stopped = interrupted_at(count, forward, model, at_step(inputs, step, 8))
         if stopped and count % 2:  # enabled still: whatever is left does not outlive the next forward
             handle.set_step(7, 8)
             assert torch.equal(forward(model, at_step(inputs, 7, 8)), untouched["wan"][0][7])
@@ -136,8 +136,30 @@ def test_an_interrupt_at_every_line_of_our_code(untouched, step):
         assert torch.equal(forward(model, at_step(inputs, 0, 8)), untouched["wan"][0][0])
         if not stopped:
             break
-        count += 7 if step else 3
+        count += 11 if step else 4
     assert count > 40
+
+
+def test_an_interrupt_at_every_line_of_enable_and_disable(untouched):
+    model, inputs = tiny.wan_transformer(), tiny.wan_inputs()
+    before = set(vars(model))
+    stopped, count = True, 0
+    while stopped:
+        stopped = interrupted_at(count, rsa.enable_teacache, model)
+        if "_call_impl" in vars(model):  # it was on its way back to the caller
+            assert rsa.disable_teacache(model)
+        assert_whole(model, before)
+        count += 2
+    assert count > 40
+    stopped, count = True, 0
+    while stopped:
+        handle = rsa.enable_teacache(model)
+        stopped = interrupted_at(count, handle.disable)
+        handle.disable()
+        assert_whole(model, before)
+        count += 1
+    assert count > 15
+    assert torch.equal(forward(model, at_step(inputs, 0, 8)), untouched["wan"][0][0])
 
 
 def test_an_interrupted_enable_leaves_nothing(monkeypatch):

@@ -110,7 +110,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.handle is not None)
     @rule(line=st.integers(0, 300))
     def interrupt_a_line(self, line):
-        interrupted_at(self.model, self.next_step(), line)
+        interrupted_at(line, forward, self.model, self.next_step())
 
     @rule()
     def deep_copy(self):

@@ -9,6 +9,7 @@ DEMO_PACKAGES = (
     *_ALWAYS,
     "accelerate",
     "diffusers",
+    "filelock",
     "imageio",
     "imageio_ffmpeg",
     "jinja2",
@@ -23,13 +24,16 @@ DEMO_PACKAGES = (
 
 def main() -> None:
     """Entry point. Exits with a message that says what to install where the demo extra is missing."""
-    needed = PACKAGES.get("".join(sys.argv[1:2]), DEMO_PACKAGES)
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    needed = PACKAGES.get(command, DEMO_PACKAGES)
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise SystemExit(
             f"rectified-spaattn needs packages that are not installed: {', '.join(missing)}.\n"
-            'Install them with: pip install "rectified-spaattn[demo]"'
+            'Install them with: pip install ".[demo]" in a checkout of rectified-spaattn'
         )
+    for stream in (sys.stdout, sys.stderr):  # prompts and paths may hold what a terminal cannot show
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     from .app import app
 
     app()

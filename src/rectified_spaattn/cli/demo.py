@@ -19,14 +19,14 @@ from .options import command_line
 def run(options: DemoOptions) -> None:
     """The whole command."""
     console, start, device = plain_console(), time.perf_counter(), device_of(options.device)
-    check_ours(options.out)
+    check_ours(options.out, "demo")
     with usage_errors():
         evaluation = evaluation_of(options, device)
     pipe = load(evaluation.source, evaluation.options, device)
     where = machine(device).to_dict()
     folder = Folder(options.out, evaluation.prompts, evaluation.settings(), console.print)
     first, call = evaluation.pairs[0], evaluation.call()
-    with folder.claim(evaluation.facts(command_line()), FILES, anew=True):
+    with folder.claim("demo", evaluation.facts(command_line()), clear=FILES):
         console.print("Reading the attention calls of one step.")
         calls = capture_calls(pipe, [first], evaluation.arguments, steps=[call["num_inference_steps"] // 2])
         fill(pipe, evaluation, folder, evaluation.pairs, console)

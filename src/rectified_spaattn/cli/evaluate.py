@@ -25,7 +25,7 @@ from ..lab.clips.options import EvaluateOptions
 from ..lab.clips.summary import SCORES, ModeSummary
 from ..lab.machine import device_of
 from ..lab.pages.clips import HEADS, score_text
-from ..lab.pages.evaluation import FILES, write_evaluation
+from ..lab.pages.evaluation import write_evaluation
 from ..lab.pages.html import percent
 from .console import markdown_table, plain_console, print_wide, progress_bars
 from .options import command_line
@@ -35,7 +35,7 @@ def run(options: EvaluateOptions) -> None:
     """The whole command; one of several processes where accelerate or torchrun started them."""
     console, state = plain_console(), processes()
     device = device_of(options.device, state.local_process_index)
-    check_ours(options.out)
+    check_ours(options.out, "evaluate")
     with usage_errors():
         source = source_of(options)
         evaluation = evaluation_of(options, source, device)
@@ -44,7 +44,7 @@ def run(options: EvaluateOptions) -> None:
     facts = evaluation.facts(command_line(), state.num_processes)
     folder = Folder(options.out, evaluation.prompts, evaluation.settings(), console.print)
     main = state.is_main_process
-    with folder.claim(facts, FILES) if main else nullcontext():
+    with folder.claim("evaluate", facts) if main else nullcontext():
         state.wait_for_everyone()
         if main:
             console.print(f"LPIPS: {facts['lpips']}")

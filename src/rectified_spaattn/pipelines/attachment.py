@@ -46,6 +46,7 @@ class ForwardHooks(Hooks):
         forward = self.state.forwards.end()
         if forward is None or output is None:  # it raised
             return
+        self.state.completed = True
         if not forward.calls and not lost_layers(self.state):
             with self.state.lock:
                 self.state.skipped += 1  # every forward calls a layer once, or a cache left it out
@@ -53,17 +54,17 @@ class ForwardHooks(Hooks):
 
 
 class RunHook(Hooks):
-    """On the encoders of a pipeline, which run first: whether its transformers are still those that were enabled."""
+    """On what runs beside the transformers: whether these are still the ones that were enabled."""
 
     def __init__(self, attachments: list["Attachment"], watch: Watch) -> None:
         self.attachments, self.watch = attachments, watch
 
-    def register(self, encoder: nn.Module) -> None:
-        self.attachments[0].modules.append(weakref.ref(encoder))
-        encoder.register_forward_pre_hook(self.look)
+    def register(self, module: nn.Module) -> None:
+        self.attachments[0].modules.append(weakref.ref(module))
+        module.register_forward_pre_hook(self.look)
 
     @torch.compiler.disable
-    def look(self, encoder: nn.Module, args: tuple[Any, ...]) -> None:
+    def look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self.alive:
             _say(self.watch.replaced_transformers())
 
@@ -93,16 +94,15 @@ def attach(
 ) -> None:
     """Exchange the processors of `attentions`, (name, module) each, for ones that attend through layers of `make`."""
     for index, (name, module) in enumerate(attentions):
-        processor = original(module.processor)
         layer = make(
             index=index,
             name=f"{state.name}.{name}",
             owner=state,
-            dense_backend=dense_backend(processor),
+            dense_backend=dense_backend(module.processor),
             module=weakref.ref(module),
         )
         state.layers.append(layer)
-        module.set_processor(wrap(processor, layer))
+        module.set_processor(wrap(module.processor, layer))
 
 
 def _say(complaints: list[str]) -> None:

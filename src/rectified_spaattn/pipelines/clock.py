@@ -9,6 +9,7 @@ import torch
 
 Step = tuple[int | None, int | None]
 UNKNOWN: Step = (None, None)
+_TURNS = "two timesteps came at one step of the enabled pipeline's scheduler: pipelines take turns on the transformer"
 
 
 class RunClock:
@@ -21,7 +22,7 @@ class RunClock:
 
     A step that `tell` says goes before, until `tell(None)` or until that scheduler moves on: a run of the pipeline
     counts for itself. `run` numbers the runs; `problem` says why the last step read is unknown; `conflict`, whether
-    that is because two threads are in one run; `is_told`, whether `tell` said it.
+    that is because others call the transformer in this run; `is_told`, whether `tell` said it.
     """
 
     def __init__(self, pipeline: Any | None) -> None:
@@ -131,8 +132,9 @@ class RunClock:
         if index is None and not hasattr(scheduler, "step_index"):
             self.problem = _without_steps(scheduler)
             return UNKNOWN
-        if exact and not self._arrives_once(scheduler, index, timestep):
-            self.problem = _idle(scheduler)
+        if exact and not _finished(timesteps, index) and not self._arrives_once(scheduler, index, timestep):
+            self.conflict = moved is not None
+            self.problem = _TURNS if self.conflict else _idle(scheduler)
             return UNKNOWN
         if moved is not None and self._last is None and begin is None and not fresh:
             self._begin = max(moved - 1, 0)  # exactly one step was made since the forward that could not know
@@ -145,11 +147,11 @@ class RunClock:
         What the scheduler itself made needs no look; other values are read where two meet, which waits for the device.
         """
         before, value = self._arrived
-        made_by_it = hasattr(scheduler, "step_index") and _is_part(timestep, self._timesteps)
-        if index is None or before != index or made_by_it:
+        if index is None or before != index:
             self._arrived = index, timestep
             return True
-        return _largest(timestep) == _largest(value)
+        both_its_own = _is_part(timestep, self._timesteps) and _is_part(value, self._timesteps)
+        return (both_its_own and hasattr(scheduler, "step_index")) or _largest(timestep) == _largest(value)
 
     def _relative(self, scheduler: Any, index: int | None) -> Step:
         begin, order = self._begin or 0, getattr(scheduler, "order", 1)

@@ -79,9 +79,8 @@ def enable(
             watch.states.append(state)
             attachments.append(Attachment(state=state))
             _enable_one(model, adapter, attachments[-1], watch)
-        for name, encoder in vars(pipeline or object).items():
-            if "encoder" in name and isinstance(encoder, nn.Module):
-                RunHook(attachments, watch).register(encoder)
+        for module in _run_first_or_last(pipeline):
+            RunHook(attachments, watch).register(module)
     except BaseException:
         for attachment in attachments:
             attachment.detach()
@@ -154,6 +153,14 @@ def _of_each(
         "enable: got a transformer alone and a preset with a config for each of two experts; allowed: the pipeline, or "
         "config=rsa.preset(name)[0] for the expert for high noise and config=rsa.preset(name)[1] for the other."
     )
+
+
+def _run_first_or_last(pipeline: Any) -> list[nn.Module]:
+    """Parts of a pipeline that every run of it calls, whatever transformer it has."""
+    parts = {name: part for name, part in getattr(pipeline, "__dict__", {}).items() if isinstance(part, nn.Module)}
+    encoders = [part for name, part in parts.items() if "encoder" in name]
+    decoder = getattr(parts.get("vae"), "decoder", None)
+    return [*encoders, decoder] if isinstance(decoder, nn.Module) else encoders
 
 
 def _checked(configs: Sequence[SparseConfig]) -> tuple[SparseConfig, ...]:

@@ -7,8 +7,7 @@ import torch
 from ..layout import TokenLayout
 
 _ALLOWED = (
-    "a bool key mask, True for a valid key, that is one for all heads and queries: [S], [1 or B, S] or "
-    "[1 or B, 1, 1, S]"
+    "a bool key mask, True for a valid key, that is one for all heads and queries: [1 or B, S] or [1 or B, 1, 1, S]"
 )
 
 
@@ -54,7 +53,8 @@ def key_mask(mask: torch.Tensor, batch: int, sequence: int) -> torch.Tensor:
     if mask.ndim == 2:  # diffusers' dispatcher reads two dimensions as [B, S]
         shape = (shape[0], 1, 1, shape[1])
     shape = (1,) * (4 - len(shape)) + shape
-    if mask.dtype != torch.bool or len(shape) != 4 or shape[0] not in (1, batch) or shape[1:] != (1, 1, sequence):
+    of_keys = mask.ndim >= 2 and shape in ((1, 1, 1, sequence), (batch, 1, 1, sequence))
+    if mask.dtype != torch.bool or not of_keys:
         raise ValueError(
             f"attention mask: got {mask.dtype} {list(mask.shape)} for {batch} sample(s) of {sequence} tokens; allowed: "
             f"{_ALLOWED}. Pass such a mask, or disable rectified attention on this model."

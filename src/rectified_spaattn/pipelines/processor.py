@@ -59,6 +59,17 @@ def layer_attention(
     return _layer_of(handle).attend(q, k, v, mask, scale).contiguous()
 
 
+def _no_gradient(ctx: Any, *gradients: Any) -> Any:
+    """Raised while code that wants a gradient is compiled: compiled calls are opaque, the dense ones, too."""
+    raise RuntimeError(
+        "Compiled code of a model with rectified attention is for inference and has no gradient. Call the model inside "
+        "torch.no_grad(); to train, call disable() first."
+    )
+
+
+layer_attention.register_autograd(_no_gradient)
+
+
 def _layer_of(handle: torch.Tensor) -> LayerState:
     layer = _layers.get(int(handle))
     if layer is None:
@@ -100,6 +111,8 @@ def _backend(
             "Use rectified_spaattn.enable(pipe); do not set the backend by its name."
         )
     if any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack()):
+        if not torch.compiler.is_compiling():
+            _layer_of(handle).called = True
         return value  # perturbed attention guidance: what the dense dispatch gives inside this mode
     if dropout_p or is_causal or enable_gqa:
         raise ValueError(
@@ -144,8 +157,9 @@ def _wrapped_class(processor_class: Any) -> Any:
         layer = self.rectified_layer
         if layer is None:  # made by somebody from our class, as load_ip_adapter does: the stock one
             return processor_class.__call__(self, attn, *args, **kwargs)
+        ours = layer.owner.active and self._attention_backend is self.rectified_backend
         # compiled code is of one module, whose processor this is
-        if not layer.owner.active or not (torch.compiler.is_compiling() or _is_of(layer, attn)):
+        if not ours or not (torch.compiler.is_compiling() or _is_of(layer, attn)):
             return original(self)(attn, *args, **kwargs)
         before = _caller.handle
         _caller.handle = self.rectified_handle
@@ -163,6 +177,7 @@ def _wrapped_class(processor_class: Any) -> Any:
         "rectified_handle": None,
         "rectified_layer": None,
         "rectified_stock": processor_class,
+        "rectified_backend": backend_member(),
     }
     wrapped = type(processor_class.__name__, (base,), members)
     AttentionProcessorRegistry._register()  # it fills itself when first asked
@@ -192,6 +207,7 @@ def _pickled(self: Any, protocol: Any) -> Any:
 
 def wrap(processor: Any, layer: LayerState) -> Any:
     """A copy of `processor` that attends through `layer`; the original stays as it is."""
+    processor = original(processor)
     wrapped = copy.copy(processor)
     wrapped.__class__ = _wrapped_class(processor.__class__)
     wrapped._attention_backend = backend_member()
@@ -232,7 +248,7 @@ def check_processor(processor: Any, name: str) -> None:
 
 def dense_backend(processor: Any) -> Any:
     """What a processor attends with when it is left alone: for a stand-in's original, PyTorch's own attention."""
-    return getattr(processor, "_attention_backend", AttentionBackendName.NATIVE)
+    return getattr(original(processor), "_attention_backend", AttentionBackendName.NATIVE)
 
 
 def is_wrapped(processor: Any, layer: LayerState) -> bool:

@@ -34,6 +34,7 @@ class TransformerState:
     run         number of the run that the figures below are of
     first_step  the step at which this transformer's share of the run began
     count       forwards of the run; skipped: those in which a cache left out every block
+    completed   whether any forward ever came to its end
     """
 
     config: SparseConfig
@@ -54,6 +55,7 @@ class TransformerState:
     steps_seen: set[int] = field(default_factory=set)
     count: int = 0
     skipped: int = 0
+    completed: bool = False
     said_outside: bool = False
 
     @property
@@ -78,7 +80,7 @@ class TransformerState:
         """Called before every forward of the transformer, with the timestep that it gets.
 
         text: number of text tokens in joint attention; padding: how many of them, at the end, are padding in all rows.
-        Raises RuntimeError where the step decides what is dense and two threads share it.
+        Raises RuntimeError where the step decides what is dense and two pipelines or threads share it.
         """
         with self.lock:
             step, total = self.clock.read(timestep, exact=self.needs_steps)
@@ -86,8 +88,8 @@ class TransformerState:
             if self.clock.conflict and self.needs_steps:
                 raise RuntimeError(
                     f"{self.name}: {problem}, so the denoising step of this forward is unknown, and with it what "
-                    "should be dense. Enable without dense steps, or give each thread a transformer of its own "
-                    "(copy.deepcopy(transformer) shares no state; enable each on its pipeline)."
+                    "should be dense. Enable without dense steps, or give each pipeline a transformer of its own "
+                    "(copy.deepcopy(transformer) shares no state) and enable each."
                 )
             self.catch_up()
             if self.first_step is None:
@@ -180,6 +182,11 @@ class LayerState:
             self._say_outside()
             return self._counted(OUTSIDE, None, q, k, v, mask, scale)
         self._check_sequence(forward, q.shape[1])
+        if self.owner.needs_steps and q.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{self.name}: a CUDA graph is being captured, in which every step would do what this one does, but "
+                f"{self.owner.steps_wanted} asks for others. Compile in the default mode, or enable without dense steps."
+            )
         reason = self.why_dense(forward)
         if reason is not None:
             return self._counted(reason, forward, q, k, v, mask, scale)

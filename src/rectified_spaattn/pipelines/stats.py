@@ -117,7 +117,7 @@ def run_summary(states: Sequence[TransformerState], watch: Watch) -> str:
         lost = lost_layers(state) if state.active else []
         if lost:
             lines.append(f"  LOST on {state.name}: {shortened(lost)} (replaced; disable and enable again)")
-        uncalled = uncalled_layers(state) if state.count else []
+        uncalled = uncalled_layers(state) if state.completed else []
         if uncalled:
             lines.append(
                 f"  NOT CALLED on {state.name}: {shortened(uncalled)} (skipped, or not through the dispatcher)"

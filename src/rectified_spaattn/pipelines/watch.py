@@ -69,8 +69,7 @@ class Watch:
         )
 
     def _uncalled_layers(self, state: TransformerState) -> str | None:
-        # the forward that begins now is counted already
-        uncalled = uncalled_layers(state) if state.count > 1 else []
+        uncalled = uncalled_layers(state) if state.completed else []
         if not uncalled or not self._once(("uncalled", *uncalled)):
             return None
         return (

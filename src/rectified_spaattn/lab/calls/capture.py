@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from ...layout import TokenLayout
 from ...method.arrange import content_order
 from ...orders import Blocks, blocks_of
 from ...pipelines.adapters import adapter_for
+from ...pipelines.enabling import SLOTS
 from ...pipelines.processor import check_processor, dense_backend, is_enabled, wrap
 from ...pipelines.state import LayerState, RunClock, TransformerState, key_text_mask
 from ..clips.clip import Pair, full_mode, generate_batch
@@ -140,13 +141,13 @@ def capture_attention(
 ) -> Iterator[list[AttentionCall]]:
     """Run the pipeline inside, once: the list that is yielded fills with one full-attention call a step and layer.
 
-    pipe: a diffusers pipeline with a supported transformer, not enabled. steps: which denoising steps, from 0. layers:
-    indices of the self-attention layers, None for all. device: where the copies go. The calls come in the order of
-    the run. Attention runs in full, and on exit every processor is back. With classifier-free guidance in two calls the
-    first of them is kept.
+    pipe: a diffusers pipeline with one or two supported transformers, not enabled. steps: which denoising steps, from
+    0. layers: indices of the self-attention layers, None for all. device: where the copies go. The calls come in the
+    order of the run. Attention runs in full, and on exit every processor is back. With classifier-free guidance in two
+    calls the first of them is kept.
 
     Raises TypeError for a model without an adapter, ValueError for a layer the model does not have, CaptureError where
-    the model is enabled already or a step never ran in it.
+    the model is enabled already or a step never ran.
     """
     calls: list[AttentionCall] = []
     recorder = partial(_Recorder, wanted=set(steps), device=torch.device(device), calls=calls)
@@ -154,10 +155,7 @@ def capture_attention(
         yield calls
     missing = sorted(set(steps) - {call.step for call in calls})
     if missing:
-        raise CaptureError(
-            f"steps: {missing} never ran in {type(pipe.transformer).__name__}; allowed: steps of the run, from 0, that "
-            "the pipeline's first transformer makes."
-        )
+        raise CaptureError(f"steps: {missing} never ran; allowed: steps of the run, from 0.")
 
 
 def capture_calls(
@@ -190,12 +188,24 @@ def capture_calls(
 def attending(
     pipe: Any, config: SparseConfig, make: Callable[..., LayerState], layers: Sequence[int] | None = None
 ) -> Iterator[None]:
-    """Inside, self-attention of the pipeline's transformer is that of layers of the caller's own.
+    """Inside, self-attention of the pipeline's transformers is that of layers of the caller's own.
 
-    make(index=, name=, owner=, dense_backend=) gives a layer; config: what its layout is built from; layers: indices,
-    None for all. On exit every processor is back. Raises as capture_attention.
+    make(index=, name=, owner=, dense_backend=) gives a layer; config: what its owner holds; layers: indices in every
+    transformer, None for all. On exit every processor is back. Raises as capture_attention.
     """
-    model = pipe.transformer
+    clock = RunClock(pipe)
+    with ExitStack() as stack:
+        for slot in SLOTS:
+            model = getattr(pipe, slot, None)
+            if model is not None:
+                stack.enter_context(_attending(model, clock, config, make, layers))
+        yield
+
+
+@contextmanager
+def _attending(
+    model: Any, clock: RunClock, config: SparseConfig, make: Callable[..., LayerState], layers: Sequence[int] | None
+) -> Iterator[None]:
     adapter = adapter_for(model)
     attentions: list[tuple[str, Any]] = adapter.attentions(model)
     chosen = range(len(attentions)) if layers is None else sorted(set(layers))
@@ -205,13 +215,14 @@ def attending(
     if any(is_enabled(module) for _, module in attentions):
         raise CaptureError("attention of this pipeline: the model is enabled; call disable() of its handle first.")
 
-    state = TransformerState(config=config, backend="auto", clock=RunClock(pipe), text_first=adapter.text_first)
+    state = TransformerState(config=config, backend="auto", clock=clock, text_first=adapter.text_first)
     originals = []
     signature = inspect.signature(type(model).forward)
 
     def before_forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = signature.bind_partial(module, *args, **kwargs).arguments
-        state.begin_forward(adapter.grid(module, inputs), text=adapter.text(inputs))
+        grid, text = adapter.grid(module, inputs), adapter.text(inputs)
+        state.begin_forward(grid, text=text, timestep=inputs.get("timestep"))
 
     hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
     try:
@@ -223,6 +234,7 @@ def attending(
             module.set_processor(wrap(module.processor, layer))
         yield
     finally:
+        state.active = False  # processors that somebody kept are the original ones from here on
         hook.remove()
         for module, processor in originals:
             module.set_processor(processor)

@@ -16,9 +16,9 @@ from ..machine import machine
 from ..pages.video import write_clip
 from .clip import FULL, Clip, Mode, Pair, check_kernel, check_sparse, generate, warm_up
 from .folder import Folder
-from .models import Source, call_arguments, call_defaults, dtype_of, with_image
+from .models import Source, call_arguments, call_defaults, dtype_of, file_hash, with_image
 from .modes import check_names, file_mode, grid_modes, reference_modes
-from .options import ClipError, EvaluateOptions, ModelOptions
+from .options import SMALL_GRID, ClipError, EvaluateOptions, ModelOptions
 from .perceptual import LEAST_SIDE, Lpips, why_no_lpips
 from .summary import ClipRecord, measure
 
@@ -68,6 +68,7 @@ class Evaluation:
             "backend": self.options.backend,
             "scheduler": self.options.scheduler_changes(),
             "call": self.call(),
+            "image_sha256": file_hash(self.options.image),
             "fps": self.fps,
             "seeds": self.seeds,
             "prompts": list(self.prompts),
@@ -96,6 +97,7 @@ def evaluation_of(options: EvaluateOptions, source: Source, device: torch.device
     floor = options.floor_kernel or ("math" if source.is_demo or device.type == "cpu" else "efficient")
     for kernel in (options.dense_kernel, floor):
         check_kernel(kernel, device, dtype_of(source, options.dtype, device))
+    with_image(arguments)  # an unreadable one is told now
     call = call_defaults(source) | arguments
     return Evaluation(
         options=options,
@@ -220,7 +222,7 @@ def base_configs(source: Source, pipe: Any, sparsity: Sequence[float] = ()) -> t
     sparsity: what was asked for. Raises ValueError where it is empty and there is no preset for the model.
     """
     if source.is_demo:
-        return (SparseConfig(block_size=64, top_p=0.0),)
+        return (SparseConfig.from_dict(SMALL_GRID),)
     return default_configs(pipe.transformer, pipe, {"sparsity": sparsity} if sparsity else {})
 
 

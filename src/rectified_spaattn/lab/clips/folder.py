@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..rows import write_atomically
+from ..rows import write_atomically, write_json
 from .clip import Pair
 from .options import ClipError
 from .summary import ClipRecord, plain
 
 MARK, LOCK, MANIFEST = ".rectified-spaattn", ".rectified-spaattn.lock", "manifest.json"
-_SAYS = "Made by rectified-spaattn, which replaces and removes its own files here, and no others.\n"
+_SAYS = "Made by `rectified-spaattn {kind}`, which replaces and removes its own files here, and no others.\n"
 _NAME_BYTES = 200  # of a prompt in a file name; file systems allow 255 in all
 
 
-def check_ours(root: Path) -> None:
-    """Raises ClipError where there is something that is not of this package."""
+def check_ours(root: Path, kind: str) -> None:
+    """Raises ClipError where there is something that the command of that kind did not make."""
     if root.exists() and not root.is_dir():
         raise ClipError(f"{root}: got a file; allowed: a folder.")
     there = {path.name for path in root.iterdir()} - {LOCK} if root.is_dir() else set()
@@ -41,6 +41,8 @@ def check_ours(root: Path) -> None:
             f"{root}: got a folder with files that are not of this command (it has no {MARK}); allowed: an empty or a "
             "new folder, or one that this command made."
         )
+    if there and (root / MARK).read_text(errors="replace") != _SAYS.format(kind=kind):
+        raise ClipError(f"{root}: got a folder of another command; allowed: one of `{kind}`. Use another --out.")
 
 
 class Folder:
@@ -63,14 +65,14 @@ class Folder:
         self._say = say
 
     @contextmanager
-    def claim(self, facts: Mapping[str, Any], files: Sequence[str] = (), anew: bool = False) -> Iterator[None]:
+    def claim(self, kind: str, facts: Mapping[str, Any], clear: Sequence[str] | None = None) -> Iterator[None]:
         """Inside, the folder is this process's and those it works with; its manifest is there.
 
-        facts: what else is worth knowing about the run. files: names that a run writes besides clips, relative to the
-        root. anew: remove everything of an earlier run. Raises ClipError where the folder holds something else, clips
-        of other settings, or where another run is at work in it.
+        kind: of command. facts: what else is worth knowing about the run. clear: start anew, and remove clips of
+        earlier runs and these other names. Raises ClipError where the folder holds something else or clips of other
+        settings, and where another run is at work in it.
         """
-        check_ours(self.root)
+        check_ours(self.root, kind)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.root / LOCK, timeout=0)
@@ -82,17 +84,16 @@ class Folder:
         except OSError as error:
             raise ClipError(f"{self.root}: this folder cannot be written: {error}. Use another --out.") from error
         with lock:
-            write_atomically(self.root / MARK, lambda to: to.write_text(_SAYS))
-            for left in self.root.rglob(".partial-*"):  # of a run that was killed
+            write_atomically(self.root / MARK, lambda to: to.write_text(_SAYS.format(kind=kind)))
+            for left in self.root.rglob(".partial-[0-9]*-*"):  # of a run that was killed
                 left.unlink()
             manifest = self._manifest()
-            if anew:
-                self._clear(manifest)
-            else:
+            if clear is None:
                 self._check_settings(manifest)
-            if anew or manifest.get("settings") != self.settings:
-                text = json.dumps(plain({"settings": self.settings, "files": files, **facts}), indent=2) + "\n"
-                write_atomically(self.root / MANIFEST, lambda to: to.write_text(text, encoding="utf-8"))
+            else:
+                self._clear(clear)
+            if clear is not None or manifest.get("settings") != self.settings:
+                write_json(self.root / MANIFEST, plain({"settings": self.settings, **facts}))
             yield
 
     def record(self, mode: str, pair: Pair) -> ClipRecord | None:
@@ -122,9 +123,8 @@ class Folder:
     def write_record(self, record: ClipRecord) -> None:
         """The clip's video is there already."""
         size = self.video(record.mode, record.pair).stat().st_size
-        text = json.dumps(plain({**asdict(record), "video_bytes": size, "settings": self._digest}), indent=1) + "\n"
-        path = self._record_path(record.mode, record.pair)
-        write_atomically(path, lambda to: to.write_text(text, encoding="utf-8"))
+        values = plain({**asdict(record), "video_bytes": size, "settings": self._digest})
+        write_json(self._record_path(record.mode, record.pair), values)
 
     def video(self, mode: str, pair: Pair) -> Path:
         """Named as VBench looks for it: the prompt, "-", and which of the prompt's clips it is."""
@@ -182,22 +182,22 @@ class Folder:
                 "--out for new ones, or remove the folder."
             )
 
-    def _clear(self, manifest: dict[str, Any]) -> None:
-        """Remove what the run of a manifest wrote, file by file, and folders that are empty then."""
-        settings = manifest.get("settings", {})
-        prompts, modes = settings.get("prompts", []), [each["name"] for each in settings.get("modes", [])]
-        old = Folder(self.root, prompts, settings)
-        pairs = [Pair(prompt=prompt, seed=seed) for prompt in prompts for seed in range(settings.get("seeds", 0))]
-        ours = [self.root / name for name in manifest.get("files", [])]
-        for pair in pairs:
-            ours += [old._reference_path(pair)]
-            ours += [place(mode, pair) for mode in modes for place in (old.video, old._record_path)]
+    def _clear(self, names: Sequence[str]) -> None:
+        """Remove the files of earlier runs one by one, and folders that are empty then."""
+        ours = [self.root / name for name in names] + list(self.root.glob("references/[0-9]*-seed*.safetensors"))
+        for path in self.root.glob("clips/*/[0-9]*-seed*.json"):
+            ours.append(path)
+            with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # then its video is not known
+                values = json.loads(path.read_text(encoding="utf-8"))
+                pair = Pair(prompt=str(values["prompt"]), seed=int(values["seed"]))
+                ours.append(self.video(path.parent.name, pair))
         for path in ours:
             path.unlink(missing_ok=True)
-        for folder in sorted({path.parent for path in ours} | {path.parent.parent for path in ours}, reverse=True):
+        for folder in sorted(
+            {each for path in ours for each in path.parents if self.root in each.parents}, reverse=True
+        ):
             with suppress(OSError):  # not empty, or not there
-                if folder != self.root and self.root in folder.parents:
-                    folder.rmdir()
+                folder.rmdir()
 
     def _again(self, path: Path, why: str) -> None:
         self._say(f"{path} {why}: it is made again.")

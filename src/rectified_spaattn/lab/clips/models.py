@@ -1,5 +1,6 @@
 """From a repository or folder to a pipeline on its device: checked, loaded, placed."""
 
+import hashlib
 import inspect
 from dataclasses import dataclass
 from functools import partial
@@ -141,6 +142,11 @@ def with_image(arguments: dict[str, Any]) -> dict[str, Any]:
         return {**arguments, "image": load_image(path)}
     except (OSError, ValueError) as error:
         raise ClipError(f"--image: got {path}, which cannot be read as a picture: {error}") from error
+
+
+def file_hash(path: str | None) -> str | None:
+    """SHA-256 of a file, None for an address on a network."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
 
 
 def dtype_of(source: Source, dtype: str, device: torch.device) -> torch.dtype:

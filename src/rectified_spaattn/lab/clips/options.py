@@ -16,6 +16,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "group")
 KERNELS = ("default", "math", "efficient", "flash", "cudnn")
 DEMO = "demo"
+SMALL_GRID = {"block_size": 64, "top_p": 0.0}  # what fits the demo model: exact sparsity
 CALL = {  # field -> argument of the pipeline's call
     "prompt": "prompt",
     "negative_prompt": "negative_prompt",
@@ -136,24 +137,17 @@ class GenerateOptions(ModelOptions):
         """What changes the preset."""
         return {} if self.sparsity is None else {"sparsity": self.sparsity}
 
-    def command(self, **changes: Any) -> list[str]:
-        """The words that ask for the same again, `changes` apart: what was left out stays out."""
+    def command_line(self, **changes: Any) -> str:
+        """The command that asks for the same again, `changes` apart: what was left out stays out."""
         words = ["rectified-spaattn", "generate", self.model]
         for field in fields(self):
             value = changes.get(field.name, getattr(self, field.name))
             if field.name in ("model", "overwrite") or value == field.default:
                 continue
             flag = "--" + field.name.replace("_", "-")
-            if value is True:
-                words.append(flag)
-                continue
             for each in value if isinstance(value, tuple) else (value,):
-                words += [flag, str(each)]
-        return words
-
-    def command_line(self, **changes: Any) -> str:
-        """`command` as a shell reads it."""
-        return shlex.join(self.command(**changes))
+                words += [flag] if each is True else [flag, str(each)]
+        return shlex.join(words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +209,8 @@ class DemoOptions:
     steps: int | None = option("Denoising steps.", None, unset="12")
     size: int = option("Height and width in pixels; the model was trained at 64 and 96.", 64)
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.8, 0.9))
-    block_size: int = option("Tokens a block.", 64)
-    top_p: float = option("Least attention mass the kept blocks hold.", 0.0)
+    block_size: int = option("Tokens a block.", SMALL_GRID["block_size"])
+    top_p: float = option("Least attention mass the kept blocks hold.", SMALL_GRID["top_p"])
     neighbours: bool = option(
         "Always keep blocks that touch in 3-D; on small grids these alone are many.", False, flag="--neighbours"
     )

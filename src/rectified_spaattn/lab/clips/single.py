@@ -1,6 +1,5 @@
 """One clip for a user, the files it becomes, and the JSON beside it with everything needed to make it again."""
 
-import hashlib
 import json
 import os
 import tempfile
@@ -14,9 +13,8 @@ import torch
 from ...pipelines.adapters import default_configs
 from ...presets import preset as preset_of
 from ..machine import machine
-from ..rows import write_atomically
 from .clip import Clip, Mode
-from .models import Source, call_defaults
+from .models import Source, call_defaults, file_hash
 from .options import ClipError, GenerateOptions
 from .summary import ModeSummary, after_the_first, measure, plain, summarise
 
@@ -171,16 +169,6 @@ def scores(rows: list[ModeSummary]) -> list[dict[str, Any]]:
     """For JSON; a psnr of null stands for identical clips."""
     names = ("mode", "label", "psnr", "ssim", "computed", "seconds", "step_seconds", "speedup", "backend")
     return [{name: plain(row.row()[name]) for name in names} for row in rows]
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda to: to.write_text(text, encoding="utf-8"))
-
-
-def file_hash(path: str | None) -> str | None:
-    """SHA-256 of a file, None for an address on a network."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else None
 
 
 def check_writable(folder: Path) -> None:

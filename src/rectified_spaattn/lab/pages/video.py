@@ -179,4 +179,5 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    text = text.encode(errors="replace").decode()  # no font has halves of characters
     return textwrap.wrap(text, max(10, int(width / font.getlength("n")))) or [""]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
@@ -171,11 +172,17 @@ CACHED_MODELS: dict[str, CachedModel] = {
 
 
 def cached_model_for(model: nn.Module) -> CachedModel:
-    """The row for a transformer. Raises TypeError naming the supported classes where there is none."""
-    name = type(model).__name__
-    if name not in CACHED_MODELS:
-        raise TypeError(
-            f"enable_teacache: got a {name}; allowed: a diffusers pipeline with, or itself, one of "
-            f"{list(CACHED_MODELS)}. transformer.enable_cache(diffusers.FirstBlockCacheConfig()) works for more."
-        )
-    return CACHED_MODELS[name]
+    """The row for a transformer of a known class of diffusers, or of a subclass of one.
+
+    Raises TypeError naming the supported classes where there is none.
+    """
+    for kind in type(model).__mro__:
+        if kind is getattr(diffusers, kind.__name__, None):
+            if kind.__name__ in CACHED_MODELS:
+                return CACHED_MODELS[kind.__name__]
+            break
+    raise TypeError(
+        f"enable_teacache: got a {type(model).__module__}.{type(model).__name__}; allowed: a diffusers pipeline with, "
+        f"or itself, one of {list(CACHED_MODELS)}. "
+        "transformer.enable_cache(diffusers.FirstBlockCacheConfig()) works for more."
+    )

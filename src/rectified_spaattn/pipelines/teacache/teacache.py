@@ -18,16 +18,17 @@ def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) ->
 
     The change of a cheap signal from step to step is turned into the expected change of the output by a published
     polynomial and added up. Below the threshold the blocks are left out, and what they added at the last computed step
-    is added again; at the threshold the step is computed and the sum starts over. Branches of classifier-free guidance
-    are told apart by cache_context, as diffusers' pipelines name them.
+    is added again; at the threshold the step is computed and the sum starts over. The guidance calls of
+    a step have a cache each, told apart by cache_context, as diffusers' pipelines name them, or else by their text.
 
     threshold: 0 computes every step, larger skips more; None takes the published one for the model. It composes with
     enable() in any order. The cache costs one more copy of the hidden states a branch, and for HunyuanVideo and Flux
     one of the first block's modulated input.
 
-    Touches the given object alone; TeaCacheHandle.disable() restores it. Raises TypeError for a model without known
-    coefficients, ValueError for a threshold out of range, RuntimeError where a cache is enabled already and, at the
-    first forward, where the denoising step and the number of steps are unknown.
+    Touches the given object alone; TeaCacheHandle.disable() restores it, also after a forward that was stopped. Raises
+    TypeError for a model without known coefficients, ValueError for a threshold out of range, RuntimeError where a
+    cache is enabled already. A forward raises RuntimeError where the denoising step and the number of steps are
+    unknown, where a second thread is in the same run, and where its guidance calls cannot be told apart.
     """
     transformers, pipeline = transformers_of(pipe_or_transformer)
     if threshold is not None:
@@ -44,11 +45,11 @@ def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) ->
     try:
         for each in cached:
             each.install()
+        return TeaCacheHandle(cached, progress, pipeline)
     except BaseException:  # an interrupted enable_teacache leaves nothing behind
         for each in cached:
             each.remove()
         raise
-    return TeaCacheHandle(cached, progress, pipeline)
 
 
 def disable_teacache(pipe_or_transformer: Any) -> bool:

@@ -76,8 +76,8 @@ class CachedTransformer:
         self._run = -1
         self._guidance = GuidanceCalls()
         self._hook = GuidanceHook(self._forget)
-        self._entering = threading.Lock()
-        self._thread: threading.Thread | None = None  # the one that is inside of a call
+        # The thread that is inside of a call. No lock: an interrupt at the end of `with lock` would leave it locked.
+        self._inside: dict[str, threading.Thread] = {}
         self._call: Call | None = None
         self._hidden: tuple[Any, Any] | None = None  # `forward` of ours, and the instance's own that it hides
 
@@ -113,16 +113,21 @@ class CachedTransformer:
             delattr(model, CHILD)
         _forget_children(model)
         self._forget()
-        self._model = self._call = self._thread = None
+        self._model = self._call = None
+        self._inside.clear()
 
     def copy_without(self, memo: dict[int, Any]) -> nn.Module:
         """The model's __deepcopy__: a copy that has no TeaCache."""
         model = self._alive()
         _forget_children(model)  # they would be copied, and the hook with them
         own = {name: value for name, value in model.__getstate__().items() if name not in (*OWN, *self.row.blocks)}
-        own["_modules"] = {name: child for name, child in model.named_children() if name != CHILD}
-        if self._hidden is not None:
-            del own["forward"]
+        own["_modules"] = {name: child for name, child in own["_modules"].items() if name != CHILD}
+        if self._hidden is not None:  # inside of a call
+            chooser, forward = self._hidden
+            if own.get("forward") is chooser:
+                own["forward"] = forward
+            if own["forward"] is None:
+                del own["forward"]
         copied = type(model).__new__(type(model))
         memo[id(model)] = copied
         copied.__setstate__(copy.deepcopy(own, memo))
@@ -143,9 +148,9 @@ class CachedTransformer:
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the forward: which step and branch it is, and whether it may be skipped."""
         model = self._alive()
-        with self._entering:
-            check_thread(self._thread)
-            self._thread = threading.current_thread()
+        here = threading.current_thread()
+        check_thread(self._inside.setdefault("thread", here))
+        self._inside["thread"] = here
         self._restore()  # what an interruption at the very end of the call before may have left
         found = obstacle(model)
         if found is not None:
@@ -187,7 +192,7 @@ class CachedTransformer:
 
     @torch.compiler.disable
     def called_here(self) -> bool:
-        return self._thread is threading.current_thread()
+        return self._inside.get("thread") is threading.current_thread()
 
     @torch.compiler.disable
     def cover(self, blocks_run: bool) -> Pass:
@@ -240,7 +245,8 @@ class CachedTransformer:
         """After a forward, however it ended."""
         if self._model is not None and self.called_here():
             self._restore()
-            self._call = self._thread = None
+            self._call = None
+            self._inside.clear()
 
     def _restore(self) -> None:
         values = vars(self._alive())
