@@ -80,7 +80,8 @@ def scores(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor | 
     block = 64
     tiles = triton.cdiv(nb, block)
     log_b = math.log(blocks.block_size)
-    residual, rank, responses = None, 0, (None, None)
+    residual, rank = None, 0
+    responses: tuple[torch.Tensor | None, ...] = (None, None)
     if tiled.responses is not None:
         residual = torch.empty(batch, heads, nb, nb, dtype=torch.float32, device=k_tail.device)
         rank, responses = tiled.responses.q.shape[-1], tiled.responses
