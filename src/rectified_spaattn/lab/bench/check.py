@@ -11,7 +11,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...attention import SparseStats, rectified_attention
 from ...config import SparseConfig
-from ...method.reference import critical_blocks, with_pooled_keys
+from ...method.reference import critical_row, with_pooled_keys
+from ...method.select import top_k_of
+from ...method.tail import CAP
 from ...orders import Blocks
 from .baselines import BASELINES, sdpa
 from .shapes import BenchError, Case, Tensors, Variant
@@ -120,7 +122,8 @@ def _block_errors(call: _Call, h: int, n: int) -> _Errors:
     if call.config.rule.tail:
         q, k, v = (x[0, at, h].double() for x, at in zip(qkv, (queries, keys, keys), strict=True))
         k_blocks, v_blocks = (x[0, places[compensated], h].double() for x in qkv[1:])  # [blocks, b, D]
-        want = with_pooled_keys(q, k, v, k_blocks, v_blocks, q.shape[-1] ** -0.5)
+        slope = _slope(h, stats, qkv, places) if call.config.rule.slope else q.new_zeros(q.shape[-1], q.shape[-1])
+        want = with_pooled_keys(q, k, v, k_blocks, v_blocks, slope, q.shape[-1] ** -0.5)
         return got - want, own - exact, want
     weights = stats.probability[0, h, n, :-1].double() * compensated
     r, v_mean = stats.r[0, h, n].double(), qkv[2][0, places, h].double().mean(1)  # [nb, D]
@@ -133,6 +136,16 @@ def _attend(queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors) -> 
     q, k, v = (x[None, :, places, h] for x, places in zip(qkv, (queries, keys, keys), strict=True))  # [1, 1, n, D]
     exact = scaled_dot_product_attention(q.double(), k.double(), v.double())
     return exact[0, 0], scaled_dot_product_attention(q, k, v)[0, 0].double()
+
+
+def _slope(h: int, stats: SparseStats, qkv: Tensors, places: torch.Tensor) -> torch.Tensor:
+    """H of head h, float64 [D, D], from the stats' choices. places: [nb, b]."""
+    q, k, v = (x[0, places, h].double() for x in qkv)  # [nb, b, D]
+    half_variance = q.mean(1).square() @ k.var(1, unbiased=False).T / (2 * q.shape[-1])
+    mass = stats.probability[0, h, :, :-1].double() * half_variance.clamp(max=CAP).exp() * stats.compensated[0, h]
+    weight = mass.sum(0) / mass.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    apart = (k - k.mean(1, keepdim=True)) * (weight / k.shape[1])[:, None, None]
+    return apart.flatten(0, 1).T @ (v - v.mean(1, keepdim=True)).flatten(0, 1)
 
 
 def _worst(name: str, what: str, errors: list[_Errors], dtype: torch.dtype) -> Check:
@@ -154,21 +167,26 @@ def _require_choices(call: _Call, oracle: SparseStats) -> None:
     """Stages 3 and 4 made the reference's choices, up to ties."""
     stats, config = call.stats, call.config
     estimate = oracle.probability[0].cpu()
-    rows = [[critical_blocks(p, n, call.blocks, config) for n, p in enumerate(head)] for head in estimate]
+    rows = [[critical_row(p, n, call.blocks, config) for n, p in enumerate(head)] for head in estimate]
     best = torch.stack([torch.stack(row) for row in rows])[None].to(stats.block_mask.device)  # [1, H, nb, nb]
     sizes, wanted = stats.block_mask.sum(-1), best.sum(-1)
     probability = oracle.probability[..., :-1]
     mass, most = ((probability * mask).sum(-1) for mask in (stats.block_mask, best))
     same = float((stats.compensated == oracle.compensated).float().mean())
     problem = ""
-    if not float((sizes == wanted).float().mean()) >= (_SAME_CHOICES if config.top_p else 1.0):
+    if config.rule.choice == "error":
+        budget = top_k_of(config, call.blocks.num_blocks) * call.blocks.num_blocks
+        kept = int(stats.block_mask.sum((2, 3)).min())
+        if kept < _SAME_CHOICES * budget or not bool(stats.block_mask.any(-1).all()):
+            problem = f"{kept} critical blocks a head; allowed: {budget}, or a few less, and one or more a query block"
+    elif not float((sizes == wanted).float().mean()) >= (_SAME_CHOICES if config.top_p else 1.0):
         problem = (
             f"{int(sizes.min())} to {int(sizes.max())} critical blocks a query block; allowed: {int(wanted.min())} to "
             f"{int(wanted.max())}, as sparsity, top_p and neighbours ask for"
         )
     elif not bool((mass >= _SAME_CHOICES * most).all()):
         problem = "critical blocks that hold less attention mass than others; allowed: those with the most"
-    elif not same >= _SAME_CHOICES:
+    if not problem and not same >= _SAME_CHOICES:
         problem = f"{same:.1%} of the blocks compensated as the reference does; allowed: {_SAME_CHOICES:.0%} or more"
     if problem:
         raise BenchError(f"{call.name}: got {problem}. Nothing was timed.")

@@ -10,13 +10,21 @@ from matplotlib.figure import Figure
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, GREY)
-MODE_COLOURS = {"none": VERMILION, "pooled": ORANGE, "ipar": SKY, "ipar+gapr": BLUE, "row": GREEN}
+MODE_COLOURS = {
+    "none": VERMILION,
+    "pooled": ORANGE,
+    "ipar": SKY,
+    "ipar+gapr": BLUE,
+    "row": GREEN,
+    "row+slope": PURPLE,
+}
 MODE_LABELS = {
     "none": "sparse, not rectified",
     "pooled": "pooled",
     "ipar": "IPAR",
     "ipar+gapr": "rectified (IPAR + GAPR)",
     "row": "row",
+    "row+slope": "row + slope",
 }
 _DPI = 130
 
