@@ -2,9 +2,9 @@
 
     python tests/upstream.py FOLDER [pytest arguments]
 
-FOLDER is a checkout of diffusers. Each file of tests runs twice, untouched and enabled with all blocks kept. A test that
-passes untouched has to pass enabled, or to end in one of the refusals below. Prints a line a file; exits with 1 where a
-test fails for another reason.
+FOLDER is a checkout of diffusers. Each file of tests runs twice, untouched and enabled with all blocks kept. A test
+that passes untouched has to pass enabled, or to end in one of the refusals below. Prints a line a file; exits with 1
+where a test fails for another reason.
 """
 
 import subprocess
@@ -81,7 +81,7 @@ def refusal(text: str) -> str | None:
 
 def main() -> None:
     if len(sys.argv) < 2 or not (Path(sys.argv[1]) / "tests" / "models").is_dir():
-        sys.exit("upstream: name a checkout of diffusers, a folder that holds tests/models: make upstream-test DIFFUSERS=...")
+        sys.exit("upstream: name a checkout of diffusers, with tests/models in it: make upstream-test DIFFUSERS=FOLDER")
     folder, arguments = Path(sys.argv[1]), sys.argv[2:]
     total, refused, broken = 0, Counter[str](), list[str]()
     for name in FILES:
