@@ -7,14 +7,10 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from rectified_spaattn.lab.demo_model.model import (
-    CAPTION_LENGTH,
-    build_caption_encoder,
-    build_transformer,
-    tokenize,
-)
+from rectified_spaattn.lab.demo_model.model import CAPTION_LENGTH, tokenize
 from rectified_spaattn.lab.demo_model.pipeline import WEIGHTS, DemoVideoPipeline, load_demo_pipeline
 from rectified_spaattn.lab.demo_model.prompts import PROMPTS
+from studies.demo_model.network import build_caption_encoder, build_transformer
 
 
 def centroid(mask: torch.Tensor) -> torch.Tensor:

@@ -19,10 +19,10 @@ from rectified_spaattn.lab.clips.clip import (
 )
 from rectified_spaattn.lab.clips.metrics import flicker, psnr, ssim
 from rectified_spaattn.lab.clips.summary import finite_or_none, measure, plain, summarise, wins
-from rectified_spaattn.lab.demo_model.model import build_caption_encoder, build_transformer
 from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
 from rectified_spaattn.lab.pages.demo import comparisons
 from rectified_spaattn.pipelines import RunStats
+from studies.demo_model.network import build_caption_encoder, build_transformer
 
 PROMPT = "a red solid circle moving right over a blue striped background"
 CALL = {"height": 32, "width": 32, "num_frames": 8, "num_inference_steps": 3}
