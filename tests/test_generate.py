@@ -263,7 +263,7 @@ def flux_pipeline() -> FluxPipeline:
 
 def test_a_model_of_pictures_writes_a_png(tmp_path: Path) -> None:
     arguments = {"height": 32, "width": 48, "num_inference_steps": 2, "max_sequence_length": 12}
-    made = clip.generate(flux_pipeline(), clip.full_mode(), clip.Pair(prompt="a b c", seed=0), arguments)
+    [made] = clip.generate(flux_pipeline(), clip.full_mode(), [clip.Pair(prompt="a b c", seed=0)], arguments)
     assert made.densities == (1.0, 1.0)
     write_clip(tmp_path / "p.png", made.video, 16)
     assert iio.imread(tmp_path / "p.png").shape == (32, 48, 3)

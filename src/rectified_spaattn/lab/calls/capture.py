@@ -18,7 +18,7 @@ from ...pipelines.adapters import adapter_for
 from ...pipelines.enabling import SLOTS
 from ...pipelines.processor import check_processor, dense_backend, is_enabled, wrap
 from ...pipelines.state import LayerState, RunClock, TransformerState, key_text_mask
-from ..clips.clip import Pair, full_mode, generate_batch
+from ..clips.clip import Pair, full_mode, generate
 
 
 class CaptureError(RuntimeError):
@@ -171,7 +171,7 @@ def capture_calls(
     """What `capture_attention` fills its list with, from one generation of all pairs that ends after the last step.
 
     arguments: further ones of the pipeline's call. on_step gets how many steps have run. Raises as `capture_attention`
-    and `generate_batch` do.
+    and `generate` do.
     """
 
     def after_step(count: int, total: int, density: float | None) -> None:
@@ -180,7 +180,7 @@ def capture_calls(
             raise _EndRun
 
     with capture_attention(pipe, steps=steps, layers=layers, device=device) as calls, suppress(_EndRun):
-        generate_batch(pipe, full_mode(), pairs, arguments, on_step=after_step)
+        generate(pipe, full_mode(), pairs, arguments, on_step=after_step)
     return calls
 
 

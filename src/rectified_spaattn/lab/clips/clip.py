@@ -8,23 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...backends import Call, choose
-from ...config import SparseConfig
+from ...config import SparseConfig, check_choice
 from ...pipelines import Handle, RunStats, enable
 from ...pipelines.teacache import TeaCacheHandle, enable_teacache
 from .options import KERNELS, ClipError
 
 FULL = "full"
-# What runs scaled_dot_product_attention, for dense attention and for the blocks that the torch backend gathers.
-_KERNELS = {
-    "math": SDPBackend.MATH,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}  # and "default": PyTorch's own choice
 OnStep = Callable[[int, int, float | None], None]  # (steps done, of how many, density of the last or None)
 
 
@@ -50,8 +43,7 @@ class Mode:
     teacache: float | str | None = None
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel: got {self.kernel!r}; allowed: one of {list(KERNELS)}.")
+        check_choice("kernel", self.kernel, tuple(KERNELS))
 
     @property
     def config(self) -> SparseConfig | None:
@@ -145,32 +137,19 @@ def enabled(pipe: Any, mode: Mode, backend: str = "auto") -> Iterator[tuple[Hand
 def generate(
     pipe: Any,
     mode: Mode,
-    pair: Pair,
-    arguments: Mapping[str, Any],
-    *,
-    backend: str = "auto",
-    on_step: OnStep = lambda done, total, density: None,
-) -> Clip:
-    """One generation with a diffusers pipeline, which is left as it was.
-
-    pipe: a pipeline that takes prompt, generator, output_type="pt" and callback_on_step_end, and returns `.frames`
-    [B, T, 3, H, W] or `.images` [B, 3, H, W] in [0, 1]. arguments: further ones of its call.
-    The noise comes from a CPU generator, so a seed means the same noise on every device.
-    Raises ClipError where a value is refused, the GPU's memory runs out or the clip is not finite.
-    """
-    return generate_batch(pipe, mode, [pair], arguments, backend=backend, on_step=on_step)[0]
-
-
-def generate_batch(
-    pipe: Any,
-    mode: Mode,
     pairs: Sequence[Pair],
     arguments: Mapping[str, Any],
     *,
     backend: str = "auto",
     on_step: OnStep = lambda done, total, density: None,
 ) -> list[Clip]:
-    """As `generate`, all pairs in one call of the pipeline; their figures are those of the batch."""
+    """A clip of every pair, all in one call of a diffusers pipeline, which is left as it was; their figures are shared.
+
+    pipe: a pipeline that takes prompt, generator, output_type="pt" and callback_on_step_end, and returns `.frames`
+    [B, T, 3, H, W] or `.images` [B, 3, H, W] in [0, 1]. arguments: further ones of its call.
+    The noise comes from a CPU generator, so a seed means the same noise on every device.
+    Raises ClipError where a value is refused, the GPU's memory runs out or a clip is not finite.
+    """
     noise = [torch.Generator("cpu").manual_seed(pair.seed) for pair in pairs]
     device = pipe._execution_device
     if device.type == "cuda":
@@ -229,15 +208,16 @@ def warm_up(
 
     Raises ClipError, and NothingSparseError where a mode has nothing sparse.
     """
+    one_step = {**arguments, "num_inference_steps": 1}
     for mode in modes:
-        sparse = tuple(config.replace(dense_steps=0) for config in mode.configs)
-        one_step = {**arguments, "num_inference_steps": 1}
-        check_sparse(generate(pipe, replace(mode, configs=sparse), pair, one_step, backend=backend))
+        sparse = replace(mode, configs=tuple(config.replace(dense_steps=0) for config in mode.configs))
+        check_sparse(*generate(pipe, sparse, [pair], one_step, backend=backend))
 
 
 def dense_kernel(name: str) -> AbstractContextManager[Any]:
     """Inside, scaled_dot_product_attention runs on the kernel of that name only; it raises where that cannot run."""
-    return sdpa_kernel(_KERNELS[name]) if name in _KERNELS else nullcontext()
+    kernel = KERNELS[name]
+    return nullcontext() if kernel is None else sdpa_kernel(kernel)
 
 
 def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:

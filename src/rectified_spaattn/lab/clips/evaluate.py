@@ -19,7 +19,7 @@ from .folder import Folder
 from .models import Source, call_arguments, call_defaults, dtype_of, file_hash, with_image
 from .modes import check_names, file_mode, grid_modes, reference_modes
 from .options import SMALL_GRID, ClipError, EvaluateOptions, ModelOptions
-from .perceptual import LEAST_SIDE, Lpips, why_no_lpips
+from .perceptual import Lpips, why_no_lpips
 from .summary import ClipRecord, measure
 
 OnClip = Callable[[Mode, Pair, int], None]  # (mode, pair, steps done so far)
@@ -159,7 +159,7 @@ def complete(pipe: Any, evaluation: Evaluation, folder: Folder, todo: dict[Pair,
     def make(mode: Mode, pair: Pair) -> Clip:
         on_step(mode, pair, 0)
         advance = lambda done, total, density: on_step(mode, pair, done)  # noqa: E731
-        clip = generate(pipe, mode, pair, arguments, backend=backend, on_step=advance)
+        [clip] = generate(pipe, mode, [pair], arguments, backend=backend, on_step=advance)
         check_sparse(clip)
         return clip
 
@@ -185,13 +185,11 @@ def complete(pipe: Any, evaluation: Evaluation, folder: Folder, todo: dict[Pair,
 
 def records_of(evaluation: Evaluation, folder: Folder) -> list[ClipRecord]:
     """All clips in the order of pairs and modes. Raises ClipError where some are missing."""
-    found = [folder.record(mode.name, pair) for pair in evaluation.pairs for mode in evaluation.modes]
-    records = [each for each in found if each is not None]
-    if len(records) != len(found):
-        raise ClipError(
-            f"{folder.root}: {len(found) - len(records)} clips are missing; did somebody delete files? Run it again."
-        )
-    return records
+    entries = [folder.record(mode.name, pair) for pair in evaluation.pairs for mode in evaluation.modes]
+    if None in entries:
+        lost = entries.count(None)
+        raise ClipError(f"{folder.root}: {lost} clips are missing; did somebody delete files? Run it again.")
+    return [each for each in entries if each is not None]
 
 
 def read_prompts(path: Path | None, source: Source) -> list[str]:
@@ -230,9 +228,7 @@ def _why_no_lpips(wanted: bool | None, height: int | None, width: int | None) ->
     """Why LPIPS is left out, None where it is computed. Raises ValueError where it is wanted and cannot be."""
     if wanted is False:
         return "--no-lpips"
-    reason = why_no_lpips()
-    if reason is None and min(height or LEAST_SIDE, width or LEAST_SIDE) < LEAST_SIDE:
-        reason = f"frames of {height} x {width} are too small for AlexNet, which needs sides of {LEAST_SIDE}"
+    reason = why_no_lpips(height, width)
     if wanted and reason is not None:
         raise ValueError(f"lpips: got --lpips, but {reason}; allowed: --no-lpips, or what is missing.")
     return reason

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch.nn.attention import SDPBackend
+
 from ...backends import BACKENDS
 from ...config import ORDERS, RECTIFY, SparseConfig, check_choice, parse_yaml
 from ...presets import PRESET_NAMES
@@ -14,7 +16,14 @@ from ..option import option
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "group")
-KERNELS = ("default", "math", "efficient", "flash", "cudnn")
+# What runs scaled_dot_product_attention, for dense attention and for the blocks that the torch backend gathers.
+KERNELS = {
+    "default": None,  # PyTorch's own choice
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
 DEMO = "demo"
 SMALL_GRID = {"block_size": 64, "top_p": 0.0}  # what fits the demo model: exact sparsity
 CALL = {  # field -> argument of the pipeline's call
@@ -165,7 +174,7 @@ class EvaluateOptions(ModelOptions):
     top_p: float | None = option("Least attention mass the kept blocks hold.", None)
     neighbours: bool | None = option("Always keep blocks that touch in 3-D; needs an --order other than content.", None)
     fps: int | None = option("Frames a second in the videos.", None, unset="8 for demo, else 16")
-    dense_kernel: str = option("SDPA kernel of every mode.", "default", choices=KERNELS)
+    dense_kernel: str = option("SDPA kernel of every mode.", "default", choices=tuple(KERNELS))
     floor_kernel: str | None = option(
         "Another one, for the noise floor.", None, unset="math for demo and on a CPU, else efficient"
     )
@@ -175,7 +184,7 @@ class EvaluateOptions(ModelOptions):
         super().__post_init__()
         _check_files((*self.config, *(() if self.prompts is None else (self.prompts,))))
         for name in ("dense_kernel", "floor_kernel"):
-            check_choice(name, getattr(self, name) or "default", KERNELS)
+            check_choice(name, getattr(self, name) or "default", tuple(KERNELS))
         if self.floor_kernel == self.dense_kernel:
             raise ValueError(f"floor_kernel: got {self.floor_kernel!r}; allowed: another one than dense_kernel.")
         if self.overrides() and self.config and not any(self.grid().values()):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 _WEIGHTS = "alexnet-owt-7be5be79.pth"
-LEAST_SIDE = 63  # below it a convolution of AlexNet has nothing left to pool
+_LEAST_SIDE = 63  # below it a convolution of AlexNet has nothing left to pool
 _FRAMES_AT_ONCE = 16
 
 
@@ -15,8 +15,8 @@ def lpips_weights() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS
 
 
-def why_no_lpips() -> str | None:
-    """Why LPIPS cannot be computed here and what to do about it, or None where it can."""
+def why_no_lpips(height: int | None, width: int | None) -> str | None:
+    """Why LPIPS cannot be computed of frames of this size (None: not known), and what to do; None where it can."""
     if find_spec("torchvision") is None:
         return "torchvision is not installed (pip install torchvision, of the release that goes with your torch)"
     if not lpips_weights().is_file():
@@ -24,16 +24,15 @@ def why_no_lpips() -> str | None:
             f"the weights of AlexNet are not at {lpips_weights()} (download them once: "
             "python -c 'import torchvision; torchvision.models.alexnet(weights=\"DEFAULT\")')"
         )
+    if min(height or _LEAST_SIDE, width or _LEAST_SIDE) < _LEAST_SIDE:
+        return f"frames of {height} x {width} are too small for AlexNet, which needs sides of {_LEAST_SIDE}"
     return None
 
 
 class Lpips:
-    """Learned perceptual distance (AlexNet) of two clips, the mean over frames. Raises RuntimeError without weights."""
+    """Learned perceptual distance (AlexNet) of two clips, the mean over frames. why_no_lpips() says what it needs."""
 
     def __init__(self, device: torch.device) -> None:
-        reason = why_no_lpips()
-        if reason is not None:
-            raise RuntimeError(f"LPIPS: {reason}.")
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         self._net = LearnedPerceptualImagePatchSimilarity("alex", reduction="mean", normalize=True).to(device).eval()
@@ -42,9 +41,9 @@ class Lpips:
     @torch.no_grad()
     def __call__(self, video: torch.Tensor, reference: torch.Tensor) -> float:
         """video, reference: [T, 3, H, W], values in [0, 1], sides of 63 pixels or more. 0 for identical clips."""
-        if min(video.shape[-2:]) < LEAST_SIDE:
+        if min(video.shape[-2:]) < _LEAST_SIDE:
             raise ValueError(
-                f"LPIPS: got frames of {tuple(video.shape[-2:])}; allowed: sides of {LEAST_SIDE} or more. "
+                f"LPIPS: got frames of {tuple(video.shape[-2:])}; allowed: sides of {_LEAST_SIDE} or more. "
                 "Leave it out: --no-lpips."
             )
         self._net.reset()

@@ -76,19 +76,11 @@ def comparisons(summaries: Sequence[ModeSummary], records: Sequence[ClipRecord])
         if config.rectify == "none":
             continue
         other = plain_sparse[config.sparsity]
-        psnr_won, pairs = wins(records, each.mode.name, other.mode.name, "psnr")
-        rows.append(
-            {
-                "sparsity": config.sparsity,
-                "sparse": other.mode.name,
-                "rectified": each.mode.name,
-                "psnr_gain": each.scores["psnr"].mean - other.scores["psnr"].mean,
-                "ssim_gain": each.scores["ssim"].mean - other.scores["ssim"].mean,
-                "psnr_won": psnr_won,
-                "ssim_won": wins(records, each.mode.name, other.mode.name, "ssim")[0],
-                "pairs": pairs,
-            }
-        )
+        row: dict[str, Any] = {"sparsity": config.sparsity, "sparse": other.mode.name, "rectified": each.mode.name}
+        for score in ("psnr", "ssim"):
+            row[f"{score}_gain"] = each.scores[score].mean - other.scores[score].mean
+            row[f"{score}_won"], row["pairs"] = wins(records, each.mode.name, other.mode.name, score)
+        rows.append(row)
     return rows
 
 

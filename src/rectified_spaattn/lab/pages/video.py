@@ -102,27 +102,25 @@ def write_clip(path: Path, clip: torch.Tensor, fps: int, width: int | None = Non
 
 
 def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
-    """A .png of the first frame, or else an mp4, where an odd side gains the pixel that H.264 asks for.
+    """A .png of the first frame, or else an mp4.
 
     frames: uint8 [T, H, W, 3]. Raises OSError where the file cannot be written; then `path` is as it was.
     """
     if path.suffix == ".png":
         write_png(path, frames[0])
     else:
-        write_mp4(path, even(frames), fps)
+        write_mp4(path, frames, fps)
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
-    """frames: uint8 [T, H, W, 3] with even sides, as H.264 asks.
+    """frames: uint8 [T, H, W, 3]; an odd side gains the pixel that H.264 asks for.
 
     Raises ValueError for another array, OSError where the encoder fails or its file lacks frames; then `path` is as it
     was.
     """
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"frames: got {frames.dtype} {frames.shape}; allowed: uint8 [T, H, W, 3].")
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"frames: got {frames.shape[1]} x {frames.shape[2]} pixels; allowed: even sides. Pad by one.")
-    write_atomically(path, lambda to: _encode(to, frames, fps, str(path)))
+    write_atomically(path, lambda to: _encode(to, even(frames), fps, str(path)))
 
 
 def write_png(path: Path, frame: np.ndarray) -> None:
