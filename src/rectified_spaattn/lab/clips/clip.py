@@ -15,7 +15,7 @@ from ...backends import Call, choose
 from ...config import SparseConfig, check_choice
 from ...pipelines import Handle, RunStats, enable
 from ...pipelines.teacache import TeaCacheHandle, enable_teacache
-from .options import KERNELS, ClipError
+from .options import FLOOR_KERNELS, KERNELS, ClipError
 
 FULL = "full"
 OnStep = Callable[[int, int, float | None], None]  # (steps done, of how many, density of the last or None)
@@ -107,9 +107,9 @@ class Clip:
         return "" if self.stats is None else self.stats.backend
 
 
-def full_mode(kernel: str = "default") -> Mode:
+def full_mode() -> Mode:
     """The reference that the other modes are compared with."""
-    return Mode(name=FULL, label="full attention", kernel=kernel)
+    return Mode(name=FULL, label="full attention")
 
 
 @contextmanager
@@ -230,7 +230,7 @@ def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:
         kind = str(dtype).removeprefix("torch.")
         raise ClipError(
             f"The SDPA kernel {name!r} does not run {kind} on {device.type} here ({str(error).splitlines()[0]}). Name "
-            f"another one with --floor-kernel or --dense-kernel, such as math; allowed: {', '.join(KERNELS)}."
+            f"another one with --floor-kernel, such as math; allowed: {', '.join(FLOOR_KERNELS)}."
         ) from error
 
 

@@ -224,9 +224,9 @@ def place(pipe: Any, device: torch.device, offload: str) -> None:
             raise ClipError(f"--offload {offload}: there is no GPU to offload from. Leave it out.")
         return
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    check_memory(
-        {name: weight_bytes(part) for name, part in parts.items()}, torch.cuda.mem_get_info(device)[0], offload
-    )
+    tensors = {name: (*part.parameters(), *part.buffers()) for name, part in parts.items()}
+    sizes = {name: sum(each.numel() * each.element_size() for each in own) for name, own in tensors.items()}
+    check_memory(sizes, torch.cuda.mem_get_info(device)[0], offload)
     if offload == "none":
         pipe.to(device)
     elif offload == "model":
@@ -250,11 +250,6 @@ def check_memory(sizes: dict[str, int], free: int, offload: str) -> None:
         f"Not enough GPU memory: {what} take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free, and "
         f"activations come on top. {todo}."
     )
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(each.numel() * each.element_size() for each in (*module.parameters(), *module.buffers()))
 
 
 def _pipeline_class(index: dict[str, Any], options: ModelOptions) -> type[Any]:

@@ -24,6 +24,7 @@ KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+FLOOR_KERNELS = tuple(KERNELS)[1:]
 DEMO = "demo"
 SMALL_GRID = {"block_size": 64, "top_p": 0.0}  # what fits the demo model: exact sparsity
 CALL = {  # field -> argument of the pipeline's call
@@ -174,19 +175,19 @@ class EvaluateOptions(ModelOptions):
     top_p: float | None = option("Least attention mass the kept blocks hold.", None)
     neighbours: bool | None = option("Always keep blocks that touch in 3-D; needs an --order other than content.", None)
     fps: int | None = option("Frames a second in the videos.", None, unset="8 for demo, else 16")
-    dense_kernel: str = option("SDPA kernel of every mode.", "default", choices=tuple(KERNELS))
     floor_kernel: str | None = option(
-        "Another one, for the noise floor.", None, unset="math for demo and on a CPU, else efficient"
+        "SDPA kernel of the noise floor, another one than PyTorch chooses.",
+        None,
+        choices=FLOOR_KERNELS,
+        unset="math for demo and on a CPU, else efficient",
     )
     lpips: bool | None = option("Learned perceptual distance.", None, unset="where its weights are there")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_files((*self.config, *(() if self.prompts is None else (self.prompts,))))
-        for name in ("dense_kernel", "floor_kernel"):
-            check_choice(name, getattr(self, name) or "default", tuple(KERNELS))
-        if self.floor_kernel == self.dense_kernel:
-            raise ValueError(f"floor_kernel: got {self.floor_kernel!r}; allowed: another one than dense_kernel.")
+        if self.floor_kernel is not None:
+            check_choice("floor_kernel", self.floor_kernel, FLOOR_KERNELS)
         if self.overrides() and self.config and not any(self.grid().values()):
             raise ValueError(
                 f"{', '.join(self.overrides())}: got a value, but only --config files; allowed: with grid options "

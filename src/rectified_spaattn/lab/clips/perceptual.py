@@ -15,7 +15,7 @@ def lpips_weights() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS
 
 
-def why_no_lpips(height: int | None, width: int | None) -> str | None:
+def why_no_lpips(height: int | None = None, width: int | None = None) -> str | None:
     """Why LPIPS cannot be computed of frames of this size (None: not known), and what to do; None where it can."""
     if find_spec("torchvision") is None:
         return "torchvision is not installed (pip install torchvision, of the release that goes with your torch)"
@@ -30,9 +30,12 @@ def why_no_lpips(height: int | None, width: int | None) -> str | None:
 
 
 class Lpips:
-    """Learned perceptual distance (AlexNet) of two clips, the mean over frames. why_no_lpips() says what it needs."""
+    """Learned perceptual distance (AlexNet) of two clips, the mean over frames. Raises RuntimeError without weights."""
 
     def __init__(self, device: torch.device) -> None:
+        reason = why_no_lpips()
+        if reason is not None:
+            raise RuntimeError(f"LPIPS: {reason}.")
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
         self._net = LearnedPerceptualImagePatchSimilarity("alex", reduction="mean", normalize=True).to(device).eval()
