@@ -54,15 +54,10 @@ class Branch:
         previous, self.signal = self.signal, signal
         if previous is None or previous.shape != signal.shape:
             return True
-        self.accumulated += fit.distance(relative_change(signal, previous))
+        change = (signal - previous).abs().mean(dtype=torch.float32) / previous.abs().mean(dtype=torch.float32)
+        self.accumulated += fit.distance(change.item())
         return max(self.accumulated, 0.0) >= threshold  # fits are below zero for tiny changes; 0 computes every step
 
     def computed(self, signal: torch.Tensor, residual: torch.Tensor | None) -> None:
         """Take what a computed step gave. residual: None where no step can need it."""
         self.signal, self.residual, self.accumulated = signal, residual, 0.0
-
-
-def relative_change(new: torch.Tensor, old: torch.Tensor) -> float:
-    """mean|new - old| / mean|old|, summed in float32."""
-    change = (new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
-    return change.item()

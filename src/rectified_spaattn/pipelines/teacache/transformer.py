@@ -23,6 +23,7 @@ from torch import nn
 from torch._dynamo.decorators import skip as uncompiled  # of this frame alone: what it calls may be compiled
 
 from ..enabling import SLOTS
+from ..hooks import refuse_pickling
 from .blocks import Pass, stand_ins
 from .guidance import GuidanceCalls, GuidanceHook, Text
 from .models import CachedModel, Fit
@@ -43,10 +44,7 @@ class Marker(nn.Module):
         self.owner = owner
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(
-            "TeaCache is enabled on this model, and an enabled model cannot be pickled. Call disable() first, or save "
-            "the weights alone: save_pretrained() or state_dict()."
-        )
+        refuse_pickling("TeaCache", "rsa.disable_teacache(pipe)")
 
 
 @dataclass(kw_only=True)
@@ -65,10 +63,10 @@ class CachedTransformer:
     """One transformer with TeaCache. record: the last run by branch, (step, timestep) -> whether it was computed."""
 
     def __init__(
-        self, name: str, model: nn.Module, row: CachedModel, fit: Fit, threshold: float, progress: Progress
+        self, name: str, model: nn.Module, row: CachedModel, fit: Fit, threshold: float | None, progress: Progress
     ) -> None:
-        self.name, self.row, self.fit = name, row, fit
-        self.threshold, self.progress = threshold, progress
+        self.name, self.row, self.fit, self.progress = name, row, fit, progress
+        self.threshold = fit.threshold if threshold is None else float(threshold)
         self.kind = type(model).__name__
         self.active = False
         self.record: dict[str, dict[tuple[int, float], bool]] = {}
@@ -122,12 +120,10 @@ class CachedTransformer:
         _forget_children(model)  # they would be copied, and the hook with them
         own = {name: value for name, value in model.__getstate__().items() if name not in (*OWN, *self.row.blocks)}
         own["_modules"] = {name: child for name, child in own["_modules"].items() if name != CHILD}
-        if self._hidden is not None:  # inside of a call
-            chooser, forward = self._hidden
-            if own.get("forward") is chooser:
-                own["forward"] = forward
-            if own["forward"] is None:
-                del own["forward"]
+        if self._hidden is not None and own.get("forward") is self._hidden[0]:  # inside of a call
+            own["forward"] = self._hidden[1]
+        if own.get("forward", model) is None:
+            del own["forward"]
         copied = type(model).__new__(type(model))
         memo[id(model)] = copied
         copied.__setstate__(copy.deepcopy(own, memo))
