@@ -10,7 +10,6 @@ from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.clips.clip import (
     Clip,
     Mode,
-    NothingSparseError,
     Pair,
     check_sparse,
     full_mode,
@@ -18,6 +17,7 @@ from rectified_spaattn.lab.clips.clip import (
     warm_up,
 )
 from rectified_spaattn.lab.clips.metrics import flicker, psnr, ssim
+from rectified_spaattn.lab.clips.options import ClipError
 from rectified_spaattn.lab.clips.summary import measure, plain, summarise, wins
 from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
 from rectified_spaattn.lab.pages.demo import comparisons
@@ -174,9 +174,9 @@ def test_a_mode_has_the_same_noise_every_time_and_leaves_the_pipeline_alone(pipe
 
 def test_a_mode_that_runs_no_sparse_call_is_an_error(pipe: DemoVideoPipeline) -> None:
     dense = Mode(name="nothing", label="nothing", configs=(SPARSE.replace(dense_layers=(0, 1)),))
-    with pytest.raises(NothingSparseError, match="no attention call ran sparse"):
+    with pytest.raises(ClipError, match="no attention call ran sparse"):
         warm_up(pipe, [dense], Pair(prompt=PROMPT, seed=0), CALL)
     [made] = generate(pipe, dense, [Pair(prompt=PROMPT, seed=0)], {**CALL, "num_inference_steps": 1})
     assert isinstance(made.stats, RunStats)
-    with pytest.raises(NothingSparseError):
+    with pytest.raises(ClipError, match="no attention call ran sparse"):
         check_sparse(made)

@@ -21,10 +21,6 @@ FULL = "full"
 OnStep = Callable[[int, int, float | None], None]  # (steps done, of how many, density of the last or None)
 
 
-class NothingSparseError(ClipError):
-    """A sparse mode ran no sparse call. The message says why and what to change."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Mode:
     """One way to run attention.
@@ -193,9 +189,9 @@ def generate(
 
 
 def check_sparse(clip: Clip) -> None:
-    """Raises NothingSparseError where a sparse mode ran no sparse call."""
+    """Raises ClipError where a sparse mode ran no sparse call, saying why and what to change."""
     if clip.stats is not None and not clip.stats.sparse_calls:
-        raise NothingSparseError(
+        raise ClipError(
             f"{clip.mode.name}: no attention call ran sparse ({clip.stats.dense_reasons}); the comparison would be of "
             "full attention with itself. Use a smaller block_size, more pixels or fewer dense steps and layers."
         )
@@ -206,7 +202,7 @@ def warm_up(
 ) -> None:
     """One denoising step under every mode, sparse where the mode is, so that no timed run pays for first-use costs.
 
-    Raises ClipError, and NothingSparseError where a mode has nothing sparse.
+    Raises ClipError, also where a mode has nothing sparse.
     """
     one_step = {**arguments, "num_inference_steps": 1}
     for mode in modes:

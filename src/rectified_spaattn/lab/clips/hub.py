@@ -34,11 +34,11 @@ def read_index(options: ModelOptions) -> tuple[dict[str, Any], Path, str | None]
 
 def from_hub(options: ModelOptions, get: Callable[[], Any]) -> Any:
     """What `get` gives. Raises ClipError in its own words for what huggingface_hub raises."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import errors
 
     try:
         return get()
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    except (OSError, errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise ClipError(_why_not(options, error)) from error
 
 
@@ -60,24 +60,18 @@ def _index(options: ModelOptions) -> tuple[Path, str | None]:
 
 
 def _why_not(options: ModelOptions, error: Exception) -> str:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     model, page = options.model, f"https://huggingface.co/{options.model}"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return f"{model} is gated: accept its terms at {page}, then run `hf auth login`."
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"{model} has no revision {options.revision}: see {page}/commits."
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return f"{model}: no such repository, or a private one. Check {page}, or run `hf auth login`."
-    if isinstance(error, RemoteEntryNotFoundError):
+    if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"{model}: got a repository without {INDEX}; allowed: a diffusers pipeline ({page}/tree/main)."
-    why = "and the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else f"and: {error}"
+    why = "and the hub cannot be reached" if isinstance(error, errors.LocalEntryNotFoundError) else f"and: {error}"
     return (
         f"{model} is not in the local cache, {why}.\n"
         f"Connect to a network (and unset HF_HUB_OFFLINE), or run `hf download {model}` elsewhere and pass "

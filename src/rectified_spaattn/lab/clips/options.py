@@ -26,7 +26,7 @@ KERNELS = {
 }
 FLOOR_KERNELS = tuple(KERNELS)[1:]
 DEMO = "demo"
-SMALL_GRID = {"block_size": 64, "top_p": 0.0}  # what fits the demo model: exact sparsity
+SMALL_GRID: dict[str, Any] = {"block_size": 64, "top_p": 0.0}  # what fits the demo model: exact sparsity
 CALL = {  # field -> argument of the pipeline's call
     "prompt": "prompt",
     "negative_prompt": "negative_prompt",
@@ -220,10 +220,6 @@ class DemoOptions:
     size: int = option("Height and width in pixels; the model was trained at 64 and 96.", 64)
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.8, 0.9))
     block_size: int = option("Tokens a block.", SMALL_GRID["block_size"])
-    top_p: float = option("Least attention mass the kept blocks hold.", SMALL_GRID["top_p"])
-    neighbours: bool = option(
-        "Always keep blocks that touch in 3-D; on small grids these alone are many.", False, flag="--neighbours"
-    )
     device: str = option("Where to run.", "auto", choices=DEVICES)
     backend: str = option("Attention backend.", "auto", choices=("auto", *BACKENDS))
     weights: Path | None = option("Folder with weights of your own training.", None)
@@ -243,13 +239,12 @@ class DemoOptions:
 
     def paper(self, sparsity: float) -> SparseConfig:
         """The paper's settings on this small grid."""
-        return SparseConfig.paper(
-            sparsity=sparsity, block_size=self.block_size, top_p=self.top_p, neighbours=self.neighbours
-        )
+        exact = SMALL_GRID | {"block_size": self.block_size}
+        return SparseConfig.paper(sparsity=sparsity, neighbours=False, **exact)  # neighbours alone are many here
 
     def default(self, sparsity: float) -> SparseConfig:
         """The package's."""
-        return SparseConfig(sparsity=sparsity, block_size=self.block_size, top_p=self.top_p)
+        return SparseConfig(sparsity=sparsity, **(SMALL_GRID | {"block_size": self.block_size}))
 
 
 def _check_files(paths: tuple[Path, ...]) -> None:
