@@ -14,7 +14,7 @@ import tiny
 from clip_runs import LABELS, MODES, PAIRS, command, evaluate, rows
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.clips import evaluate as work
-from rectified_spaattn.lab.clips import perceptual
+from rectified_spaattn.lab.clips import metrics
 from rectified_spaattn.lab.clips.clip import Mode, dense_kernel
 from rectified_spaattn.lab.clips.folder import LOCK, MARK
 from rectified_spaattn.lab.clips.models import source_of
@@ -203,7 +203,7 @@ def test_a_model_that_starts_from_an_image(models: Path, tmp_path: Path) -> None
 def test_lpips_is_never_skipped_in_silence(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(perceptual, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     quick = [*[each for each in arguments if each != "--no-lpips"], "--seeds", "1", "--steps", "1", "--frames", "2"]
     result = evaluate(quick, tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -213,19 +213,19 @@ def test_lpips_is_never_skipped_in_silence(
     asked = evaluate(quick, tmp_path / "other", "--lpips")
     assert asked.exit_code == 2
     assert NO_LPIPS in asked.output
-    monkeypatch.setattr(perceptual, "find_spec", lambda name: object())
+    monkeypatch.setattr(metrics, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert "alexnet-owt-7be5be79.pth" in evaluate(quick, tmp_path / "other", "--lpips").output
     with pytest.raises(RuntimeError, match="weights of AlexNet are not at"):
-        perceptual.Lpips(torch.device("cpu"))
+        metrics.Lpips(torch.device("cpu"))
 
 
 def test_lpips_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torchvision = pytest.importorskip("torchvision")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    perceptual.lpips_weights().parent.mkdir()
-    torch.save(torchvision.models.alexnet(weights=None).state_dict(), perceptual.lpips_weights())
-    lpips = perceptual.Lpips(torch.device("cpu"))
+    metrics.lpips_weights().parent.mkdir()
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), metrics.lpips_weights())
+    lpips = metrics.Lpips(torch.device("cpu"))
     clip = torch.rand(3, 3, 64, 64)
     assert lpips(clip, clip) == 0
     assert lpips(clip, torch.rand(3, 3, 64, 64)) > 0

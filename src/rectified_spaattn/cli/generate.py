@@ -33,7 +33,8 @@ def run(options: GenerateOptions) -> None:
     pipe = load(source, options, device)
     mode, pair = single.mode_of(options, pipe), Pair(prompt=options.prompt, seed=options.seed)
     if options.compile:
-        single.compile_blocks(pipe)
+        for name in source.transformers:
+            getattr(pipe, name).compile_repeated_blocks(fullgraph=True)
 
     with _bar("rectified attention") as on_step:
         [sparse] = generate(pipe, mode, [pair], call, backend=options.backend, on_step=on_step)

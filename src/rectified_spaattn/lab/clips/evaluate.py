@@ -16,10 +16,10 @@ from ..machine import machine
 from ..pages.video import write_clip
 from .clip import FULL, Clip, Mode, Pair, check_kernel, check_sparse, generate, warm_up
 from .folder import Folder
+from .metrics import Lpips, why_no_lpips
 from .models import Source, call_arguments, call_defaults, dtype_of, file_hash, with_image
 from .modes import check_names, file_mode, grid_modes, reference_modes
 from .options import SMALL_GRID, ClipError, EvaluateOptions, ModelOptions
-from .perceptual import Lpips, why_no_lpips
 from .summary import ClipRecord, measure
 
 OnClip = Callable[[Mode, Pair, int], None]  # (mode, pair, steps done so far)

@@ -17,7 +17,21 @@ def read_index(options: ModelOptions) -> tuple[dict[str, Any], Path, str | None]
 
     HF_HUB_OFFLINE and HF_HOME mean what they mean to huggingface_hub. Raises ClipError where it cannot be had or read.
     """
-    path, revision = _index(options)
+    local, revision = Path(options.model).expanduser(), None
+    if local.is_dir():
+        if options.revision is not None:
+            raise ClipError(f"--revision: got one for the folder {local}; allowed: for a repository alone.")
+        path = local.resolve() / INDEX
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", options.model):
+        from huggingface_hub import hf_hub_download
+
+        path = Path(from_hub(options, partial(hf_hub_download, options.model, INDEX, revision=options.revision)))
+        revision = path.parent.name
+    else:
+        raise ClipError(
+            f"{options.model}: there is no such folder, and it is no name of a repository, such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
     if not path.is_file():
         raise ClipError(
             f"{options.model}: got a folder without {INDEX}; allowed: a diffusers pipeline, as "
@@ -40,23 +54,6 @@ def from_hub(options: ModelOptions, get: Callable[[], Any]) -> Any:
         return get()
     except (OSError, errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise ClipError(_why_not(options, error)) from error
-
-
-def _index(options: ModelOptions) -> tuple[Path, str | None]:
-    local = Path(options.model).expanduser()
-    if local.is_dir():
-        if options.revision is not None:
-            raise ClipError(f"--revision: got one for the folder {local}; allowed: for a repository alone.")
-        return local.resolve() / INDEX, None
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", options.model):
-        raise ClipError(
-            f"{options.model}: there is no such folder, and it is no name of a repository, such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
-        )
-    from huggingface_hub import hf_hub_download
-
-    path = Path(from_hub(options, partial(hf_hub_download, options.model, INDEX, revision=options.revision)))
-    return path, path.parent.name
 
 
 def _why_not(options: ModelOptions, error: Exception) -> str:

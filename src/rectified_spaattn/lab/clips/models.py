@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...pipelines import ADAPTERS
+from ...pipelines.enabling import SLOTS
 from .hub import from_hub, read_index
 from .options import CALL, DEMO, ClipError, ModelOptions
 
@@ -39,7 +40,7 @@ class Source:
     @property
     def transformers(self) -> dict[str, str]:
         """Name -> class."""
-        return {name: self.components[name] for name in ("transformer", "transformer_2") if name in self.components}
+        return {name: self.components[name] for name in SLOTS if name in self.components}
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -162,16 +163,7 @@ def load(source: Source, options: ModelOptions, device: torch.device) -> Any:
     Wan's VAE and image encoder stay in float32, as diffusers' documentation has them. Weights are read from safetensors
     alone, as other files can run code. Raises ClipError where weights, packages or memory are missing.
     """
-    dtype = dtype_of(source, options.dtype, device)
-    if source.is_demo:
-        from ..demo_model.pipeline import load_demo_pipeline
-
-        try:
-            pipe: Any = load_demo_pipeline("cpu", dtype, source.folder)
-        except Exception as error:
-            raise ClipError(f"{source.folder}: the demo model could not be loaded: {error}") from error
-    else:
-        pipe = _load(source, options, dtype)
+    pipe = _load(source, options, dtype_of(source, options.dtype, device))
     pipe.set_progress_bar_config(disable=True)
     if hasattr(getattr(pipe, "vae", None), "enable_tiling"):
         pipe.vae.enable_tiling()
@@ -181,6 +173,8 @@ def load(source: Source, options: ModelOptions, device: torch.device) -> Any:
 
 
 def _load(source: Source, options: ModelOptions, dtype: torch.dtype) -> Any:
+    from ..demo_model.pipeline import load_demo_pipeline
+
     name = source.pipeline.__name__
     if name.startswith(_NEEDS_FTFY) and name != "WanPipeline" and find_spec("ftfy") is None:
         raise ClipError(f"{name} needs ftfy, which is not installed: {INSTALL}.")
@@ -192,6 +186,8 @@ def _load(source: Source, options: ModelOptions, dtype: torch.dtype) -> Any:
         exact = [part for part in ("vae", "image_encoder") if part in source.components]
         dtypes = {"default": dtype, **dict.fromkeys(exact, torch.float32)}
     try:
+        if source.is_demo:
+            return load_demo_pipeline("cpu", dtype, folder)
         return source.pipeline.from_pretrained(folder, dtype=dtypes, **safe)
     except Exception as error:  # files of any kind: what is wrong with them comes as any exception
         raise ClipError(

@@ -93,14 +93,6 @@ def mode_of(options: GenerateOptions, pipe: Any) -> Mode:
     )
 
 
-def compile_blocks(pipe: Any) -> None:
-    """Compile the repeated blocks of every transformer."""
-    for name in ("transformer", "transformer_2"):
-        model = getattr(pipe, name, None)
-        if model is not None:
-            model.compile_repeated_blocks(fullgraph=True)
-
-
 def describe(
     options: GenerateOptions, source: Source, pipe: Any, arguments: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:

@@ -12,8 +12,7 @@ import torch
 from ...config import SparseConfig
 from .clip import FULL, Clip, Mode, Pair
 from .intervals import Interval, bootstrap
-from .metrics import flicker, psnr, ssim
-from .perceptual import Lpips
+from .metrics import Lpips, flicker, psnr, ssim
 
 SCORES = ("psnr", "ssim", "lpips", "flicker")
 _SETTINGS = ("sparsity", "rectify", "block_size", "order", "top_p", "neighbours")
