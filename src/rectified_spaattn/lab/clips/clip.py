@@ -29,14 +29,15 @@ class Mode:
     label     what a person reads
     configs   one for all transformers of the pipeline, or one each; empty: full attention, the model untouched
     kernel    a name from KERNELS
-    teacache  the threshold up to which steps are skipped, or "model" for the model's own; None: no step is skipped
+    teacache  whether steps that change little are skipped; threshold: up to which change, None for the model's own
     """
 
     name: str
     label: str
     configs: tuple[SparseConfig, ...] = ()
     kernel: str = "default"
-    teacache: float | str | None = None
+    teacache: bool = False
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("kernel", self.kernel, tuple(KERNELS))
@@ -122,9 +123,8 @@ def enabled(pipe: Any, mode: Mode, backend: str = "auto") -> Iterator[tuple[Hand
                     model = getattr(pipe, name)
                     call = Call(pipe._execution_device, model.dtype, model.config.attention_head_dim, config.block_size)
                     choose(backend, call)
-            if mode.teacache is not None:
-                threshold = None if isinstance(mode.teacache, str) else mode.teacache
-                teacache = stack.enter_context(enable_teacache(pipe, threshold=threshold))
+            if mode.teacache:
+                teacache = stack.enter_context(enable_teacache(pipe, threshold=mode.threshold))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ClipError(f"{mode.name}: {error}") from error
         yield sparse, teacache

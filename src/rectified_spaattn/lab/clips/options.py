@@ -28,11 +28,7 @@ FLOOR_KERNELS = tuple(KERNELS)[1:]
 DEMO = "demo"
 SMALL_GRID: dict[str, Any] = {"block_size": 64, "top_p": 0.0}  # what fits the demo model: exact sparsity
 CALL = {  # field -> argument of the pipeline's call
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "image": "image",
-    "height": "height",
-    "width": "width",
+    **{name: name for name in ("prompt", "negative_prompt", "image", "height", "width")},
     "frames": "num_frames",
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ...pipelines.adapters import default_configs
-from ...presets import preset as preset_of
 from ..machine import machine
 from .clip import Clip, Mode
 from .models import Source, call_defaults, file_hash
@@ -79,17 +78,17 @@ def mode_of(options: GenerateOptions, pipe: Any) -> Mode:
         configs = options.configs()
         if configs is None:
             overrides = options.overrides()
-            base = preset_of(options.preset) if options.preset else default_configs(pipe.transformer, pipe, overrides)
+            base = default_configs(pipe.transformer, pipe, overrides, options.preset)
             configs = tuple(config.replace(**overrides) for config in base)
     except (TypeError, ValueError) as error:
         raise ClipError(str(error)) from error
     cached = " + TeaCache" if options.teacache else ""
-    threshold = "model" if options.teacache_threshold is None else options.teacache_threshold
     return Mode(
         name="sparse",
         label=f"rectified, {configs[0].sparsity:.4g} sparse{cached}",
         configs=configs,
-        teacache=threshold if options.teacache else None,
+        teacache=options.teacache,
+        threshold=options.teacache_threshold,
     )
 
 

@@ -85,8 +85,9 @@ class DemoVideoPipeline(DiffusionPipeline):
 
         `height` and `width` are multiples of 4; the model was trained on 16 frames of 64 x 64 and 96 x 96.
         `guidance_scale` above 1 adds a second, caption-free forward a step. `callback_on_step_end(pipe, step, timestep,
-        {"latents": ...})` returns a dict whose "latents", if any, replace the current ones. Returns `DemoVideoOutput` (or a tuple), frames in [0, 1]:
-        "pt" [B, T, 3, H, W], "np" [B, T, H, W, 3]. ValueError or TypeError, with what is allowed, for bad arguments.
+        {"latents": ...})` returns a dict whose "latents", if any, replace the current ones. Returns `DemoVideoOutput`
+        (or a tuple), frames in [0, 1]: "pt" [B, T, 3, H, W], "np" [B, T, H, W, 3]. ValueError or TypeError, with what
+        is allowed, for bad arguments.
         """
         _check(height, width, num_frames, num_inference_steps, output_type)
         device = self._execution_device

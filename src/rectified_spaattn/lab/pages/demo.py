@@ -19,7 +19,7 @@ from ..rows import write_atomically, write_json
 from .clips import column_label, side_by_side
 from .figures import CallName, curve_figure, error_figure, plan_figure
 from .html import data_uri, render
-from .video import FPS, Row, difference, labelled_grid, read_mp4, write_png
+from .video import FPS, Row, difference, labelled_grid, read_mp4, write_frames
 
 _FIGURES = ("curve", "plan", "error")
 _METRICS, _REPORT, _VIDEO, _STILL = "metrics.json", "report.html", "side-by-side.mp4", "side-by-side.png"
@@ -38,7 +38,7 @@ def write_side_by_side(folder: Folder, summaries: Sequence[ModeSummary], pairs: 
         rows.append(Row(caption=f"{pair.caption()}, frame {len(videos[0]) // 2}", clips=middle))
         away: list[torch.Tensor | None] = [difference(frame, middle[0], _GAIN) for frame in middle[1:]]
         rows.append(Row(caption=f"difference from full attention, × {_GAIN:g} (white: none)", clips=[None, *away]))
-    write_png(folder.root / _STILL, labelled_grid([column_label(each) for each in summaries], rows)[0])
+    write_frames(folder.root / _STILL, labelled_grid([column_label(each) for each in summaries], rows))
 
 
 def write_report(folder: Folder, metrics: dict[str, Any]) -> Path:
@@ -102,17 +102,11 @@ def study_attention(calls: Sequence[AttentionCall], options: DemoOptions) -> dic
         "sparse, not rectified": (none.masses, none.misplaced),
         "rectified": (rectified.masses, rectified.misplaced),
     }
-    shown, errors = {}, _errors(calls, options)
-
-    def plan(to: Path) -> None:
-        masks = (rectified.probability, rectified.block_mask, rectified.compensated_mask)
-        shown.update(plan_figure(to, study.full, *masks, name, highest))
-
-    distances: dict[str, float] = {}
-    folder = options.out / "figures"
-    write_atomically(folder / "plan.png", plan)
+    errors, folder = _errors(calls, options), options.out / "figures"
+    masks = (rectified.probability, rectified.block_mask, rectified.compensated_mask)
+    shown = write_atomically(folder / "plan.png", lambda to: plan_figure(to, study.full, *masks, name, highest))
     write_atomically(folder / "error.png", lambda to: error_figure(to, errors, maps, name, highest))
-    write_atomically(folder / "curve.png", lambda to: distances.update(curve_figure(to)))
+    distances = write_atomically(folder / "curve.png", curve_figure)
     misplaced = {label: share for label, (_, share) in maps.items()}
     return {
         "step": call.step,

@@ -101,31 +101,18 @@ def write_clip(path: Path, clip: torch.Tensor, fps: int, width: int | None = Non
     write_frames(path, to_uint8(clip) if width is None else enlarge(clip, width), fps)
 
 
-def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
-    """A .png of the first frame, or else an mp4.
+def write_frames(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
+    """A .png of the first frame, or else an mp4, where an odd side gains the pixel that H.264 asks for.
 
-    frames: uint8 [T, H, W, 3]. Raises OSError where the file cannot be written; then `path` is as it was.
-    """
-    if path.suffix == ".png":
-        write_png(path, frames[0])
-    else:
-        write_mp4(path, frames, fps)
-
-
-def write_mp4(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
-    """frames: uint8 [T, H, W, 3]; an odd side gains the pixel that H.264 asks for.
-
-    Raises ValueError for another array, OSError where the encoder fails or its file lacks frames; then `path` is as it
-    was.
+    frames: uint8 [T, H, W, 3]. Raises ValueError for another array, OSError where the file cannot be written, the
+    encoder fails or its file lacks frames; then `path` is as it was.
     """
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"frames: got {frames.dtype} {frames.shape}; allowed: uint8 [T, H, W, 3].")
-    write_atomically(path, lambda to: _encode(to, even(frames), fps, str(path)))
-
-
-def write_png(path: Path, frame: np.ndarray) -> None:
-    """frame: uint8 [H, W, 3]."""
-    write_atomically(path, lambda to: Image.fromarray(frame).save(to, optimize=True))
+    if path.suffix == ".png":
+        write_atomically(path, lambda to: Image.fromarray(frames[0]).save(to, optimize=True))
+    else:
+        write_atomically(path, lambda to: _encode(to, even(frames), fps, str(path)))
 
 
 def read_mp4(path: Path) -> torch.Tensor:
