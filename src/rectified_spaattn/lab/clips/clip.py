@@ -117,8 +117,7 @@ def enabled(pipe: Any, mode: Mode, backend: str = "auto") -> Iterator[tuple[Hand
         sparse = teacache = None
         try:
             if mode.configs:
-                configs = mode.configs if len(mode.configs) > 1 else mode.configs[0]
-                sparse = stack.enter_context(enable(pipe, configs, backend=backend))
+                sparse = stack.enter_context(enable(pipe, mode.configs, backend=backend))
                 for name, config in sparse.configs().items():  # now, not after half the layers ran
                     model = getattr(pipe, name)
                     call = Call(pipe._execution_device, model.dtype, model.config.attention_head_dim, config.block_size)

@@ -58,9 +58,8 @@ def labelled_grid(columns: Sequence[str], rows: Sequence[Row], cell: int = CELL)
     columns: one label each, lines separated by "\\n". All clips have the same number of frames; clips that are not
     square keep their shape. Raises ValueError for an empty grid, a row of the wrong length or clips of unequal length.
     """
-    _check_grid(columns, rows)
     clips = [[None if clip is None else enlarge(clip, cell) for clip in row.clips] for row in rows]
-    frames = next(len(clip) for row in clips for clip in row if clip is not None)
+    frames = max(len(clip) for row in clips for clip in row if clip is not None)
     width = len(columns) * (cell + _GAP) + _GAP
     font = _font(_FONT_SIZE)
     captions = [_wrapped(row.caption, width - 2 * _GAP, font) for row in rows]
@@ -84,7 +83,7 @@ def labelled_grid(columns: Sequence[str], rows: Sequence[Row], cell: int = CELL)
 
     grid = np.repeat(np.asarray(canvas)[None], frames, axis=0)
     for row_clips, y in zip(clips, tops, strict=True):
-        for x, clip in enumerate(row_clips):
+        for x, clip in zip(range(len(columns)), row_clips, strict=True):
             if clip is not None:
                 left = _GAP + x * (cell + _GAP)
                 grid[:, y : y + clip.shape[1], left : left + cell] = clip
@@ -143,19 +142,6 @@ def _encode(path: Path, frames: np.ndarray, fps: int, name: str) -> None:
         raise OSError(f"{name}: the video was not written: ffmpeg cannot read its own file.") from error
     if count != len(frames):
         raise OSError(f"{name}: the video was not written: it has {count} frames of {len(frames)}.")
-
-
-def _check_grid(columns: Sequence[str], rows: Sequence[Row]) -> None:
-    if not columns or not rows:
-        raise ValueError(f"grid: got {len(columns)} columns and {len(rows)} rows; allowed: one or more of each.")
-    for row in rows:
-        if len(row.clips) != len(columns):
-            raise ValueError(f"row {row.caption!r}: got {len(row.clips)} clips; allowed: {len(columns)}, one a column.")
-        if all(clip is None for clip in row.clips):
-            raise ValueError(f"row {row.caption!r}: got no clip; allowed: one or more. Leave the row out.")
-    lengths = {len(clip) for row in rows for clip in row.clips if clip is not None}
-    if len(lengths) != 1:
-        raise ValueError(f"clips: got {sorted(lengths)} frames; allowed: the same number in all.")
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
