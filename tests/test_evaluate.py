@@ -273,14 +273,10 @@ def test_config_files(tmp_path: Path) -> None:
         file_mode(path)
 
 
-def test_configurations_start_from_the_preset_of_the_model(models: Path, tmp_path: Path) -> None:
+def test_configurations_start_from_the_preset_of_the_model(models: Path) -> None:
     source = source_of(ModelOptions(model=str(models / "wan")))
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("a b c")
-    options = EvaluateOptions(out=Path("out"), model=str(models / "wan"), height=64, prompts=prompts, lpips=False)
-    evaluation = work.evaluation_of(options, source, torch.device("cpu"))
-    modes = work.with_sparse_modes(evaluation, options, tiny.wan_pipeline()).modes
-    assert [[config.dense_layers for config in mode.configs] for mode in modes] == [[], [], [(0, 1)], [(0, 1)]]
+    assert [config.dense_layers for config in work.base_configs(source, tiny.wan_pipeline())] == [(0, 1)]
+    options = EvaluateOptions(out=Path("out"), model=str(models / "wan"), height=64)
     assert work.call_arguments(source, options) == {"height": 64}
     call = work.call_defaults(source) | {"height": 64}
     assert (call["height"], call["width"], call["num_frames"], call["num_inference_steps"]) == (64, 832, 81, 50)

@@ -112,19 +112,14 @@ def evaluation_of(options: EvaluateOptions, source: Source, device: torch.device
 
 
 def with_sparse_modes(evaluation: Evaluation, options: EvaluateOptions, pipe: Any) -> Evaluation:
-    """With the modes of the grid and of the files. Raises TypeError or ValueError as SparseConfig does.
-
-    The grid starts from exact sparsity on the demo model's small grid, else from the model's preset; ValueError where
-    it has none and no sparsity was asked for.
-    """
+    """With the modes of the grid and of the files. Raises TypeError or ValueError as SparseConfig does."""
     modes, grid = list(evaluation.modes), options.grid()
     if any(grid.values()) or not options.config:
-        grid["rectify"] = grid["rectify"] or ("none", SparseConfig().rectify)
+        default: dict[str, tuple[Any, ...]] = {"rectify": ("none", SparseConfig().rectify)}
         if evaluation.source.is_demo:
-            grid["sparsity"] = grid["sparsity"] or (0.8, 0.9)
-            base: tuple[SparseConfig, ...] = (SparseConfig.from_dict(SMALL_GRID),)
-        else:
-            base = default_configs(pipe.transformer, pipe, {name: each for name, each in grid.items() if each})
+            default["sparsity"] = (0.8, 0.9)
+        grid = {name: values or default.get(name, ()) for name, values in grid.items()}
+        base = base_configs(evaluation.source, pipe, grid["sparsity"])
         modes += grid_modes(base, grid, options.overrides())
     modes += [file_mode(path) for path in options.config]
     check_names(modes)
@@ -220,6 +215,16 @@ def read_prompts(path: Path | None, source: Source) -> list[str]:
     if source.is_demo:
         tokenize(prompts)
     return prompts
+
+
+def base_configs(source: Source, pipe: Any, sparsity: Sequence[float] = ()) -> tuple[SparseConfig, ...]:
+    """What configurations start from: exact sparsity on the demo model's small grid, else the model's preset.
+
+    sparsity: what was asked for. Raises ValueError where it is empty and there is no preset for the model.
+    """
+    if source.is_demo:
+        return (SparseConfig.from_dict(SMALL_GRID),)
+    return default_configs(pipe.transformer, pipe, {"sparsity": sparsity} if sparsity else {})
 
 
 def _why_no_lpips(wanted: bool | None, height: int | None, width: int | None) -> str | None:
