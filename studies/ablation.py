@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.config import RECTIFY
-from rectified_spaattn.lab.clips.clip import Mode, full_mode, generate_batch
+from rectified_spaattn.lab.clips.clip import Mode, full_mode, generate
 from rectified_spaattn.lab.clips.intervals import bootstrap
 from rectified_spaattn.lab.clips.metrics import psnr, ssim
 from rectified_spaattn.lab.option import option
@@ -99,12 +99,12 @@ def ablation(options: Options) -> None:
         say("attention calls")
         means = attention(pipe, pairs, options)
         say("clips, full attention")
-        full = generate_batch(pipe, full_mode(), pairs, options.arguments)
+        full = generate(pipe, full_mode(), pairs, options.arguments)
         for mode in modes:
             say(f"clips, {mode.label}")
             config = mode.config
             setting = (config.sparsity, config.rectify, config.order) if config else FLOOR_SETTING
-            clips = generate_batch(pipe, mode, pairs, options.arguments, backend=options.backend)
+            clips = generate(pipe, mode, pairs, options.arguments, backend=options.backend)
             for pair, clip, reference in zip(pairs, clips, full, strict=True):
                 yield Row(
                     prompt=pair.prompt,

@@ -60,8 +60,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a demo model of random weights, one head and one layer of each kind."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from rectified_spaattn.lab.demo_model.model import build_caption_encoder, build_transformer
     from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
+    from studies.demo_model.network import build_caption_encoder, build_transformer
 
     torch.manual_seed(0)
     transformer = build_transformer(num_heads=1, num_layers=1, num_single_layers=1)

@@ -11,7 +11,7 @@ from rectified_spaattn import SparseConfig, TokenLayout
 from rectified_spaattn.config import RECTIFY
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.error import attention_error, block_masses
-from rectified_spaattn.lab.clips.clip import Mode, Pair, generate, generate_batch
+from rectified_spaattn.lab.clips.clip import Mode, Pair, generate
 from rectified_spaattn.lab.clips.intervals import bootstrap
 from rectified_spaattn.lab.demo_model.model import tokenize
 from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
@@ -102,10 +102,10 @@ def test_a_batch_gives_the_clips_of_single_calls() -> None:
     mode = Mode(name="sparse", label="sparse", configs=(config,))
     pairs = [Pair(prompt=prompt, seed=seed) for seed, prompt in enumerate(PROMPTS[:2])]
     arguments = {"height": 32, "width": 32, "num_frames": 8, "num_inference_steps": 2}
-    together = generate_batch(pipe, mode, pairs, arguments)
+    together = generate(pipe, mode, pairs, arguments)
     assert [clip.pair for clip in together] == pairs
     for clip, pair in zip(together, pairs, strict=True):
-        alone = generate(pipe, mode, pair, arguments)
+        [alone] = generate(pipe, mode, [pair], arguments)
         torch.testing.assert_close(clip.video, alone.video, atol=1e-3, rtol=0)
     assert not torch.allclose(together[0].video, together[1].video, atol=0.1)
 

@@ -10,8 +10,8 @@ from rectified_spaattn.lab.calls.capture import AttentionCall, CaptureError, cap
 from rectified_spaattn.lab.calls.error import attention_error, block_masses, full_attention, misplaced
 from rectified_spaattn.lab.calls.maps import one_head, output_masses
 from rectified_spaattn.lab.clips.clip import Pair
-from rectified_spaattn.lab.demo_model.model import build_caption_encoder, build_transformer
 from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
+from studies.demo_model.network import build_caption_encoder, build_transformer
 from studies.harness import EXACT
 
 PROMPT = "a red solid circle moving right over a blue striped background"

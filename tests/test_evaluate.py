@@ -14,7 +14,7 @@ import tiny
 from clip_runs import LABELS, MODES, PAIRS, command, evaluate, rows
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.clips import evaluate as work
-from rectified_spaattn.lab.clips import perceptual
+from rectified_spaattn.lab.clips import metrics
 from rectified_spaattn.lab.clips.clip import Mode, dense_kernel
 from rectified_spaattn.lab.clips.folder import LOCK, MARK
 from rectified_spaattn.lab.clips.models import source_of
@@ -115,8 +115,8 @@ def test_changed_settings_are_refused_with_what_differs(
         (["--rectify", "magic"], "rectify"),
         (["--dtype", "int8"], "dtype"),
         (["--prompts", "nowhere.txt"], "no such file"),
-        (["--floor-kernel", "default"], "another one than dense_kernel"),
-        (["--dense-kernel", "fast"], "dense_kernel: got 'fast'"),
+        (["--floor-kernel", "default"], "floor_kernel: got 'default'; allowed: one of ['math',"),
+        (["--floor-kernel", "fast"], "floor_kernel: got 'fast'"),
         (["--device", "tpu"], "device: got 'tpu'"),
         (["--argument", "height=3"], "--height"),
         (["--top-p", 0.5, "--config", "quarter.yaml"], "no such file"),
@@ -203,7 +203,7 @@ def test_a_model_that_starts_from_an_image(models: Path, tmp_path: Path) -> None
 def test_lpips_is_never_skipped_in_silence(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(perceptual, "find_spec", lambda name: None)
+    monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     quick = [*[each for each in arguments if each != "--no-lpips"], "--seeds", "1", "--steps", "1", "--frames", "2"]
     result = evaluate(quick, tmp_path / "out")
     assert result.exit_code == 0, result.output
@@ -213,19 +213,19 @@ def test_lpips_is_never_skipped_in_silence(
     asked = evaluate(quick, tmp_path / "other", "--lpips")
     assert asked.exit_code == 2
     assert NO_LPIPS in asked.output
-    monkeypatch.setattr(perceptual, "find_spec", lambda name: object())
+    monkeypatch.setattr(metrics, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     assert "alexnet-owt-7be5be79.pth" in evaluate(quick, tmp_path / "other", "--lpips").output
     with pytest.raises(RuntimeError, match="weights of AlexNet are not at"):
-        perceptual.Lpips(torch.device("cpu"))
+        metrics.Lpips(torch.device("cpu"))
 
 
 def test_lpips_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torchvision = pytest.importorskip("torchvision")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    perceptual.lpips_weights().parent.mkdir()
-    torch.save(torchvision.models.alexnet(weights=None).state_dict(), perceptual.lpips_weights())
-    lpips = perceptual.Lpips(torch.device("cpu"))
+    metrics.lpips_weights().parent.mkdir()
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), metrics.lpips_weights())
+    lpips = metrics.Lpips(torch.device("cpu"))
     clip = torch.rand(3, 3, 64, 64)
     assert lpips(clip, clip) == 0
     assert lpips(clip, torch.rand(3, 3, 64, 64)) > 0
@@ -236,14 +236,13 @@ def test_lpips_with_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_grid_names_say_what_differs() -> None:
     base = (SparseConfig(dense_steps=3), SparseConfig(dense_steps=1))
     grid = {"sparsity": (0.9,), "rectify": ("none", "ipar"), "block_size": (64, 128), "order": ()}
-    modes = grid_modes(base, grid, {"top_p": 0.0}, "math")
+    modes = grid_modes(base, grid, {"top_p": 0.0})
     assert [mode.name for mode in modes] == ["none-90-b64", "none-90-b128", "ipar-90-b64", "ipar-90-b128"]
     assert modes[0].label == "none, 90%, block 64"
     for mode in modes:
         assert [config.dense_steps for config in mode.configs] == [3, 1]
         assert {config.top_p for config in mode.configs} == {0.0}
-        assert mode.kernel == "math"
-    check_names([*reference_modes("default", "math"), *modes])
+    check_names([*reference_modes("math"), *modes])
     with pytest.raises(ValueError, match="twice"):
         check_names([*modes, *modes])
 
@@ -262,16 +261,16 @@ def test_neighbours_need_an_order_in_space_in_every_column() -> None:
 def test_config_files(tmp_path: Path) -> None:
     path = tmp_path / "two experts.yaml"
     path.write_text("- {sparsity: 0.9}\n- {sparsity: 0.8, rectify: none}\n")
-    mode = file_mode(path, "default")
+    mode = file_mode(path)
     assert mode.configs == (SparseConfig(sparsity=0.9), SparseConfig(sparsity=0.8, rectify="none"))
     with pytest.raises(ValueError, match="letters, digits"):
         check_names([mode])
     path.write_text("sparsty: 0.9\n")
     with pytest.raises(TypeError, match="sparsty"):
-        file_mode(path, "default")
+        file_mode(path)
     path.write_text("0.9\n")
     with pytest.raises(TypeError, match="allowed: a mapping"):
-        file_mode(path, "default")
+        file_mode(path)
 
 
 def test_configurations_start_from_the_preset_of_the_model(models: Path) -> None:

@@ -221,7 +221,7 @@ def test_settings_may_change_until_a_clip_is_finished(
 
 
 def test_a_kernel_that_does_not_run_here_is_told_before_a_folder_is_made(arguments: list[str], tmp_path: Path) -> None:
-    result = evaluate(arguments, tmp_path / "out", "--dense-kernel", "cudnn")
+    result = evaluate(arguments, tmp_path / "out", "--floor-kernel", "cudnn")
     assert result.exit_code == 1
     assert "The SDPA kernel 'cudnn' does not run float32 on cpu here" in result.output
     assert "such as math" in result.output

@@ -27,7 +27,7 @@ from rectified_spaattn.config import SparseConfig
 from rectified_spaattn.lab.clips import clip, models, single
 from rectified_spaattn.lab.clips.options import ClipError, GenerateOptions
 from rectified_spaattn.lab.clips.summary import plain
-from rectified_spaattn.lab.pages.video import to_uint8, write_clip, write_mp4
+from rectified_spaattn.lab.pages.video import to_uint8, write_clip, write_frames
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,7 +118,7 @@ def test_compare_writes_full_attention_and_both_side_by_side(wan_run: tuple[Path
     pipe = WanPipeline.from_pretrained(models / "wan")
     pipe.set_progress_bar_config(disable=True)
     untouched = tiny.run_wan(pipe, steps=3, generator=torch.Generator().manual_seed(0), output_type="pt")
-    write_mp4(out.with_name("untouched.mp4"), to_uint8(untouched[0]), 16)
+    write_frames(out.with_name("untouched.mp4"), to_uint8(untouched[0]), 16)
     assert out.with_name("video-full.mp4").read_bytes() == out.with_name("untouched.mp4").read_bytes()
     assert out.with_name("video-full.mp4").read_bytes() != out.read_bytes()
 
@@ -209,7 +209,7 @@ def test_teacache_skips_steps_of_the_sparse_run_and_none_of_full_attention(model
 def test_nothing_stays_on_where_something_that_was_asked_for_cannot_be_had() -> None:
     pipe = tiny.wan_pipeline()
     before = [block.attn1.processor for block in pipe.transformer.blocks]
-    mode = clip.Mode(name="sparse", label="sparse", configs=(SparseConfig(block_size=16),), teacache="model")
+    mode = clip.Mode(name="sparse", label="sparse", configs=(SparseConfig(block_size=16),), teacache=True)
     with (
         rectified_spaattn.enable_teacache(pipe),
         pytest.raises(ClipError, match="TeaCache is enabled on"),
@@ -263,7 +263,7 @@ def flux_pipeline() -> FluxPipeline:
 
 def test_a_model_of_pictures_writes_a_png(tmp_path: Path) -> None:
     arguments = {"height": 32, "width": 48, "num_inference_steps": 2, "max_sequence_length": 12}
-    made = clip.generate(flux_pipeline(), clip.full_mode(), clip.Pair(prompt="a b c", seed=0), arguments)
+    [made] = clip.generate(flux_pipeline(), clip.full_mode(), [clip.Pair(prompt="a b c", seed=0)], arguments)
     assert made.densities == (1.0, 1.0)
     write_clip(tmp_path / "p.png", made.video, 16)
     assert iio.imread(tmp_path / "p.png").shape == (32, 48, 3)

@@ -10,7 +10,6 @@ from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.clips.clip import (
     Clip,
     Mode,
-    NothingSparseError,
     Pair,
     check_sparse,
     full_mode,
@@ -18,11 +17,12 @@ from rectified_spaattn.lab.clips.clip import (
     warm_up,
 )
 from rectified_spaattn.lab.clips.metrics import flicker, psnr, ssim
-from rectified_spaattn.lab.clips.summary import finite_or_none, measure, plain, summarise, wins
-from rectified_spaattn.lab.demo_model.model import build_caption_encoder, build_transformer
+from rectified_spaattn.lab.clips.options import ClipError
+from rectified_spaattn.lab.clips.summary import measure, plain, summarise, wins
 from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
 from rectified_spaattn.lab.pages.demo import comparisons
 from rectified_spaattn.pipelines import RunStats
+from studies.demo_model.network import build_caption_encoder, build_transformer
 
 PROMPT = "a red solid circle moving right over a blue striped background"
 CALL = {"height": 32, "width": 32, "num_frames": 8, "num_inference_steps": 3}
@@ -62,8 +62,8 @@ def test_psnr_of_identical_clips_is_infinite_and_null_in_json() -> None:
     video = clips(1, 2, 3, 16, 16)
     assert psnr(video, video).item() == math.inf
     assert ssim(video, video).item() == pytest.approx(1.0)
-    assert finite_or_none(math.inf) is None
-    assert finite_or_none(20.5) == 20.5
+    assert plain(math.inf) is None
+    assert plain(20.5) == 20.5
 
 
 def test_metrics_agree_with_the_classes_of_torchmetrics() -> None:
@@ -156,7 +156,7 @@ def test_a_mode_has_the_same_noise_every_time_and_leaves_the_pipeline_alone(pipe
     seen: list[tuple[int, int, float | None]] = []
     runs = [(full_mode(), 3), (PLAIN, 3), (full_mode(), 3), (full_mode(), 4)]
     made = [
-        generate(pipe, mode, Pair(prompt=PROMPT, seed=seed), CALL, on_step=lambda *step: seen.append(step))
+        generate(pipe, mode, [Pair(prompt=PROMPT, seed=seed)], CALL, on_step=lambda *step: seen.append(step))[0]
         for mode, seed in runs
     ]
     assert torch.equal(made[0].video, made[2].video)
@@ -174,9 +174,9 @@ def test_a_mode_has_the_same_noise_every_time_and_leaves_the_pipeline_alone(pipe
 
 def test_a_mode_that_runs_no_sparse_call_is_an_error(pipe: DemoVideoPipeline) -> None:
     dense = Mode(name="nothing", label="nothing", configs=(SPARSE.replace(dense_layers=(0, 1)),))
-    with pytest.raises(NothingSparseError, match="no attention call ran sparse"):
+    with pytest.raises(ClipError, match="no attention call ran sparse"):
         warm_up(pipe, [dense], Pair(prompt=PROMPT, seed=0), CALL)
-    made = generate(pipe, dense, Pair(prompt=PROMPT, seed=0), {**CALL, "num_inference_steps": 1})
+    [made] = generate(pipe, dense, [Pair(prompt=PROMPT, seed=0)], {**CALL, "num_inference_steps": 1})
     assert isinstance(made.stats, RunStats)
-    with pytest.raises(NothingSparseError):
+    with pytest.raises(ClipError, match="no attention call ran sparse"):
         check_sparse(made)

@@ -20,10 +20,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rectified_spaattn.lab.demo_model.model import build_caption_encoder, build_transformer, tokenize
+from rectified_spaattn.lab.demo_model.model import tokenize
 from rectified_spaattn.lab.rows import write_rows
 
 from .config import TrainingConfig
+from .network import build_caption_encoder, build_transformer
 from .scenes import sample_batch
 
 SETTINGS = Path(__file__).with_name("train.yaml")

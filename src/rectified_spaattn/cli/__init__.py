@@ -5,21 +5,8 @@ from importlib.util import find_spec
 
 _ALWAYS = ("typer", "rich")
 PACKAGES = {"doctor": _ALWAYS, "bench": _ALWAYS}  # by command; the others need these:
-DEMO_PACKAGES = (
-    *_ALWAYS,
-    "accelerate",
-    "diffusers",
-    "filelock",
-    "imageio",
-    "imageio_ffmpeg",
-    "jinja2",
-    "matplotlib",
-    "numpy",
-    "PIL",
-    "safetensors",
-    "torchmetrics",
-    "yaml",
-)
+_DEMO = "accelerate diffusers filelock imageio imageio_ffmpeg jinja2 matplotlib numpy PIL safetensors torchmetrics yaml"
+DEMO_PACKAGES = (*_ALWAYS, *_DEMO.split())
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from ..lab.clips.options import DemoOptions
 from ..lab.clips.summary import summarise
 from ..lab.machine import device_of, load_average, machine
 from ..lab.pages.demo import FILES, results, study_attention, write_report, write_side_by_side
-from .console import plain_console, print_wide
+from .console import plain_console, print_wide, progress_bars
 from .evaluate import fill, summary_table, usage_errors
 from .options import command_line
 
@@ -29,7 +29,7 @@ def run(options: DemoOptions) -> None:
     with folder.claim("demo", evaluation.facts(command_line()), clear=FILES):
         console.print("Reading the attention calls of one step.")
         calls = capture_calls(pipe, [first], evaluation.arguments, steps=[call["num_inference_steps"] // 2])
-        fill(pipe, evaluation, folder, evaluation.pairs, console)
+        fill(pipe, evaluation, folder, evaluation.pairs, progress_bars(console))
         console.print("Studying the attention calls, and timing steps.")
         attention = study_attention(calls, options)
         speed = [] if options.quick else time_steps(pipe, evaluation, first)

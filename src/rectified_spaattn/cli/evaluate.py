@@ -5,20 +5,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from ..lab.clips import evaluate as work
 from ..lab.clips.clip import FULL, Mode, Pair
-from ..lab.clips.evaluate import (
-    Evaluation,
-    complete,
-    evaluation_of,
-    missing,
-    processes,
-    records_of,
-    with_sparse_modes,
-)
+from ..lab.clips.evaluate import Evaluation
 from ..lab.clips.folder import Folder, check_ours
 from ..lab.clips.models import load, source_of
 from ..lab.clips.options import EvaluateOptions
@@ -33,14 +25,14 @@ from .options import command_line
 
 def run(options: EvaluateOptions) -> None:
     """The whole command; one of several processes where accelerate or torchrun started them."""
-    console, state = plain_console(), processes()
+    console, state = plain_console(), work.processes()
     device = device_of(options.device, state.local_process_index)
     check_ours(options.out, "evaluate")
     with usage_errors():
         source = source_of(options)
-        evaluation = evaluation_of(options, source, device)
+        evaluation = work.evaluation_of(options, source, device)
         pipe = load(source, options, device)
-        evaluation = with_sparse_modes(evaluation, options, pipe)
+        evaluation = work.with_sparse_modes(evaluation, options, pipe)
     facts = evaluation.facts(command_line(), state.num_processes)
     folder = Folder(options.out, evaluation.prompts, evaluation.settings(), console.print)
     main = state.is_main_process
@@ -49,33 +41,32 @@ def run(options: EvaluateOptions) -> None:
         if main:
             console.print(f"LPIPS: {facts['lpips']}")
         with state.split_between_processes(evaluation.pairs) as mine:
-            fill(pipe, evaluation, folder, mine, console, quiet=not main)
+            fill(pipe, evaluation, folder, mine, progress_bars(console, disable=not main))
         state.wait_for_everyone()
         if main:
             manifest = {"settings": folder.settings, **facts}
-            summaries = write_evaluation(
-                folder, evaluation.modes, records_of(evaluation, folder), manifest, evaluation.fps
-            )
+            records = work.records_of(evaluation, folder)
+            summaries = write_evaluation(folder, evaluation.modes, records, manifest, evaluation.fps)
             pairs = f"{len(evaluation.pairs)} prompt-seed pairs; mean [95% interval]"
             print_wide(console, summary_table(summaries, pairs))
             console.print(f"Report: {(folder.root / 'report.html').resolve()}")
 
 
-def fill(
-    pipe: Any,
-    evaluation: Evaluation,
-    folder: Folder,
-    pairs: Sequence[Pair],
-    console: Console,
-    quiet: bool = False,
-) -> None:
+def fill(pipe: Any, evaluation: Evaluation, folder: Folder, pairs: Sequence[Pair], progress: Progress) -> None:
     """Make what is missing of some pairs, with two bars: clips, and the steps of the current one."""
-    todo = missing(folder, evaluation.modes, pairs)
-    total = len(pairs) * len(evaluation.modes)
-    with progress_bars(console, disable=quiet) as progress:
-        watch = _Watch(progress, total, total - sum(map(len, todo.values())), evaluation.call()["num_inference_steps"])
-        complete(pipe, evaluation, folder, todo, watch)
-        watch.finish()
+    todo = work.missing(folder, evaluation.modes, pairs)
+    total, left = len(pairs) * len(evaluation.modes), sum(map(len, todo.values()))
+    with progress:
+        clips = progress.add_task("clips of this process", total=total, completed=total - left)
+        steps = progress.add_task("warming up", total=evaluation.call()["num_inference_steps"], visible=left > 0)
+
+        def on_step(mode: Mode, pair: Pair, done: int) -> None:
+            caption = pair.prompt if len(pair.prompt) <= 40 else pair.prompt[:39] + "…"
+            progress.update(steps, completed=done, description=f"{mode.label}: {caption}, seed {pair.seed}")
+
+        for _ in work.complete(pipe, evaluation, folder, todo, on_step):
+            progress.advance(clips)
+        progress.update(steps, visible=False)
     for pair in pairs:  # of a run that was killed between the last clip of a pair and this
         folder.drop_reference(pair)
 
@@ -103,21 +94,3 @@ def usage_errors() -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-
-
-class _Watch:
-    def __init__(self, progress: Progress, total: int, done: int, steps: int) -> None:
-        self._progress, self._done = progress, done
-        self._all = progress.add_task("clips of this process", total=total, completed=done)
-        self._one = progress.add_task("warming up" if done < total else "all there", total=steps)
-
-    def __call__(self, mode: Mode, pair: Pair, done: int) -> None:
-        if done == 0:
-            self._progress.update(self._all, completed=self._done)
-            self._done += 1
-        caption = pair.prompt if len(pair.prompt) <= 40 else pair.prompt[:39] + "…"
-        self._progress.update(self._one, completed=done, description=f"{mode.label}: {caption}, seed {pair.seed}")
-
-    def finish(self) -> None:
-        self._progress.update(self._all, completed=self._done)
-        self._progress.update(self._one, visible=False)

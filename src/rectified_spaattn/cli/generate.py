@@ -10,6 +10,7 @@ from ..lab.clips import single
 from ..lab.clips.clip import OnStep, Pair, full_mode, generate
 from ..lab.clips.models import call_arguments, dtype_of, load, source_of, with_image
 from ..lab.clips.options import GenerateOptions
+from ..lab.clips.summary import plain
 from ..lab.machine import device_name, device_of
 from ..lab.pages.clips import side_by_side
 from ..lab.pages.video import write_clip
@@ -30,12 +31,13 @@ def run(options: GenerateOptions) -> None:
     dtype = dtype_of(source, options.dtype, device)
     console.print(f"Loading {source.model} ({source.pipeline.__name__}, {dtype})")
     pipe = load(source, options, device)
-    mode, pair = single.modes_of(options, pipe), Pair(prompt=options.prompt, seed=options.seed)
+    mode, pair = single.mode_of(options, pipe), Pair(prompt=options.prompt, seed=options.seed)
     if options.compile:
-        single.compile_blocks(pipe)
+        for name in source.transformers:
+            getattr(pipe, name).compile_repeated_blocks(fullgraph=True)
 
     with _bar("rectified attention") as on_step:
-        sparse = generate(pipe, mode, pair, call, backend=options.backend, on_step=on_step)
+        [sparse] = generate(pipe, mode, [pair], call, backend=options.backend, on_step=on_step)
     for summary in sparse.summary:
         print_wide(console, summary)
     fps = options.fps if source.makes_video else None
@@ -46,7 +48,7 @@ def run(options: GenerateOptions) -> None:
         **single.sparse_result(sparse, source.transformers),
         "output": single.result(sparse, outputs.clip, fps),
     }
-    write_json(outputs.json, record)  # before full attention, which takes longest and may need more memory
+    write_json(outputs.json, plain(record))  # before full attention, which takes longest and may need more memory
     for path in left:  # of another clip of this name
         path.unlink()
     console.print(f"Written: {outputs.clip} and {outputs.json}")
@@ -55,7 +57,7 @@ def run(options: GenerateOptions) -> None:
     if not options.compare:
         return
     with _bar("full attention") as on_step:
-        full = generate(pipe, full_mode(), pair, call, on_step=on_step)
+        [full] = generate(pipe, full_mode(), [pair], call, on_step=on_step)
     rows = single.compare(full, sparse)
     write_clip(outputs.full, full.video, options.fps)
     frames, _, height, width = full.video.shape
@@ -64,9 +66,9 @@ def run(options: GenerateOptions) -> None:
     record["compare"] = {
         "full": single.result(full, outputs.full, fps),
         "side_by_side": outputs.side_by_side.name,
-        "scores": single.scores(rows),
+        "scores": [row.row() for row in rows],
     }
-    write_json(outputs.json, record)
+    write_json(outputs.json, plain(record))
     where = f"{height} x {width} x {frames}, {len(full.steps)} steps, {device_name(device)}"
     print_wide(console, summary_table(rows, where))
     console.print(f"Side by side: {outputs.side_by_side}")

@@ -13,10 +13,11 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .machine import Origin
 
+T = TypeVar("T")
 FORMULA = re.compile(r"'*[=+\-@]")
 
 
@@ -46,8 +47,8 @@ def write_json(path: Path, values: Any) -> None:
     write_atomically(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call write(a file beside `path`), flush that file to the disk and move it to `path`.
+def write_atomically(path: Path, write: Callable[[Path], T]) -> T:
+    """Call write(a file beside `path`), flush that file to the disk and move it to `path`. Gives what `write` gave.
 
     `path` is complete or as it was, whatever happens. The folder is made where it is missing. A process that is killed
     leaves its file behind as ".partial-PID-...".
@@ -55,11 +56,12 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{os.getpid()}-{uuid.uuid4().hex[:16]}{path.suffix}")
     try:
-        write(partial)
+        result = write(partial)
         _flush(partial, os.O_RDWR)
         os.replace(partial, path)
         if os.name == "posix":  # elsewhere a folder cannot be opened
             _flush(path.parent, os.O_RDONLY)
+        return result
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno:  # of the file that was asked for, not of the partial one

@@ -1,7 +1,7 @@
 """Handle: what enable gives back. It counts, reports and undoes."""
 
+from contextlib import AbstractContextManager
 from numbers import Integral
-from types import TracebackType
 from typing import Any
 
 from ..config import SparseConfig
@@ -11,7 +11,7 @@ from .stats import RunStats, run_stats, run_summary
 from .watch import Watch
 
 
-class Handle:
+class Handle(AbstractContextManager["Handle"]):
     """Rectified attention enabled on a pipeline or a transformer. Also a context manager that disables on exit.
 
     It keeps figures, and nothing of the model; what is enabled stays so without it, until disable(pipe).
@@ -27,12 +27,7 @@ class Handle:
         """Whether any transformer is still enabled."""
         return any(state.active for state in self._watch.states)
 
-    def __enter__(self) -> "Handle":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.disable()
 
     def disable(self) -> None:
@@ -46,9 +41,9 @@ class Handle:
         It holds for the forwards that follow, until the next set_step, until set_step(None), or until the scheduler of
         the enabled pipeline moves on: a run of that pipeline counts its own steps, and warms up.
         """
-        if step is not None and (not _is_int(step) or step < 0):
+        if step is not None and (not is_int(step) or step < 0):
             raise ValueError(f"step: got {step!r}; allowed: an integer of 0 or more, or None to stop telling.")
-        if total is not None and (step is None or not _is_int(total) or total <= step):
+        if total is not None and (step is None or not is_int(total) or total <= step):
             raise ValueError(f"total: got {total!r}; allowed: an integer above step = {step}, or None.")
         self._clock.tell(None if step is None else int(step), None if total is None else int(total))
 
@@ -65,5 +60,6 @@ class Handle:
         return run_summary(self._watch.states, self._watch)
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """Whether it is an integer of any kind, and no bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)

@@ -43,8 +43,9 @@ def remove_hooks(module: nn.Module, attachment: Any) -> None:
                 options.pop(key, None)
 
 
-def refuse_pickling() -> NoReturn:
+def refuse_pickling(what: str = "rectified attention", undoing: str = "rsa.disable(pipe)") -> NoReturn:
+    """Raises TypeError. what: is enabled on a model; undoing: the call that takes it off."""
     raise TypeError(
-        "rectified attention is enabled on this model, and an enabled model cannot be pickled or saved whole. Call "
-        "disable() of its handle, or rsa.disable(pipe), first; save_pretrained and state_dict work as they are."
+        f"{what} is enabled on this model, and an enabled model cannot be pickled or saved whole. Call disable() of "
+        f"its handle, or {undoing}, first; save_pretrained and state_dict work as they are."
     )

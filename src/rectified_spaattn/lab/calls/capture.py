@@ -21,7 +21,7 @@ from ...pipelines.forwards import ForwardState
 from ...pipelines.processor import check_processor, is_enabled
 from ...pipelines.state import LayerState, TransformerState, key_text_mask
 from ...pipelines.watch import Watch
-from ..clips.clip import Pair, full_mode, generate_batch
+from ..clips.clip import Pair, full_mode, generate
 
 
 class CaptureError(RuntimeError):
@@ -183,7 +183,7 @@ def capture_calls(
     """What `capture_attention` fills its list with, from one generation of all pairs that ends after the last step.
 
     arguments: further ones of the pipeline's call. on_step gets how many steps have run. Raises as `capture_attention`
-    and `generate_batch` do.
+    and `generate` do.
     """
 
     def after_step(count: int, total: int, density: float | None) -> None:
@@ -192,7 +192,7 @@ def capture_calls(
             raise _EndRun
 
     with capture_attention(pipe, steps=steps, layers=layers, device=device) as calls, suppress(_EndRun):
-        generate_batch(pipe, full_mode(), pairs, arguments, on_step=after_step)
+        generate(pipe, full_mode(), pairs, arguments, on_step=after_step)
     return calls
 
 

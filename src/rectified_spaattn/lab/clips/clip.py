@@ -8,28 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...backends import Call, choose
-from ...config import SparseConfig
+from ...config import SparseConfig, check_choice
 from ...pipelines import Handle, RunStats, enable
 from ...pipelines.teacache import TeaCacheHandle, enable_teacache
-from .options import KERNELS, ClipError
+from .options import FLOOR_KERNELS, KERNELS, ClipError
 
 FULL = "full"
-# What runs scaled_dot_product_attention, for dense attention and for the blocks that the torch backend gathers.
-_KERNELS = {
-    "math": SDPBackend.MATH,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}  # and "default": PyTorch's own choice
 OnStep = Callable[[int, int, float | None], None]  # (steps done, of how many, density of the last or None)
-
-
-class NothingSparseError(ClipError):
-    """A sparse mode ran no sparse call. The message says why and what to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +29,18 @@ class Mode:
     label     what a person reads
     configs   one for all transformers of the pipeline, or one each; empty: full attention, the model untouched
     kernel    a name from KERNELS
-    teacache  the threshold up to which steps are skipped, or "model" for the model's own; None: no step is skipped
+    teacache  whether steps that change little are skipped; threshold: up to which change, None for the model's own
     """
 
     name: str
     label: str
     configs: tuple[SparseConfig, ...] = ()
     kernel: str = "default"
-    teacache: float | str | None = None
+    teacache: bool = False
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kernel not in KERNELS:
-            raise ValueError(f"kernel: got {self.kernel!r}; allowed: one of {list(KERNELS)}.")
+        check_choice("kernel", self.kernel, tuple(KERNELS))
 
     @property
     def config(self) -> SparseConfig | None:
@@ -115,9 +104,9 @@ class Clip:
         return "" if self.stats is None else self.stats.backend
 
 
-def full_mode(kernel: str = "default") -> Mode:
+def full_mode() -> Mode:
     """The reference that the other modes are compared with."""
-    return Mode(name=FULL, label="full attention", kernel=kernel)
+    return Mode(name=FULL, label="full attention")
 
 
 @contextmanager
@@ -128,15 +117,13 @@ def enabled(pipe: Any, mode: Mode, backend: str = "auto") -> Iterator[tuple[Hand
         sparse = teacache = None
         try:
             if mode.configs:
-                configs = mode.configs if len(mode.configs) > 1 else mode.configs[0]
-                sparse = stack.enter_context(enable(pipe, configs, backend=backend))
+                sparse = stack.enter_context(enable(pipe, mode.configs, backend=backend))
                 for name, config in sparse.configs().items():  # now, not after half the layers ran
                     model = getattr(pipe, name)
                     call = Call(pipe._execution_device, model.dtype, model.config.attention_head_dim, config.block_size)
                     choose(backend, call)
-            if mode.teacache is not None:
-                threshold = None if isinstance(mode.teacache, str) else mode.teacache
-                teacache = stack.enter_context(enable_teacache(pipe, threshold=threshold))
+            if mode.teacache:
+                teacache = stack.enter_context(enable_teacache(pipe, threshold=mode.threshold))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ClipError(f"{mode.name}: {error}") from error
         yield sparse, teacache
@@ -145,32 +132,19 @@ def enabled(pipe: Any, mode: Mode, backend: str = "auto") -> Iterator[tuple[Hand
 def generate(
     pipe: Any,
     mode: Mode,
-    pair: Pair,
-    arguments: Mapping[str, Any],
-    *,
-    backend: str = "auto",
-    on_step: OnStep = lambda done, total, density: None,
-) -> Clip:
-    """One generation with a diffusers pipeline, which is left as it was.
-
-    pipe: a pipeline that takes prompt, generator, output_type="pt" and callback_on_step_end, and returns `.frames`
-    [B, T, 3, H, W] or `.images` [B, 3, H, W] in [0, 1]. arguments: further ones of its call.
-    The noise comes from a CPU generator, so a seed means the same noise on every device.
-    Raises ClipError where a value is refused, the GPU's memory runs out or the clip is not finite.
-    """
-    return generate_batch(pipe, mode, [pair], arguments, backend=backend, on_step=on_step)[0]
-
-
-def generate_batch(
-    pipe: Any,
-    mode: Mode,
     pairs: Sequence[Pair],
     arguments: Mapping[str, Any],
     *,
     backend: str = "auto",
     on_step: OnStep = lambda done, total, density: None,
 ) -> list[Clip]:
-    """As `generate`, all pairs in one call of the pipeline; their figures are those of the batch."""
+    """A clip of every pair, all in one call of a diffusers pipeline, which is left as it was; their figures are shared.
+
+    pipe: a pipeline that takes prompt, generator, output_type="pt" and callback_on_step_end, and returns `.frames`
+    [B, T, 3, H, W] or `.images` [B, 3, H, W] in [0, 1]. arguments: further ones of its call.
+    The noise comes from a CPU generator, so a seed means the same noise on every device.
+    Raises ClipError where a value is refused, the GPU's memory runs out or a clip is not finite.
+    """
     noise = [torch.Generator("cpu").manual_seed(pair.seed) for pair in pairs]
     device = pipe._execution_device
     if device.type == "cuda":
@@ -214,9 +188,9 @@ def generate_batch(
 
 
 def check_sparse(clip: Clip) -> None:
-    """Raises NothingSparseError where a sparse mode ran no sparse call."""
+    """Raises ClipError where a sparse mode ran no sparse call, saying why and what to change."""
     if clip.stats is not None and not clip.stats.sparse_calls:
-        raise NothingSparseError(
+        raise ClipError(
             f"{clip.mode.name}: no attention call ran sparse ({clip.stats.dense_reasons}); the comparison would be of "
             "full attention with itself. Use a smaller block_size, more pixels or fewer dense steps and layers."
         )
@@ -227,17 +201,18 @@ def warm_up(
 ) -> None:
     """One denoising step under every mode, sparse where the mode is, so that no timed run pays for first-use costs.
 
-    Raises ClipError, and NothingSparseError where a mode has nothing sparse.
+    Raises ClipError, also where a mode has nothing sparse.
     """
+    one_step = {**arguments, "num_inference_steps": 1}
     for mode in modes:
-        sparse = tuple(config.replace(dense_steps=0) for config in mode.configs)
-        one_step = {**arguments, "num_inference_steps": 1}
-        check_sparse(generate(pipe, replace(mode, configs=sparse), pair, one_step, backend=backend))
+        sparse = replace(mode, configs=tuple(config.replace(dense_steps=0) for config in mode.configs))
+        check_sparse(*generate(pipe, sparse, [pair], one_step, backend=backend))
 
 
 def dense_kernel(name: str) -> AbstractContextManager[Any]:
     """Inside, scaled_dot_product_attention runs on the kernel of that name only; it raises where that cannot run."""
-    return sdpa_kernel(_KERNELS[name]) if name in _KERNELS else nullcontext()
+    kernel = KERNELS[name]
+    return nullcontext() if kernel is None else sdpa_kernel(kernel)
 
 
 def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -250,7 +225,7 @@ def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:
         kind = str(dtype).removeprefix("torch.")
         raise ClipError(
             f"The SDPA kernel {name!r} does not run {kind} on {device.type} here ({str(error).splitlines()[0]}). Name "
-            f"another one with --floor-kernel or --dense-kernel, such as math; allowed: {', '.join(KERNELS)}."
+            f"another one with --floor-kernel, such as math; allowed: {', '.join(FLOOR_KERNELS)}."
         ) from error
 
 

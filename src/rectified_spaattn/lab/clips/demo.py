@@ -57,7 +57,7 @@ def time_steps(pipe: Any, evaluation: Evaluation, pair: Pair) -> list[dict[str, 
     size = {"height": _TIMING_SIZE, "width": _TIMING_SIZE, "num_inference_steps": _TIMING_STEPS}
     larger, backend = {**evaluation.arguments, **size}, evaluation.options.backend
     warm_up(pipe, timed, pair, larger, backend=backend)
-    clips = [generate(pipe, mode, pair, larger, backend=backend) for mode in timed]
+    clips = [clip for mode in timed for clip in generate(pipe, mode, [pair], larger, backend=backend)]
     return [
         {
             "mode": clip.mode.name,

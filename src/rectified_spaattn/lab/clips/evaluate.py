@@ -1,6 +1,6 @@
 """Paired clips that can be stopped and gone on with: every prompt and seed under every mode, one file a clip."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,10 +16,10 @@ from ..machine import machine
 from ..pages.video import write_clip
 from .clip import FULL, Clip, Mode, Pair, check_kernel, check_sparse, generate, warm_up
 from .folder import Folder
+from .metrics import Lpips, why_no_lpips
 from .models import Source, call_arguments, call_defaults, dtype_of, file_hash, with_image
 from .modes import check_names, file_mode, grid_modes, reference_modes
 from .options import SMALL_GRID, ClipError, EvaluateOptions, ModelOptions
-from .perceptual import LEAST_SIDE, Lpips, why_no_lpips
 from .summary import ClipRecord, measure
 
 OnClip = Callable[[Mode, Pair, int], None]  # (mode, pair, steps done so far)
@@ -95,15 +95,14 @@ def evaluation_of(options: EvaluateOptions, source: Source, device: torch.device
     prompts = read_prompts(options.prompts, source)
     arguments = call_arguments(source, options)
     floor = options.floor_kernel or ("math" if source.is_demo or device.type == "cpu" else "efficient")
-    for kernel in (options.dense_kernel, floor):
-        check_kernel(kernel, device, dtype_of(source, options.dtype, device))
+    check_kernel(floor, device, dtype_of(source, options.dtype, device))
     with_image(arguments)  # an unreadable one is told now
     call = call_defaults(source) | arguments
     return Evaluation(
         options=options,
         source=source,
         device=device,
-        modes=reference_modes(options.dense_kernel, floor),
+        modes=reference_modes(floor),
         prompts=prompts,
         seeds=options.seeds,
         arguments=arguments,
@@ -121,8 +120,8 @@ def with_sparse_modes(evaluation: Evaluation, options: EvaluateOptions, pipe: An
             default["sparsity"] = (0.8, 0.9)
         grid = {name: values or default.get(name, ()) for name, values in grid.items()}
         base = base_configs(evaluation.source, pipe, grid["sparsity"])
-        modes += grid_modes(base, grid, options.overrides(), options.dense_kernel)
-    modes += [file_mode(path, options.dense_kernel) for path in options.config]
+        modes += grid_modes(base, grid, options.overrides())
+    modes += [file_mode(path) for path in options.config]
     check_names(modes)
     return replace(evaluation, modes=modes)
 
@@ -143,11 +142,14 @@ def missing(folder: Folder, modes: Sequence[Mode], pairs: Sequence[Pair]) -> dic
     return {pair: modes for pair, modes in todo.items() if modes}
 
 
-def complete(pipe: Any, evaluation: Evaluation, folder: Folder, todo: dict[Pair, list[Mode]], on_step: OnClip) -> None:
+def complete(
+    pipe: Any, evaluation: Evaluation, folder: Folder, todo: dict[Pair, list[Mode]], on_step: OnClip
+) -> Iterator[Clip]:
     """Generate and measure what is missing, pair after pair, so that a busy machine disturbs all modes alike.
 
     todo: what `missing` gave. on_step(mode, pair, steps done) is called before a clip and after each of its steps.
-    One step of every mode is run before anything is timed. Raises ClipError as `generate` does.
+    Yields every clip that is finished. One step of every mode is run before anything is timed. Raises ClipError as
+    `generate` does.
     """
     if not todo:
         return
@@ -159,15 +161,16 @@ def complete(pipe: Any, evaluation: Evaluation, folder: Folder, todo: dict[Pair,
     def make(mode: Mode, pair: Pair) -> Clip:
         on_step(mode, pair, 0)
         advance = lambda done, total, density: on_step(mode, pair, done)  # noqa: E731
-        clip = generate(pipe, mode, pair, arguments, backend=backend, on_step=advance)
+        [clip] = generate(pipe, mode, [pair], arguments, backend=backend, on_step=advance)
         check_sparse(clip)
         return clip
 
-    def keep(clip: Clip, reference: torch.Tensor) -> None:
+    def keep(clip: Clip, reference: torch.Tensor) -> Clip:
         """The video, then its record, which says that both are there."""
         path = folder.video(clip.mode.name, clip.pair)
         write_clip(path, clip.video, evaluation.fps, evaluation.width)
         folder.write_record(measure(clip, reference, path.relative_to(folder.root).as_posix(), lpips))
+        return clip
 
     for pair, modes in todo.items():
         reference = folder.read_reference(pair)
@@ -176,22 +179,20 @@ def complete(pipe: Any, evaluation: Evaluation, folder: Folder, todo: dict[Pair,
             reference = clip.video
             folder.write_reference(pair, reference)
             if modes[0].name == FULL:
-                keep(clip, reference)
+                yield keep(clip, reference)
         for mode in modes:
             if mode.name != FULL:
-                keep(make(mode, pair), reference)
+                yield keep(make(mode, pair), reference)
         folder.drop_reference(pair)
 
 
 def records_of(evaluation: Evaluation, folder: Folder) -> list[ClipRecord]:
     """All clips in the order of pairs and modes. Raises ClipError where some are missing."""
-    found = [folder.record(mode.name, pair) for pair in evaluation.pairs for mode in evaluation.modes]
-    records = [each for each in found if each is not None]
-    if len(records) != len(found):
-        raise ClipError(
-            f"{folder.root}: {len(found) - len(records)} clips are missing; did somebody delete files? Run it again."
-        )
-    return records
+    entries = [folder.record(mode.name, pair) for pair in evaluation.pairs for mode in evaluation.modes]
+    if None in entries:
+        lost = entries.count(None)
+        raise ClipError(f"{folder.root}: {lost} clips are missing; did somebody delete files? Run it again.")
+    return [each for each in entries if each is not None]
 
 
 def read_prompts(path: Path | None, source: Source) -> list[str]:
@@ -230,9 +231,7 @@ def _why_no_lpips(wanted: bool | None, height: int | None, width: int | None) ->
     """Why LPIPS is left out, None where it is computed. Raises ValueError where it is wanted and cannot be."""
     if wanted is False:
         return "--no-lpips"
-    reason = why_no_lpips()
-    if reason is None and min(height or LEAST_SIDE, width or LEAST_SIDE) < LEAST_SIDE:
-        reason = f"frames of {height} x {width} are too small for AlexNet, which needs sides of {LEAST_SIDE}"
+    reason = why_no_lpips(height, width)
     if wanted and reason is not None:
         raise ValueError(f"lpips: got --lpips, but {reason}; allowed: --no-lpips, or what is missing.")
     return reason

@@ -14,12 +14,14 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from ..rows import write_atomically, write_json
 from .clip import Pair
@@ -29,6 +31,9 @@ from .summary import ClipRecord, plain
 MARK, LOCK, MANIFEST = ".rectified-spaattn", ".rectified-spaattn.lock", "manifest.json"
 _SAYS = "Made by `rectified-spaattn {kind}`, which replaces and removes its own files here, and no others.\n"
 _NAME_BYTES = 200  # of a prompt in a file name; file systems allow 255 in all
+# what reading a damaged file raises
+_FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
+T = TypeVar("T")
 
 
 def check_ours(root: Path, kind: str) -> None:
@@ -61,7 +66,7 @@ class Folder:
         self.root = root
         self._place = {prompt: place for place, prompt in enumerate(prompts)}
         self.settings = plain(settings)
-        self._digest = _digest(json.dumps(self.settings, sort_keys=True))
+        self._digest = _digest(self.settings)
         self._say = say
 
     @contextmanager
@@ -87,7 +92,7 @@ class Folder:
             write_atomically(self.root / MARK, lambda to: to.write_text(_SAYS.format(kind=kind)))
             for left in self.root.rglob(".partial-[0-9]*-*"):  # of a run that was killed
                 left.unlink()
-            manifest = self._manifest()
+            manifest = self._content(self.root / MANIFEST, _manifest) or {}
             if clear is None:
                 self._check_settings(manifest)
             else:
@@ -98,23 +103,14 @@ class Folder:
 
     def record(self, mode: str, pair: Pair) -> ClipRecord | None:
         """What was measured on a clip, None where it is not finished, cannot be read or has no video."""
-        path = self._record_path(mode, pair)
-        if not path.is_file():
+        path, video = self._record_path(mode, pair), self.video(mode, pair)
+        content = self._content(path, _record)
+        if content is None:
             return None
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            digest, size = values.pop("settings"), values.pop("video_bytes")
-            if values["psnr"] is None:
-                values["psnr"] = math.inf
-            record = ClipRecord(**{**values, "step_seconds": tuple(values["step_seconds"])})
-            _check_types(record)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            self._again(path, f"cannot be read ({type(error).__name__}: {error})")
-            return None
-        if digest != self._digest or record.pair != pair or record.mode != mode:
+        record, settings, size = content
+        if (record.mode, record.pair, settings) != (mode, pair, self._digest):
             self._again(path, "is of other settings")
             return None
-        video = self.video(mode, pair)
         if not video.is_file() or video.stat().st_size != size:
             self._again(video, "is missing" if not video.is_file() else "has another size than when it was made")
             return None
@@ -124,7 +120,7 @@ class Folder:
         """The clip's video is there already."""
         size = self.video(record.mode, record.pair).stat().st_size
         values = plain({**asdict(record), "video_bytes": size, "settings": self._digest})
-        write_json(self._record_path(record.mode, record.pair), values)
+        write_json(self._record_path(record.mode, record.pair), {**values, "digest": _digest(values)})
 
     def video(self, mode: str, pair: Pair) -> Path:
         """Named as VBench looks for it: the prompt, "-", and which of the prompt's clips it is."""
@@ -132,44 +128,22 @@ class Folder:
 
     def read_reference(self, pair: Pair) -> torch.Tensor | None:
         """The frames of full attention, float32 [T, 3, H, W], None where they are not kept or cannot be read."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = self._reference_path(pair)
-        if not path.is_file():
-            return None
-        try:
-            tensors = load_file(path)
-            if len(tensors[self._digest].shape) == 4:
-                return tensors[self._digest]
-        except (OSError, ValueError, SafetensorError, KeyError) as error:
-            self._again(path, f"cannot be read ({type(error).__name__}: {error})")
-            return None
-        self._again(path, "holds no clip")
-        return None
+        return self._content(self._reference_path(pair), lambda path: load_file(path)[self._digest])
 
     def write_reference(self, pair: Pair, video: torch.Tensor) -> None:
-        from safetensors.torch import save  # save_file has a temporary file of its own, which a kill would leave
-
-        data = save({self._digest: video.contiguous()})
+        data = save({self._digest: video.contiguous()})  # save_file would leave a file of its own where it is killed
         write_atomically(self._reference_path(pair), lambda to: to.write_bytes(data))
 
     def drop_reference(self, pair: Pair) -> None:
         self._reference_path(pair).unlink(missing_ok=True)
 
-    def _manifest(self) -> dict[str, Any]:
-        """What the manifest holds, nothing where it is missing or cannot be read."""
-        path = self.root / MANIFEST
-        if not path.is_file():
-            return {}
+    def _content(self, path: Path, read: Callable[[Path], T]) -> T | None:
+        """What `read` makes of a file, None where it is missing or, which is said, cannot be read."""
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(manifest["settings"], dict):
-                raise ValueError("no settings")
-            return manifest
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            return read(path) if path.is_file() else None
+        except _FAULTS as error:
             self._again(path, f"cannot be read ({type(error).__name__}: {error})")
-            return {}
+            return None
 
     def _check_settings(self, manifest: dict[str, Any]) -> None:
         """Other settings are an error once a clip is finished; before, the new ones take their place."""
@@ -187,10 +161,8 @@ class Folder:
         ours = [self.root / name for name in names] + list(self.root.glob("references/[0-9]*-seed*.safetensors"))
         for path in self.root.glob("clips/*/[0-9]*-seed*.json"):
             ours.append(path)
-            with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):  # then its video is not known
-                values = json.loads(path.read_text(encoding="utf-8"))
-                pair = Pair(prompt=str(values["prompt"]), seed=int(values["seed"]))
-                ours.append(self.video(path.parent.name, pair))
+            with suppress(*_FAULTS):  # then its video is not known
+                ours.append(self.video(path.parent.name, _record(path)[0].pair))
         for path in ours:
             path.unlink(missing_ok=True)
         for folder in sorted(
@@ -212,18 +184,25 @@ class Folder:
         return f"{self._place[pair.prompt]:04d}-seed{pair.seed}"
 
 
-def _check_types(record: ClipRecord) -> None:
-    numbers = [getattr(record, name) for name in ("psnr", "ssim", "density", "computed", "seconds")]
-    numbers += [*record.step_seconds, *(each for each in (record.lpips, record.flicker) if each is not None)]
-    texts = [getattr(record, field.name) for field in fields(record) if field.type in (str, "str")]
-    wrong = [each for each in numbers if isinstance(each, bool) or not isinstance(each, int | float)]
-    wrong += [each for each in texts if not isinstance(each, str)]
-    if wrong or not record.step_seconds:
-        raise ValueError(f"got {wrong[0]!r} in a field of another type" if wrong else "got no steps")
+def _record(path: Path) -> tuple[ClipRecord, str, int]:
+    """What was measured on a clip, the digest of its settings, and the bytes of its video."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.pop("digest") != _digest(values):
+        raise ValueError("changed since it was written")
+    settings, size = values.pop("settings"), values.pop("video_bytes")
+    values["psnr"] = math.inf if values["psnr"] is None else values["psnr"]
+    return ClipRecord(**{**values, "step_seconds": tuple(values["step_seconds"])}), settings, size
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _manifest(path: Path) -> dict[str, Any]:
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(manifest["settings"], dict):
+        raise ValueError("no settings")
+    return manifest
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _file_name(prompt: str) -> str:
@@ -242,10 +221,5 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[str]:
         for place, (before, after) in enumerate(zip(old, new, strict=True)):
             yield from _differences(f"{name}[{place}]", before, after)
     elif old != new:
-        yield f"{name} was {_short(old)}, now {_short(new)}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return f"a list of {len(value)}"
-    return repr(value)
+        was, now = (f"a list of {len(each)}" if isinstance(each, list) else repr(each) for each in (old, new))
+        yield f"{name} was {was}, now {now}"

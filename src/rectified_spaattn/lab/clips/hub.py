@@ -17,7 +17,21 @@ def read_index(options: ModelOptions) -> tuple[dict[str, Any], Path, str | None]
 
     HF_HUB_OFFLINE and HF_HOME mean what they mean to huggingface_hub. Raises ClipError where it cannot be had or read.
     """
-    path, revision = _index(options)
+    local, revision = Path(options.model).expanduser(), None
+    if local.is_dir():
+        if options.revision is not None:
+            raise ClipError(f"--revision: got one for the folder {local}; allowed: for a repository alone.")
+        path = local.resolve() / INDEX
+    elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", options.model):
+        from huggingface_hub import hf_hub_download
+
+        path = Path(from_hub(options, partial(hf_hub_download, options.model, INDEX, revision=options.revision)))
+        revision = path.parent.name
+    else:
+        raise ClipError(
+            f"{options.model}: there is no such folder, and it is no name of a repository, such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
     if not path.is_file():
         raise ClipError(
             f"{options.model}: got a folder without {INDEX}; allowed: a diffusers pipeline, as "
@@ -34,50 +48,27 @@ def read_index(options: ModelOptions) -> tuple[dict[str, Any], Path, str | None]
 
 def from_hub(options: ModelOptions, get: Callable[[], Any]) -> Any:
     """What `get` gives. Raises ClipError in its own words for what huggingface_hub raises."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import errors
 
     try:
         return get()
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
+    except (OSError, errors.HfHubHTTPError, errors.HFValidationError) as error:
         raise ClipError(_why_not(options, error)) from error
 
 
-def _index(options: ModelOptions) -> tuple[Path, str | None]:
-    local = Path(options.model).expanduser()
-    if local.is_dir():
-        if options.revision is not None:
-            raise ClipError(f"--revision: got one for the folder {local}; allowed: for a repository alone.")
-        return local.resolve() / INDEX, None
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", options.model):
-        raise ClipError(
-            f"{options.model}: there is no such folder, and it is no name of a repository, such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
-        )
-    from huggingface_hub import hf_hub_download
-
-    path = Path(from_hub(options, partial(hf_hub_download, options.model, INDEX, revision=options.revision)))
-    return path, path.parent.name
-
-
 def _why_not(options: ModelOptions, error: Exception) -> str:
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     model, page = options.model, f"https://huggingface.co/{options.model}"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return f"{model} is gated: accept its terms at {page}, then run `hf auth login`."
-    if isinstance(error, RevisionNotFoundError):
+    if isinstance(error, errors.RevisionNotFoundError):
         return f"{model} has no revision {options.revision}: see {page}/commits."
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return f"{model}: no such repository, or a private one. Check {page}, or run `hf auth login`."
-    if isinstance(error, RemoteEntryNotFoundError):
+    if isinstance(error, errors.RemoteEntryNotFoundError):
         return f"{model}: got a repository without {INDEX}; allowed: a diffusers pipeline ({page}/tree/main)."
-    why = "and the hub cannot be reached" if isinstance(error, LocalEntryNotFoundError) else f"and: {error}"
+    why = "and the hub cannot be reached" if isinstance(error, errors.LocalEntryNotFoundError) else f"and: {error}"
     return (
         f"{model} is not in the local cache, {why}.\n"
         f"Connect to a network (and unset HF_HUB_OFFLINE), or run `hf download {model}` elsewhere and pass "

@@ -1,10 +1,17 @@
-"""How far a clip is from the same clip made with full attention (PSNR, SSIM), and how much it flickers; one value a
-clip. LPIPS is in perceptual.py.
+"""How far a clip is from the same clip made with full attention (PSNR, SSIM, LPIPS), and how much it flickers.
+
+One value a clip. LPIPS needs torchvision and the weights of its AlexNet, and never downloads them by itself.
 """
+
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
-_FRAMES_AT_ONCE = 8  # the windows of a frame take ten times its memory
+_SSIM_FRAMES = 8  # at once: the windows of a frame take ten times its memory
+_WEIGHTS = "alexnet-owt-7be5be79.pth"
+_LEAST_SIDE = 63  # below it a convolution of AlexNet has nothing left to pool
+_LPIPS_FRAMES = 16  # at once
 
 
 def psnr(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -31,7 +38,7 @@ def ssim(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     _check(video, reference)
     if min(video.shape[-2:]) < 11:
         raise ValueError(f"video: got frames of {tuple(video.shape[-2:])}; allowed: 11 x 11 pixels or more.")
-    parts = (clip.float().flatten(0, 1).split(_FRAMES_AT_ONCE) for clip in (video, reference))
+    parts = (clip.float().flatten(0, 1).split(_SSIM_FRAMES) for clip in (video, reference))
     frames = torch.cat(
         [
             structural_similarity_index_measure(some, others, data_range=1.0, reduction="none").view(-1)
@@ -51,6 +58,51 @@ def flicker(video: torch.Tensor) -> torch.Tensor:
     if video.shape[1] < 2:
         raise ValueError(f"video: got {video.shape[1]} frame; allowed: 2 or more.")
     return (video[:, 1:].float() - video[:, :-1].float()).abs().mean((1, 2, 3, 4))
+
+
+def lpips_weights() -> Path:
+    """Where torchvision keeps the weights of AlexNet once they were downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS
+
+
+def why_no_lpips(height: int | None = None, width: int | None = None) -> str | None:
+    """Why LPIPS cannot be computed of frames of this size (None: not known), and what to do; None where it can."""
+    if find_spec("torchvision") is None:
+        return "torchvision is not installed (pip install torchvision, of the release that goes with your torch)"
+    if not lpips_weights().is_file():
+        return (
+            f"the weights of AlexNet are not at {lpips_weights()} (download them once: "
+            "python -c 'import torchvision; torchvision.models.alexnet(weights=\"DEFAULT\")')"
+        )
+    if min(height or _LEAST_SIDE, width or _LEAST_SIDE) < _LEAST_SIDE:
+        return f"frames of {height} x {width} are too small for AlexNet, which needs sides of {_LEAST_SIDE}"
+    return None
+
+
+class Lpips:
+    """Learned perceptual distance (AlexNet) of two clips, the mean over frames. Raises RuntimeError without weights."""
+
+    def __init__(self, device: torch.device) -> None:
+        reason = why_no_lpips()
+        if reason is not None:
+            raise RuntimeError(f"LPIPS: {reason}.")
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        self._net = LearnedPerceptualImagePatchSimilarity("alex", reduction="mean", normalize=True).to(device).eval()
+        self._device = device
+
+    @torch.no_grad()
+    def __call__(self, video: torch.Tensor, reference: torch.Tensor) -> float:
+        """video, reference: [T, 3, H, W], values in [0, 1], sides of 63 pixels or more. 0 for identical clips."""
+        if min(video.shape[-2:]) < _LEAST_SIDE:
+            raise ValueError(
+                f"LPIPS: got frames of {tuple(video.shape[-2:])}; allowed: sides of {_LEAST_SIDE} or more. "
+                "Leave it out: --no-lpips."
+            )
+        self._net.reset()
+        for ours, theirs in zip(video.split(_LPIPS_FRAMES), reference.split(_LPIPS_FRAMES), strict=True):
+            self._net.update(ours.to(self._device).float(), theirs.to(self._device).float())
+        return float(self._net.compute())
 
 
 def _check(video: torch.Tensor, reference: torch.Tensor) -> None:

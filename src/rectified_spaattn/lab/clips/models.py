@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...pipelines import ADAPTERS
+from ...pipelines.enabling import SLOTS
 from .hub import from_hub, read_index
 from .options import CALL, DEMO, ClipError, ModelOptions
 
@@ -39,7 +40,7 @@ class Source:
     @property
     def transformers(self) -> dict[str, str]:
         """Name -> class."""
-        return {name: self.components[name] for name in ("transformer", "transformer_2") if name in self.components}
+        return {name: self.components[name] for name in SLOTS if name in self.components}
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -162,16 +163,7 @@ def load(source: Source, options: ModelOptions, device: torch.device) -> Any:
     Wan's VAE and image encoder stay in float32, as diffusers' documentation has them. Weights are read from safetensors
     alone, as other files can run code. Raises ClipError where weights, packages or memory are missing.
     """
-    dtype = dtype_of(source, options.dtype, device)
-    if source.is_demo:
-        from ..demo_model.pipeline import load_demo_pipeline
-
-        try:
-            pipe: Any = load_demo_pipeline("cpu", dtype, source.folder)
-        except Exception as error:
-            raise ClipError(f"{source.folder}: the demo model could not be loaded: {error}") from error
-    else:
-        pipe = _load(source, options, dtype)
+    pipe = _load(source, options, dtype_of(source, options.dtype, device))
     pipe.set_progress_bar_config(disable=True)
     if hasattr(getattr(pipe, "vae", None), "enable_tiling"):
         pipe.vae.enable_tiling()
@@ -181,6 +173,8 @@ def load(source: Source, options: ModelOptions, device: torch.device) -> Any:
 
 
 def _load(source: Source, options: ModelOptions, dtype: torch.dtype) -> Any:
+    from ..demo_model.pipeline import load_demo_pipeline
+
     name = source.pipeline.__name__
     if name.startswith(_NEEDS_FTFY) and name != "WanPipeline" and find_spec("ftfy") is None:
         raise ClipError(f"{name} needs ftfy, which is not installed: {INSTALL}.")
@@ -192,6 +186,8 @@ def _load(source: Source, options: ModelOptions, dtype: torch.dtype) -> Any:
         exact = [part for part in ("vae", "image_encoder") if part in source.components]
         dtypes = {"default": dtype, **dict.fromkeys(exact, torch.float32)}
     try:
+        if source.is_demo:
+            return load_demo_pipeline("cpu", dtype, folder)
         return source.pipeline.from_pretrained(folder, dtype=dtypes, **safe)
     except Exception as error:  # files of any kind: what is wrong with them comes as any exception
         raise ClipError(
@@ -224,9 +220,9 @@ def place(pipe: Any, device: torch.device, offload: str) -> None:
             raise ClipError(f"--offload {offload}: there is no GPU to offload from. Leave it out.")
         return
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-    check_memory(
-        {name: weight_bytes(part) for name, part in parts.items()}, torch.cuda.mem_get_info(device)[0], offload
-    )
+    tensors = {name: (*part.parameters(), *part.buffers()) for name, part in parts.items()}
+    sizes = {name: sum(each.numel() * each.element_size() for each in own) for name, own in tensors.items()}
+    check_memory(sizes, torch.cuda.mem_get_info(device)[0], offload)
     if offload == "none":
         pipe.to(device)
     elif offload == "model":
@@ -250,11 +246,6 @@ def check_memory(sizes: dict[str, int], free: int, offload: str) -> None:
         f"Not enough GPU memory: {what} take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free, and "
         f"activations come on top. {todo}."
     )
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers."""
-    return sum(each.numel() * each.element_size() for each in (*module.parameters(), *module.buffers()))
 
 
 def _pipeline_class(index: dict[str, Any], options: ModelOptions) -> type[Any]:

@@ -12,17 +12,14 @@ from .clip import Mode, full_mode
 FLOOR = "full-other-kernel"
 
 
-def reference_modes(dense_kernel: str, floor_kernel: str) -> list[Mode]:
+def reference_modes(floor_kernel: str) -> list[Mode]:
     """Full attention, and once more on another kernel: what cannot be told from it cannot be told from rounding."""
     label = f"full attention, {floor_kernel} kernel (noise floor)"
-    return [full_mode(dense_kernel), Mode(name=FLOOR, label=label, kernel=floor_kernel)]
+    return [full_mode(), Mode(name=FLOOR, label=label, kernel=floor_kernel)]
 
 
 def grid_modes(
-    base: Sequence[SparseConfig],
-    grid: Mapping[str, Sequence[Any]],
-    overrides: Mapping[str, Any],
-    dense_kernel: str = "default",
+    base: Sequence[SparseConfig], grid: Mapping[str, Sequence[Any]], overrides: Mapping[str, Any]
 ) -> list[Mode]:
     """Every combination of the values of sparsity, rectify, block_size and order.
 
@@ -43,11 +40,11 @@ def grid_modes(
         if len(lists["order"]) > 1:
             parts.append(config.order)
             labels.append(config.order)
-        modes.append(Mode(name="-".join(parts), label=", ".join(labels), configs=configs, kernel=dense_kernel))
+        modes.append(Mode(name="-".join(parts), label=", ".join(labels), configs=configs))
     return modes
 
 
-def file_mode(path: Path, dense_kernel: str = "default") -> Mode:
+def file_mode(path: Path) -> Mode:
     """The mode of a YAML file: one mapping with fields of SparseConfig, or a list of one a transformer."""
     values = read_yaml(path)
     several = values if isinstance(values, list) else [values]
@@ -57,7 +54,7 @@ def file_mode(path: Path, dense_kernel: str = "default") -> Mode:
         configs = tuple(SparseConfig.from_dict(each) for each in several)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: {error}") from error
-    return Mode(name=path.stem, label=path.stem, configs=configs, kernel=dense_kernel)
+    return Mode(name=path.stem, label=path.stem, configs=configs)
 
 
 def check_names(modes: Sequence[Mode]) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch.nn.attention import SDPBackend
+
 from ...backends import BACKENDS
 from ...config import ORDERS, RECTIFY, SparseConfig, check_choice, parse_yaml
 from ...presets import PRESET_NAMES
@@ -14,15 +16,19 @@ from ..option import option
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "group")
-KERNELS = ("default", "math", "efficient", "flash", "cudnn")
+# What runs scaled_dot_product_attention, for dense attention and for the blocks that the torch backend gathers.
+KERNELS = {
+    "default": None,  # PyTorch's own choice
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+FLOOR_KERNELS = tuple(KERNELS)[1:]
 DEMO = "demo"
-SMALL_GRID = {"block_size": 64, "top_p": 0.0}  # what fits the demo model: exact sparsity
+SMALL_GRID: dict[str, Any] = {"block_size": 64, "top_p": 0.0}  # what fits the demo model: exact sparsity
 CALL = {  # field -> argument of the pipeline's call
-    "prompt": "prompt",
-    "negative_prompt": "negative_prompt",
-    "image": "image",
-    "height": "height",
-    "width": "width",
+    **{name: name for name in ("prompt", "negative_prompt", "image", "height", "width")},
     "frames": "num_frames",
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
@@ -165,19 +171,19 @@ class EvaluateOptions(ModelOptions):
     top_p: float | None = option("Least attention mass the kept blocks hold.", None)
     neighbours: bool | None = option("Always keep blocks that touch in 3-D; needs an --order other than content.", None)
     fps: int | None = option("Frames a second in the videos.", None, unset="8 for demo, else 16")
-    dense_kernel: str = option("SDPA kernel of every mode.", "default", choices=KERNELS)
     floor_kernel: str | None = option(
-        "Another one, for the noise floor.", None, unset="math for demo and on a CPU, else efficient"
+        "SDPA kernel of the noise floor, another one than PyTorch chooses.",
+        None,
+        choices=FLOOR_KERNELS,
+        unset="math for demo and on a CPU, else efficient",
     )
     lpips: bool | None = option("Learned perceptual distance.", None, unset="where its weights are there")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_files((*self.config, *(() if self.prompts is None else (self.prompts,))))
-        for name in ("dense_kernel", "floor_kernel"):
-            check_choice(name, getattr(self, name) or "default", KERNELS)
-        if self.floor_kernel == self.dense_kernel:
-            raise ValueError(f"floor_kernel: got {self.floor_kernel!r}; allowed: another one than dense_kernel.")
+        if self.floor_kernel is not None:
+            check_choice("floor_kernel", self.floor_kernel, FLOOR_KERNELS)
         if self.overrides() and self.config and not any(self.grid().values()):
             raise ValueError(
                 f"{', '.join(self.overrides())}: got a value, but only --config files; allowed: with grid options "
@@ -210,10 +216,6 @@ class DemoOptions:
     size: int = option("Height and width in pixels; the model was trained at 64 and 96.", 64)
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.8, 0.9))
     block_size: int = option("Tokens a block.", SMALL_GRID["block_size"])
-    top_p: float = option("Least attention mass the kept blocks hold.", SMALL_GRID["top_p"])
-    neighbours: bool = option(
-        "Always keep blocks that touch in 3-D; on small grids these alone are many.", False, flag="--neighbours"
-    )
     device: str = option("Where to run.", "auto", choices=DEVICES)
     backend: str = option("Attention backend.", "auto", choices=("auto", *BACKENDS))
     weights: Path | None = option("Folder with weights of your own training.", None)
@@ -233,13 +235,12 @@ class DemoOptions:
 
     def paper(self, sparsity: float) -> SparseConfig:
         """The paper's settings on this small grid."""
-        return SparseConfig.paper(
-            sparsity=sparsity, block_size=self.block_size, top_p=self.top_p, neighbours=self.neighbours
-        )
+        exact = SMALL_GRID | {"block_size": self.block_size}
+        return SparseConfig.paper(sparsity=sparsity, neighbours=False, **exact)  # neighbours alone are many here
 
     def default(self, sparsity: float) -> SparseConfig:
         """The package's."""
-        return SparseConfig(sparsity=sparsity, block_size=self.block_size, top_p=self.top_p)
+        return SparseConfig(sparsity=sparsity, **(SMALL_GRID | {"block_size": self.block_size}))
 
 
 def _check_files(paths: tuple[Path, ...]) -> None:

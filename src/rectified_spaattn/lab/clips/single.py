@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from ...pipelines.adapters import default_configs
-from ...presets import preset as preset_of
 from ..machine import machine
 from .clip import Clip, Mode
 from .models import Source, call_defaults, file_hash
 from .options import ClipError, GenerateOptions
-from .summary import ModeSummary, after_the_first, measure, plain, summarise
+from .summary import ModeSummary, after_the_first, measure, summarise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,32 +72,24 @@ def stale(outputs: Outputs) -> list[Path]:
     return [path for path in (outputs.full, outputs.side_by_side) if path.name in names and path.exists()]
 
 
-def modes_of(options: GenerateOptions, pipe: Any) -> Mode:
+def mode_of(options: GenerateOptions, pipe: Any) -> Mode:
     """The sparse mode asked for. Raises ClipError where no settings fit the model."""
     try:
         configs = options.configs()
         if configs is None:
             overrides = options.overrides()
-            base = preset_of(options.preset) if options.preset else default_configs(pipe.transformer, pipe, overrides)
+            base = default_configs(pipe.transformer, pipe, overrides, options.preset)
             configs = tuple(config.replace(**overrides) for config in base)
     except (TypeError, ValueError) as error:
         raise ClipError(str(error)) from error
     cached = " + TeaCache" if options.teacache else ""
-    threshold = "model" if options.teacache_threshold is None else options.teacache_threshold
     return Mode(
         name="sparse",
         label=f"rectified, {configs[0].sparsity:.4g} sparse{cached}",
         configs=configs,
-        teacache=threshold if options.teacache else None,
+        teacache=options.teacache,
+        threshold=options.teacache_threshold,
     )
-
-
-def compile_blocks(pipe: Any) -> None:
-    """Compile the repeated blocks of every transformer."""
-    for name in ("transformer", "transformer_2"):
-        model = getattr(pipe, name, None)
-        if model is not None:
-            model.compile_repeated_blocks(fullgraph=True)
 
 
 def describe(
@@ -106,69 +97,55 @@ def describe(
 ) -> dict[str, Any]:
     """What does not change while it runs. arguments: of the pipeline's call, with a path for the image."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    return plain(
-        {
-            "command": options.command_line(revision=source.revision),
-            **machine(device).to_dict(),
-            "model": {
-                "name": source.model,
-                "revision": source.revision,
-                "folder": None if source.revision else source.folder,
-                "pipeline": source.pipeline.__name__,
-                "transformers": source.transformers,
-            },
-            "request": asdict(options),
-            "call": call_defaults(source) | dict(arguments),
-            "image_sha256": file_hash(options.image),
-            "dtypes": {name: part.dtype for name, part in parts.items()},
-            "scheduler": {"class": type(pipe.scheduler).__name__, "config": dict(pipe.scheduler.config)},
-        }
-    )
+    return {
+        "command": options.command_line(revision=source.revision),
+        **machine(device).to_dict(),
+        "model": {
+            "name": source.model,
+            "revision": source.revision,
+            "folder": None if source.revision else source.folder,
+            "pipeline": source.pipeline.__name__,
+            "transformers": source.transformers,
+        },
+        "request": asdict(options),
+        "call": call_defaults(source) | dict(arguments),
+        "image_sha256": file_hash(options.image),
+        "dtypes": {name: part.dtype for name, part in parts.items()},
+        "scheduler": {"class": type(pipe.scheduler).__name__, "config": dict(pipe.scheduler.config)},
+    }
 
 
 def result(clip: Clip, file: Path, fps: int | None) -> dict[str, Any]:
     """One generation: its file, the seconds and the density of every step, and the peak of the GPU's memory."""
     frames, _, height, width = clip.video.shape
-    return plain(
-        {
-            "file": file.name,
-            "frames": frames,
-            "height": height,
-            "width": width,
-            "fps": fps,
-            "seconds": clip.seconds,
-            "steps": [
-                {"seconds": seconds, "density": density}
-                for seconds, density in zip(clip.steps, clip.densities, strict=True)
-            ],
-            "peak_memory_bytes": clip.peak_memory,
-        }
-    )
+    steps = zip(clip.steps, clip.densities, strict=True)
+    return {
+        "file": file.name,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "fps": fps,
+        "seconds": clip.seconds,
+        "steps": [{"seconds": seconds, "density": density} for seconds, density in steps],
+        "peak_memory_bytes": clip.peak_memory,
+    }
 
 
 def sparse_result(clip: Clip, transformers: Mapping[str, str]) -> dict[str, Any]:
     """What ran sparse, with which settings, and what TeaCache skipped."""
     configs = clip.mode.configs * (len(transformers) if len(clip.mode.configs) == 1 else 1)
-    return plain(
-        {
-            "configs": {name: config.to_dict() for name, config in zip(transformers, configs, strict=True)},
-            "stats": clip.stats,
-            "teacache": clip.teacache,
-            "summary": clip.summary,
-        }
-    )
+    return {
+        "configs": dict(zip(transformers, configs, strict=True)),
+        "stats": clip.stats,
+        "teacache": clip.teacache,
+        "summary": clip.summary,
+    }
 
 
 def compare(full: Clip, sparse: Clip) -> list[ModeSummary]:
     """Full attention, then the sparse run: PSNR, SSIM and the speed-up of a step; from the same prompt and seed."""
     records = [measure(clip, full.video, "") for clip in (full, sparse)]
     return summarise([full.mode, sparse.mode], records, after_the_first)
-
-
-def scores(rows: list[ModeSummary]) -> list[dict[str, Any]]:
-    """For JSON; a psnr of null stands for identical clips."""
-    names = ("mode", "label", "psnr", "ssim", "computed", "seconds", "step_seconds", "speedup", "backend")
-    return [{name: plain(row.row()[name]) for name in names} for row in rows]
 
 
 def check_writable(folder: Path) -> None:

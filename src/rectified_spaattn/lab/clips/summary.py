@@ -12,8 +12,7 @@ import torch
 from ...config import SparseConfig
 from .clip import FULL, Clip, Mode, Pair
 from .intervals import Interval, bootstrap
-from .metrics import flicker, psnr, ssim
-from .perceptual import Lpips
+from .metrics import Lpips, flicker, psnr, ssim
 
 SCORES = ("psnr", "ssim", "lpips", "flicker")
 _SETTINGS = ("sparsity", "rectify", "block_size", "order", "top_p", "neighbours")
@@ -99,7 +98,7 @@ class ModeSummary:
             score = self.scores.get(name)
             row[name] = None if score is None else score.mean
             for end in ("low", "high"):
-                row[f"{name}_{end}"] = None if score is None else finite_or_none(getattr(score, end))
+                row[f"{name}_{end}"] = None if score is None else plain(getattr(score, end))
         for name in ("density", "computed", "backend", "seconds", "step_seconds", "speedup"):
             row[name] = getattr(self, name)
         return row
@@ -114,20 +113,22 @@ def summarise(
     """
     by_mode = {mode.name: [record for record in records if record.mode == mode.name] for mode in modes}
     steps = {name: step([each for record in own for each in record.step_seconds]) for name, own in by_mode.items()}
-    return [
-        ModeSummary(
-            mode=mode,
-            clips=len(by_mode[mode.name]),
-            scores=_scores(by_mode[mode.name]),
-            density=fmean(record.density for record in by_mode[mode.name]),
-            computed=fmean(record.computed for record in by_mode[mode.name]),
-            seconds=fmean(record.seconds for record in by_mode[mode.name]),
-            step_seconds=steps[mode.name],
-            speedup=steps[FULL] / steps[mode.name],
-            backend=", ".join(sorted({record.backend for record in by_mode[mode.name]} - {""})),
+    summaries = []
+    for mode in modes:
+        own = by_mode[mode.name]
+        columns = {name: [getattr(record, name) for record in own] for name in SCORES}
+        summaries.append(
+            ModeSummary(
+                mode=mode,
+                clips=len(own),
+                scores={name: bootstrap(column) for name, column in columns.items() if None not in column},
+                **{name: fmean(getattr(record, name) for record in own) for name in ("density", "computed", "seconds")},
+                step_seconds=steps[mode.name],
+                speedup=steps[FULL] / steps[mode.name],
+                backend=", ".join(sorted({record.backend for record in own} - {""})),
+            )
         )
-        for mode in modes
-    ]
+    return summaries
 
 
 def after_the_first(steps: Sequence[float]) -> float:
@@ -139,14 +140,14 @@ def after_the_first(steps: Sequence[float]) -> float:
 
 def clip_rows(modes: Sequence[Mode], records: Sequence[ClipRecord]) -> list[dict[str, Any]]:
     """One row a clip with its mode's settings; seconds and step_seconds (their median) come last."""
-    by_name = {mode.name: mode for mode in modes}
-    rows = []
-    for record in records:
-        row: dict[str, Any] = {"prompt": record.prompt, "seed": record.seed, **mode_columns(by_name[record.mode])}
-        for name in (*SCORES, "density", "computed", "backend", "video", "seconds"):
-            row[name] = getattr(record, name)
-        rows.append({**row, "step_seconds": median(record.step_seconds)})
-    return rows
+    columns = {mode.name: mode_columns(mode) for mode in modes}
+    names = (*SCORES, "density", "computed", "backend", "video", "seconds")
+    return [
+        {"prompt": record.prompt, "seed": record.seed, **columns[record.mode]}
+        | {name: getattr(record, name) for name in names}
+        | {"step_seconds": median(record.step_seconds)}
+        for record in records
+    ]
 
 
 def mode_columns(mode: Mode) -> dict[str, Any]:
@@ -162,15 +163,10 @@ def wins(records: Sequence[ClipRecord], mode: str, against: str, score: str) -> 
     return sum(getattr(record, score) > other[record.pair] for record in mine), len(mine)
 
 
-def finite_or_none(value: float) -> float | None:
-    """`value`, or None where JSON has no number for it: the PSNR of identical clips, which is infinite."""
-    return value if math.isfinite(value) else None
-
-
 def plain(value: Any) -> Any:
     """As JSON has it: NaN and infinity become null, tuples lists, dataclasses mappings, everything else its text."""
     if isinstance(value, float):
-        return finite_or_none(value)
+        return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):
@@ -180,8 +176,3 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return plain(value.to_dict() if isinstance(value, SparseConfig) else asdict(value))
     return str(value).removeprefix("torch.")
-
-
-def _scores(records: Sequence[ClipRecord]) -> dict[str, Interval]:
-    columns = {name: [getattr(record, name) for record in records] for name in SCORES}
-    return {name: bootstrap(column) for name, column in columns.items() if None not in column}

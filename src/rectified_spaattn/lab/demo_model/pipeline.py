@@ -58,13 +58,6 @@ class DemoVideoPipeline(DiffusionPipeline):
             "pooled_projections": pooled.to(dtype),
         }
 
-    def _latents(self, shape: tuple[int, ...], generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
-        if latents is None:
-            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        if tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape} for these arguments, got {tuple(latents.shape)}")
-        return latents.to(device, torch.float32)
-
     def _velocity(self, latents: Tensor, timestep: Tensor, text: dict[str, Tensor], context: str) -> Tensor:
         with self.transformer.cache_context(context):
             return self.transformer(
@@ -84,25 +77,25 @@ class DemoVideoPipeline(DiffusionPipeline):
         num_inference_steps: int = DEFAULT_STEPS,
         guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
         output_type: str = "pt",
         callback_on_step_end: Callable[[Any, int, Tensor, dict[str, Tensor]], dict[str, Tensor]] | None = None,
         return_dict: bool = True,
     ) -> DemoVideoOutput | tuple[Tensor | np.ndarray]:
         """Make one video for each prompt.
 
-        `height` and `width` are multiples of 4; the model was trained on 16 frames of 64 x 64 and 96 x 96. `latents`,
-        if given, is the starting noise, [B, 3, num_frames, height, width]. `guidance_scale` above 1 adds a second,
-        caption-free forward a step. `callback_on_step_end(pipe, step, timestep, {"latents": ...})` returns a dict
-        whose "latents", if any, replace the current ones. Returns `DemoVideoOutput` (or a tuple), frames in [0, 1]:
-        "pt" [B, T, 3, H, W], "np" [B, T, H, W, 3]. ValueError or TypeError, with what is allowed, for bad arguments.
+        `height` and `width` are multiples of 4; the model was trained on 16 frames of 64 x 64 and 96 x 96.
+        `guidance_scale` above 1 adds a second, caption-free forward a step. `callback_on_step_end(pipe, step, timestep,
+        {"latents": ...})` returns a dict whose "latents", if any, replace the current ones. Returns `DemoVideoOutput`
+        (or a tuple), frames in [0, 1]: "pt" [B, T, 3, H, W], "np" [B, T, H, W, 3]. ValueError or TypeError, with what
+        is allowed, for bad arguments.
         """
         _check(height, width, num_frames, num_inference_steps, output_type)
         device = self._execution_device
         text = self.encode_prompt(prompt, device)
         batch = text["pooled_projections"].shape[0]
         empty = self.encode_prompt([""] * batch, device) if guidance_scale > 1 else None
-        latents = self._latents((batch, 3, num_frames, height, width), generator, latents, device)
+        shape = (batch, 3, num_frames, height, width)
+        latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         sigmas = np.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps)
         self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         self.scheduler.set_begin_index(0)
@@ -117,7 +110,9 @@ class DemoVideoPipeline(DiffusionPipeline):
                     changed = callback_on_step_end(self, step, timestep, {"latents": latents})
                     latents = changed.get("latents", latents)
                 progress.update()
-        frames = _to_frames(latents, output_type)
+        frames = (latents.transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+        if output_type == "np":
+            frames = frames.permute(0, 1, 3, 4, 2).cpu().numpy()
         self.maybe_free_model_hooks()
         return DemoVideoOutput(frames=frames) if return_dict else (frames,)
 
@@ -131,11 +126,6 @@ def _check(height: int, width: int, num_frames: int, steps: int, output_type: st
             raise ValueError(f"{name} must be at least 1, got {value}")
     if output_type not in ("pt", "np"):
         raise ValueError(f'output_type must be "pt" or "np", got {output_type!r}')
-
-
-def _to_frames(latents: Tensor, output_type: str) -> Tensor | np.ndarray:
-    frames = (latents.transpose(1, 2) / 2 + 0.5).clamp(0, 1)
-    return frames if output_type == "pt" else frames.permute(0, 1, 3, 4, 2).cpu().numpy()
 
 
 def load_demo_pipeline(

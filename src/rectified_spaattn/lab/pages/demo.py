@@ -22,7 +22,7 @@ from .clips import column_label, side_by_side
 from .figures import error_figure
 from .html import data_uri, render
 from .maps import maps_figure
-from .video import FPS, Row, difference, labelled_grid, read_mp4, write_png
+from .video import FPS, Row, difference, labelled_grid, read_mp4, write_frames
 
 _FIGURES = ("error", "maps")
 _CURVE = Path(__file__).with_name("curve.png")  # by studies/curve_figure.py
@@ -42,7 +42,7 @@ def write_side_by_side(folder: Folder, summaries: Sequence[ModeSummary], pairs: 
         rows.append(Row(caption=f"{pair.caption()}, frame {len(videos[0]) // 2}", clips=middle))
         away: list[torch.Tensor | None] = [difference(frame, middle[0], _GAIN) for frame in middle[1:]]
         rows.append(Row(caption=f"difference from full attention, × {_GAIN:g} (white: none)", clips=[None, *away]))
-    write_png(folder.root / _STILL, labelled_grid([column_label(each) for each in summaries], rows)[0])
+    write_frames(folder.root / _STILL, labelled_grid([column_label(each) for each in summaries], rows))
 
 
 def write_report(folder: Folder, metrics: dict[str, Any]) -> Path:
@@ -81,19 +81,11 @@ def comparisons(summaries: Sequence[ModeSummary], records: Sequence[ClipRecord])
         if config.rectify == "none":
             continue
         other = plain_sparse[config.sparsity]
-        psnr_won, pairs = wins(records, each.mode.name, other.mode.name, "psnr")
-        rows.append(
-            {
-                "sparsity": config.sparsity,
-                "sparse": other.mode.name,
-                "rectified": each.mode.name,
-                "psnr_gain": each.scores["psnr"].mean - other.scores["psnr"].mean,
-                "ssim_gain": each.scores["ssim"].mean - other.scores["ssim"].mean,
-                "psnr_won": psnr_won,
-                "ssim_won": wins(records, each.mode.name, other.mode.name, "ssim")[0],
-                "pairs": pairs,
-            }
-        )
+        row: dict[str, Any] = {"sparsity": config.sparsity, "sparse": other.mode.name, "rectified": each.mode.name}
+        for score in ("psnr", "ssim"):
+            row[f"{score}_gain"] = each.scores[score].mean - other.scores[score].mean
+            row[f"{score}_won"], row["pairs"] = wins(records, each.mode.name, other.mode.name, score)
+        rows.append(row)
     return rows
 
 

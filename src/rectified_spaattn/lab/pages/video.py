@@ -58,9 +58,8 @@ def labelled_grid(columns: Sequence[str], rows: Sequence[Row], cell: int = CELL)
     columns: one label each, lines separated by "\\n". All clips have the same number of frames; clips that are not
     square keep their shape. Raises ValueError for an empty grid, a row of the wrong length or clips of unequal length.
     """
-    _check_grid(columns, rows)
     clips = [[None if clip is None else enlarge(clip, cell) for clip in row.clips] for row in rows]
-    frames = next(len(clip) for row in clips for clip in row if clip is not None)
+    frames = max(len(clip) for row in clips for clip in row if clip is not None)
     width = len(columns) * (cell + _GAP) + _GAP
     font = _font(_FONT_SIZE)
     captions = [_wrapped(row.caption, width - 2 * _GAP, font) for row in rows]
@@ -84,7 +83,7 @@ def labelled_grid(columns: Sequence[str], rows: Sequence[Row], cell: int = CELL)
 
     grid = np.repeat(np.asarray(canvas)[None], frames, axis=0)
     for row_clips, y in zip(clips, tops, strict=True):
-        for x, clip in enumerate(row_clips):
+        for x, clip in zip(range(len(columns)), row_clips, strict=True):
             if clip is not None:
                 left = _GAP + x * (cell + _GAP)
                 grid[:, y : y + clip.shape[1], left : left + cell] = clip
@@ -101,33 +100,18 @@ def write_clip(path: Path, clip: torch.Tensor, fps: int, width: int | None = Non
     write_frames(path, to_uint8(clip) if width is None else enlarge(clip, width), fps)
 
 
-def write_frames(path: Path, frames: np.ndarray, fps: int) -> None:
+def write_frames(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
     """A .png of the first frame, or else an mp4, where an odd side gains the pixel that H.264 asks for.
 
-    frames: uint8 [T, H, W, 3]. Raises OSError where the file cannot be written; then `path` is as it was.
-    """
-    if path.suffix == ".png":
-        write_png(path, frames[0])
-    else:
-        write_mp4(path, even(frames), fps)
-
-
-def write_mp4(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
-    """frames: uint8 [T, H, W, 3] with even sides, as H.264 asks.
-
-    Raises ValueError for another array, OSError where the encoder fails or its file lacks frames; then `path` is as it
-    was.
+    frames: uint8 [T, H, W, 3]. Raises ValueError for another array, OSError where the file cannot be written, the
+    encoder fails or its file lacks frames; then `path` is as it was.
     """
     if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"frames: got {frames.dtype} {frames.shape}; allowed: uint8 [T, H, W, 3].")
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise ValueError(f"frames: got {frames.shape[1]} x {frames.shape[2]} pixels; allowed: even sides. Pad by one.")
-    write_atomically(path, lambda to: _encode(to, frames, fps, str(path)))
-
-
-def write_png(path: Path, frame: np.ndarray) -> None:
-    """frame: uint8 [H, W, 3]."""
-    write_atomically(path, lambda to: Image.fromarray(frame).save(to, optimize=True))
+    if path.suffix == ".png":
+        write_atomically(path, lambda to: Image.fromarray(frames[0]).save(to, optimize=True))
+    else:
+        write_atomically(path, lambda to: _encode(to, even(frames), fps, str(path)))
 
 
 def read_mp4(path: Path) -> torch.Tensor:
@@ -158,19 +142,6 @@ def _encode(path: Path, frames: np.ndarray, fps: int, name: str) -> None:
         raise OSError(f"{name}: the video was not written: ffmpeg cannot read its own file.") from error
     if count != len(frames):
         raise OSError(f"{name}: the video was not written: it has {count} frames of {len(frames)}.")
-
-
-def _check_grid(columns: Sequence[str], rows: Sequence[Row]) -> None:
-    if not columns or not rows:
-        raise ValueError(f"grid: got {len(columns)} columns and {len(rows)} rows; allowed: one or more of each.")
-    for row in rows:
-        if len(row.clips) != len(columns):
-            raise ValueError(f"row {row.caption!r}: got {len(row.clips)} clips; allowed: {len(columns)}, one a column.")
-        if all(clip is None for clip in row.clips):
-            raise ValueError(f"row {row.caption!r}: got no clip; allowed: one or more. Leave the row out.")
-    lengths = {len(clip) for row in rows for clip in row.clips if clip is not None}
-    if len(lengths) != 1:
-        raise ValueError(f"clips: got {sorted(lengths)} frames; allowed: the same number in all.")
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:

@@ -71,23 +71,20 @@ class StandIn:
 def stand_ins(model: nn.Module, row: CachedModel, now: Pass) -> dict[str, list[StandIn]]:
     """One for each block, by the attribute that holds the list."""
     children: dict[str, Any] = dict(model.named_children())
-    lists: dict[str, list[nn.Module]] = {name: list(children[name]) for name in row.blocks}
-    ends = [name for name, blocks in lists.items() if blocks]
-    made: dict[str, list[StandIn]] = {name: [] for name in lists}
-    for name, blocks in lists.items():
-        for index, block in enumerate(blocks):
-            inner = unwrap_module(block)
-            places = TransformerBlockRegistry.get(type(inner))
-            is_first = name == ends[0] and index == 0
-            made[name].append(
-                StandIn(
-                    block=block,
-                    now=now,
-                    parameters=tuple(inspect.signature(type(inner).forward).parameters)[1:],
-                    hidden=places.return_hidden_states_index,
-                    text=places.return_encoder_hidden_states_index,
-                    signal=row.signal(inner) if is_first else None,
-                    is_last=name == ends[-1] and index == len(blocks) - 1,
-                )
+    blocks = [(name, block) for name in row.blocks for block in children[name]]
+    lists: dict[str, list[StandIn]] = {name: [] for name in row.blocks}
+    for place, (name, block) in enumerate(blocks):
+        inner = unwrap_module(block)
+        places = TransformerBlockRegistry.get(type(inner))
+        lists[name].append(
+            StandIn(
+                block=block,
+                now=now,
+                parameters=tuple(inspect.signature(type(inner).forward).parameters)[1:],
+                hidden=places.return_hidden_states_index,
+                text=places.return_encoder_hidden_states_index,
+                signal=row.signal(inner) if place == 0 else None,
+                is_last=place == len(blocks) - 1,
             )
-    return made
+        )
+    return lists

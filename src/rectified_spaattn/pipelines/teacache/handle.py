@@ -1,10 +1,12 @@
 """TeaCacheHandle: what enable_teacache gives back. It counts, reports and undoes."""
 
 import weakref
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
+from ..handle import is_int
 from .progress import Progress
 from .transformer import CachedTransformer
 
@@ -38,7 +40,7 @@ class TeaCacheStats:
     branches: tuple[BranchStats, ...]
 
 
-class TeaCacheHandle:
+class TeaCacheHandle(AbstractContextManager["TeaCacheHandle"]):
     """TeaCache enabled on a pipeline or a transformer. Also a context manager that disables on exit."""
 
     def __init__(self, cached: list[CachedTransformer], progress: Progress, pipeline: Any | None) -> None:
@@ -46,12 +48,7 @@ class TeaCacheHandle:
         self._progress = progress
         self._pipeline = weakref.ref(pipeline) if pipeline is not None else None
 
-    def __enter__(self) -> "TeaCacheHandle":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.disable()
 
     @property
@@ -69,42 +66,21 @@ class TeaCacheHandle:
         It holds for the forwards that follow, until the next set_step, until set_step(None), or until the scheduler of
         the enabled pipeline moves on: as in the handle of enable().
         """
-        if step is None:
-            if total is not None:
-                raise ValueError(f"total: got {total!r} without a step; allowed: set_step(None) alone.")
-            self._progress.tell(None, None)
-            return
-        for name, value in (("step", step), ("total", total)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name}: got {value!r}; allowed: an integer.")
-        if not 0 <= step < (total or 0):
-            raise ValueError(f"step: got {step} of total = {total}; allowed: 0 to total - 1.")
+        if step is None and total is not None:
+            raise ValueError(f"total: got {total!r} without a step; allowed: set_step(None) alone.")
+        if step is not None and not (is_int(step) and is_int(total) and 0 <= step < (total or 0)):
+            raise ValueError(f"step: got {step!r} of total = {total!r}; allowed: integers, a step of 0 to total - 1.")
         self._progress.tell(step, total)
 
     def stats(self) -> TeaCacheStats:
         """Counts of the last run: of the one that is going on, or the last that was."""
-        branches = []
-        steps: set[int] = set()
-        for item in self._cached:
-            for branch, record in item.record.items():
-                skipped = tuple(step for (step, _), computed in record.items() if not computed)
-                seen = {step for step, _ in record}
-                branches.append(
-                    BranchStats(
-                        transformer=item.name,
-                        branch=branch,
-                        steps=len(seen),
-                        computed=len(record) - len(skipped),
-                        skipped=len(skipped),
-                        skipped_steps=skipped,
-                    )
-                )
-                steps |= seen
+        records = [(item.name, branch, record) for item in self._cached for branch, record in item.record.items()]
+        branches = tuple(_branch_stats(name, branch, record) for name, branch, record in records)
         return TeaCacheStats(
-            steps=len(steps),
-            computed=sum(branch.computed for branch in branches),
-            skipped=sum(branch.skipped for branch in branches),
-            branches=tuple(branches),
+            steps=len({step for _, _, record in records for step, _ in record}),
+            computed=sum(each.computed for each in branches),
+            skipped=sum(each.skipped for each in branches),
+            branches=branches,
         )
 
     def summary(self) -> str:
@@ -128,3 +104,15 @@ class TeaCacheHandle:
         )
         lines += [f"  {b.transformer}, {b.branch}: {b.computed} computed, {b.skipped} skipped" for b in run.branches]
         return "\n".join(lines)
+
+
+def _branch_stats(transformer: str, branch: str, record: Mapping[tuple[int, float], bool]) -> BranchStats:
+    skipped = tuple(step for (step, _), computed in record.items() if not computed)
+    return BranchStats(
+        transformer=transformer,
+        branch=branch,
+        steps=len({step for step, _ in record}),
+        computed=len(record) - len(skipped),
+        skipped=len(skipped),
+        skipped_steps=skipped,
+    )

@@ -153,15 +153,9 @@ CACHED_MODELS: dict[str, CachedModel] = {
         signal=_modulated_input,
         fit=lambda model, pipeline: _HUNYUAN,
     ),
-    "WanTransformer3DModel": CachedModel(
-        blocks=("blocks",),
-        signal=_time_embedding,
-        fit=_wan_fit,
-    ),
+    "WanTransformer3DModel": CachedModel(blocks=("blocks",), signal=_time_embedding, fit=_wan_fit),
     "CogVideoXTransformer3DModel": CachedModel(
-        blocks=("transformer_blocks",),
-        signal=_time_embedding,
-        fit=_cogvideox_fit,
+        blocks=("transformer_blocks",), signal=_time_embedding, fit=_cogvideox_fit
     ),
     "FluxTransformer2DModel": CachedModel(
         blocks=("transformer_blocks", "single_transformer_blocks"),

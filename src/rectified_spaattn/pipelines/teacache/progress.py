@@ -1,13 +1,12 @@
 """Where the run of a pipeline is; shared by its transformers."""
 
 import threading
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..clock import RunClock
 
 
-@dataclass(frozen=True, kw_only=True)
-class Place:
+class Place(NamedTuple):
     """Where a forward is. run: its number. since_start: steps since the first that this run made. told: by set_step."""
 
     run: int
@@ -50,14 +49,7 @@ class Progress:
             self._run, self._start = self.clock.run, step
         check_thread(self._thread)
         self._over = step == total - 1
-        return Place(
-            run=self._run,
-            step=step,
-            since_start=step - self._start,
-            total=total,
-            timestep=timestep,
-            told=self._told,
-        )
+        return Place(self._run, step, step - self._start, total, timestep, self._told)
 
 
 ONE_THREAD = (

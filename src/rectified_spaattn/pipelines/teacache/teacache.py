@@ -31,17 +31,14 @@ def enable_teacache(pipe_or_transformer: Any, threshold: float | None = None) ->
     unknown, where a second thread is in the same run, and where its guidance calls cannot be told apart.
     """
     transformers, pipeline = transformers_of(pipe_or_transformer)
-    if threshold is not None:
-        _check_threshold(threshold)
-    rows = [cached_model_for(model) for _, model in transformers]
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if threshold is not None and not (number and math.isfinite(threshold) and threshold >= 0):
+        raise ValueError(f"threshold: got {threshold!r}; allowed: a finite number of 0 or more, or None.")
+    progress, cached = Progress(RunClock(pipeline)), []
     for name, model in transformers:
+        row = cached_model_for(model)
         _check_free(name, model)
-    fits = [row.fit(model, pipeline) for row, (_, model) in zip(rows, transformers, strict=True)]
-    progress = Progress(RunClock(pipeline))
-    cached = [
-        CachedTransformer(name, model, row, fit, fit.threshold if threshold is None else float(threshold), progress)
-        for (name, model), row, fit in zip(transformers, rows, fits, strict=True)
-    ]
+        cached.append(CachedTransformer(name, model, row, row.fit(model, pipeline), threshold, progress))
     try:
         for each in cached:
             each.install()
@@ -57,17 +54,11 @@ def disable_teacache(pipe_or_transformer: Any) -> bool:
 
     Returns whether any was enabled there.
     """
-    found = [cached_transformer(model) for _, model in transformers_of(pipe_or_transformer)[0]]
-    for each in found:
-        if each is not None:
-            each.remove()
-    return any(each is not None for each in found)
-
-
-def _check_threshold(threshold: Any) -> None:
-    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
-    if not number or not math.isfinite(threshold) or threshold < 0:
-        raise ValueError(f"threshold: got {threshold!r}; allowed: a finite number of 0 or more, or None.")
+    owners = [cached_transformer(model) for _, model in transformers_of(pipe_or_transformer)[0]]
+    cached = [each for each in owners if each is not None]
+    for each in cached:
+        each.remove()
+    return bool(cached)
 
 
 def _check_free(name: str, model: nn.Module) -> None:

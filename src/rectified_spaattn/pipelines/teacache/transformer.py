@@ -23,11 +23,11 @@ from torch import nn
 from torch._dynamo.decorators import skip as uncompiled  # of this frame alone: what it calls may be compiled
 
 from ..enabling import SLOTS
+from ..hooks import refuse_pickling
 from .blocks import Pass, stand_ins
-from .guidance import GuidanceCalls, GuidanceHook, Text
+from .guidance import Branch, GuidanceCalls, GuidanceHook, Text
 from .models import CachedModel, Fit
 from .progress import Place, Progress, check_thread
-from .state import Branch
 
 CHILD = "rectified_teacache"
 """Name of the empty module under the transformer that carries the hook in diffusers' registry."""
@@ -43,10 +43,7 @@ class Marker(nn.Module):
         self.owner = owner
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise TypeError(
-            "TeaCache is enabled on this model, and an enabled model cannot be pickled. Call disable() first, or save "
-            "the weights alone: save_pretrained() or state_dict()."
-        )
+        refuse_pickling("TeaCache", "rsa.disable_teacache(pipe)")
 
 
 @dataclass(kw_only=True)
@@ -65,10 +62,10 @@ class CachedTransformer:
     """One transformer with TeaCache. record: the last run by branch, (step, timestep) -> whether it was computed."""
 
     def __init__(
-        self, name: str, model: nn.Module, row: CachedModel, fit: Fit, threshold: float, progress: Progress
+        self, name: str, model: nn.Module, row: CachedModel, fit: Fit, threshold: float | None, progress: Progress
     ) -> None:
-        self.name, self.row, self.fit = name, row, fit
-        self.threshold, self.progress = threshold, progress
+        self.name, self.row, self.fit, self.progress = name, row, fit, progress
+        self.threshold = fit.threshold if threshold is None else float(threshold)
         self.kind = type(model).__name__
         self.active = False
         self.record: dict[str, dict[tuple[int, float], bool]] = {}
@@ -122,12 +119,10 @@ class CachedTransformer:
         _forget_children(model)  # they would be copied, and the hook with them
         own = {name: value for name, value in model.__getstate__().items() if name not in (*OWN, *self.row.blocks)}
         own["_modules"] = {name: child for name, child in own["_modules"].items() if name != CHILD}
-        if self._hidden is not None:  # inside of a call
-            chooser, forward = self._hidden
-            if own.get("forward") is chooser:
-                own["forward"] = forward
-            if own["forward"] is None:
-                del own["forward"]
+        if self._hidden is not None and own.get("forward") is self._hidden[0]:  # inside of a call
+            own["forward"] = self._hidden[1]
+        if own.get("forward", model) is None:
+            del own["forward"]
         copied = type(model).__new__(type(model))
         memo[id(model)] = copied
         copied.__setstate__(copy.deepcopy(own, memo))
@@ -186,19 +181,19 @@ class CachedTransformer:
         return Call(name=name, branch=branch, text=text, place=place, residual=residual)
 
     @torch.compiler.disable
-    def try_without(self) -> bool:
-        """Whether the call that this thread is in may leave the blocks out."""
-        return self._call is not None and self._call.residual is not None
+    def attempts(self) -> list[torch.Tensor | None]:
+        """What is added in place of the blocks, pass by pass until one is enough; None: the blocks run."""
+        residual = None if self._call is None else self._call.residual
+        return [None] if residual is None else [residual, None]
 
     @torch.compiler.disable
     def called_here(self) -> bool:
         return self._inside.get("thread") is threading.current_thread()
 
     @torch.compiler.disable
-    def cover(self, blocks_run: bool) -> Pass:
+    def cover(self, residual: torch.Tensor | None) -> Pass:
         """Hide the lists of blocks for one pass. The modules stay where they are."""
-        model, call = self._alive(), self._call
-        now = Pass(residual=None if blocks_run or call is None else call.residual)
+        model, now = self._alive(), Pass(residual=residual)
         vars(model).update(stand_ins(model, self.row, now))
         return now
 
@@ -210,23 +205,18 @@ class CachedTransformer:
 
     @torch.compiler.disable
     def is_enough(self, now: Pass) -> bool:
-        """Whether a pass without the blocks will do."""
+        """After a pass: whether it will do, which one with the blocks does. What these added is kept."""
         call = self._call
         if call is None or now.signal is None:  # disabled from within the pass
             return True
-        # a copy: what a CUDA graph gives out lives until the next pass alone
-        call.skipped = not call.branch.must_compute(now.signal.detach().clone(), self.fit, self.threshold)
-        return call.skipped
-
-    @torch.compiler.disable
-    def keep(self, now: Pass) -> None:
-        """After a pass with the blocks: what they added."""
-        call = self._call
-        if call is None or now.signal is None or now.start is None or now.end is None:
-            return
-        is_last = call.place.step == call.place.total - 1  # no step is left to need it
-        residual = None if is_last else (now.end - now.start).detach()
-        call.branch.computed(now.signal.detach().clone(), residual)
+        signal = now.signal.detach().clone()  # what a CUDA graph gives out lives until the next pass alone
+        if now.residual is not None:
+            call.skipped = not call.branch.must_compute(signal, self.fit, self.threshold)
+            return call.skipped
+        if now.start is not None and now.end is not None:
+            is_last = call.place.step == call.place.total - 1  # no step is left to need it
+            call.branch.computed(signal, None if is_last else (now.end - now.start).detach())
+        return True
 
     @torch.compiler.disable
     def finish(self) -> None:
@@ -289,24 +279,15 @@ def _choose(cached: CachedTransformer, forward: Callable[..., Any], *args: Any, 
     """In place of the model's forward for one call: first without blocks where they may be skipped, then with them."""
     if not cached.called_here():
         return forward(*args, **kwargs)
-    if cached.try_without():
-        now, output = _pass(cached, False, forward, args, kwargs)
+    for residual in cached.attempts():
+        try:
+            now = cached.cover(residual)
+            output = forward(*args, **kwargs)
+        finally:
+            cached.uncover()
         if cached.is_enough(now):
-            return output
-    now, output = _pass(cached, True, forward, args, kwargs)
-    cached.keep(now)
+            break
     return output
-
-
-@uncompiled
-def _pass(
-    cached: CachedTransformer, blocks_run: bool, forward: Callable[..., Any], args: Any, kwargs: Any
-) -> tuple[Pass, Any]:
-    try:
-        now = cached.cover(blocks_run)
-        return now, forward(*args, **kwargs)
-    finally:
-        cached.uncover()
 
 
 def cached_transformer(model: nn.Module) -> CachedTransformer | None:
