@@ -185,7 +185,7 @@ class LayerState:
         if self.owner.needs_steps and q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{self.name}: a CUDA graph is being captured, in which every step would do what this one does, but "
-                f"{self.owner.steps_wanted} asks for others. Compile in the default mode, or enable without dense steps."
+                f"{self.owner.steps_wanted} asks for others. Compile in the default mode, or enable without them."
             )
         reason = self.why_dense(forward)
         if reason is not None:
