@@ -213,7 +213,7 @@ def test_nothing_stays_on_where_something_that_was_asked_for_cannot_be_had() -> 
     with (
         rectified_spaattn.enable_teacache(pipe),
         pytest.raises(ClipError, match="TeaCache is enabled on"),
-        clip.attending(pipe, mode),
+        clip.enabled(pipe, mode),
     ):
         pass
     after = [block.attn1.processor for block in pipe.transformer.blocks]

@@ -326,7 +326,6 @@ def test_capture_sees_cogvideox_as_it_is() -> None:
     with capture_attention(pipeline, steps=[1]) as calls:
         captured = run(pipeline, arguments)
     torch.testing.assert_close(captured, run(pipeline, arguments), rtol=1e-4, atol=1e-5)
-    text_first = rsa.TokenLayout.build(VIDEO, TEXT, text_first=True)
-    assert [(call.layer, call.layout) for call in calls] == [(0, text_first), (1, text_first)]
+    assert [(call.layer, call.grid, call.text_first) for call in calls] == [(0, VIDEO, True), (1, VIDEO, True)]
     assert calls[0].q.shape == (2, 192 + TEXT, 2, 16)
     assert all(pipeline.transformer.attn_processors[name] is before[name] for name in before)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 
@@ -83,6 +83,16 @@ class Plan:
         return sum(x.nbytes for x in (self.kept, self.token_order, self.text_mask) if x is not None)
 
 
+class _Options(TypedDict, total=False):
+    """The keyword arguments of rectified_attention, for its overloads."""
+
+    text_mask: torch.Tensor | None
+    scale: float | None
+    block_mask: torch.Tensor | None
+    token_order: torch.Tensor | None
+    backend: str
+
+
 @overload
 def rectified_attention(
     q: torch.Tensor,
@@ -91,12 +101,8 @@ def rectified_attention(
     layout: TokenLayout,
     config: SparseConfig | None = None,
     *,
-    text_mask: torch.Tensor | None = None,
-    scale: float | None = None,
-    block_mask: torch.Tensor | None = None,
-    token_order: torch.Tensor | None = None,
-    backend: str = "auto",
     return_stats: Literal[False] = False,
+    **options: Unpack[_Options],
 ) -> torch.Tensor: ...
 
 
@@ -108,12 +114,8 @@ def rectified_attention(
     layout: TokenLayout,
     config: SparseConfig | None = None,
     *,
-    text_mask: torch.Tensor | None = None,
-    scale: float | None = None,
-    block_mask: torch.Tensor | None = None,
-    token_order: torch.Tensor | None = None,
-    backend: str = "auto",
     return_stats: Literal[True],
+    **options: Unpack[_Options],
 ) -> tuple[torch.Tensor, SparseStats]: ...
 
 

@@ -13,6 +13,7 @@ from ..lab.clips.options import GenerateOptions
 from ..lab.machine import device_name, device_of
 from ..lab.pages.clips import side_by_side
 from ..lab.pages.video import write_clip
+from ..lab.rows import write_json
 from .console import plain_console, print_wide, progress_bars
 from .evaluate import summary_table
 
@@ -45,7 +46,7 @@ def run(options: GenerateOptions) -> None:
         **single.sparse_result(sparse, source.transformers),
         "output": single.result(sparse, outputs.clip, fps),
     }
-    single.write_json(outputs.json, record)  # before full attention, which takes longest and may need more memory
+    write_json(outputs.json, record)  # before full attention, which takes longest and may need more memory
     for path in left:  # of another clip of this name
         path.unlink()
     console.print(f"Written: {outputs.clip} and {outputs.json}")
@@ -65,7 +66,7 @@ def run(options: GenerateOptions) -> None:
         "side_by_side": outputs.side_by_side.name,
         "scores": single.scores(rows),
     }
-    single.write_json(outputs.json, record)
+    write_json(outputs.json, record)
     where = f"{height} x {width} x {frames}, {len(full.steps)} steps, {device_name(device)}"
     print_wide(console, summary_table(rows, where))
     console.print(f"Side by side: {outputs.side_by_side}")

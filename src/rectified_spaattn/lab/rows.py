@@ -5,6 +5,7 @@ formula (it begins with = + - @ and is no number) gets a ' in front, which readi
 """
 
 import csv
+import json
 import math
 import os
 import re
@@ -62,6 +63,12 @@ def read_rows(path: Path, kind: type[R]) -> tuple[list[R], Origin]:
         return [_row(kind, line) for line in lines], _row(Origin, lines[0])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: got a cell that does not fit its column: {error}") from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Plain values without NaN, as one file that is complete or as it was."""
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    write_atomically(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

@@ -19,20 +19,12 @@ from .options import KERNELS, ClipError
 
 FULL = "full"
 # What runs scaled_dot_product_attention, for dense attention and for the blocks that the torch backend gathers.
-_KERNELS: dict[str, SDPBackend | None] = dict(
-    zip(
-        KERNELS,
-        (
-            None,  # PyTorch's own choice
-            SDPBackend.MATH,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.CUDNN_ATTENTION,
-        ),
-        strict=True,
-    )
-)
-
+_KERNELS = {
+    "math": SDPBackend.MATH,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}  # and "default": PyTorch's own choice
 OnStep = Callable[[int, int, float | None], None]  # (steps done, of how many, density of the last or None)
 
 
@@ -128,16 +120,8 @@ def full_mode(kernel: str = "default") -> Mode:
     return Mode(name=FULL, label="full attention", kernel=kernel)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Handles:
-    """What is on while a mode runs."""
-
-    sparse: Handle | None = None
-    teacache: TeaCacheHandle | None = None
-
-
 @contextmanager
-def attending(pipe: Any, mode: Mode, backend: str = "auto") -> Iterator[Handles]:
+def enabled(pipe: Any, mode: Mode, backend: str = "auto") -> Iterator[tuple[Handle | None, TeaCacheHandle | None]]:
     """Inside, the pipeline attends as the mode says. Raises ClipError where that cannot be had; then nothing is on."""
     with ExitStack() as stack:
         stack.enter_context(dense_kernel(mode.kernel))
@@ -155,7 +139,7 @@ def attending(pipe: Any, mode: Mode, backend: str = "auto") -> Iterator[Handles]
                 teacache = stack.enter_context(enable_teacache(pipe, threshold=threshold))
         except (TypeError, ValueError, RuntimeError) as error:
             raise ClipError(f"{mode.name}: {error}") from error
-        yield Handles(sparse=sparse, teacache=teacache)
+        yield sparse, teacache
 
 
 def generate(
@@ -191,8 +175,8 @@ def generate_batch(
     device = pipe._execution_device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with attending(pipe, mode, backend) as handles:
-        watch = _Watch(device, handles.sparse, on_step)
+    with enabled(pipe, mode, backend) as (sparse, teacache):
+        watch = _Watch(device, sparse, on_step)
         with _explained(pipe):
             output = pipe(
                 prompt=[pair.prompt for pair in pairs] if len(pairs) > 1 else pairs[0].prompt,
@@ -204,10 +188,11 @@ def generate_batch(
             videos = output.frames if hasattr(output, "frames") else output.images[:, None]
             seconds = watch.elapsed() / len(pairs)
             videos = videos.float().cpu()
-        on = [each for each in (handles.sparse, handles.teacache) if each is not None]
-        stats = None if handles.sparse is None else handles.sparse.stats()
-        teacache = None if handles.teacache is None else handles.teacache.stats()
-        summary = tuple(each.summary() for each in on)
+        results: dict[str, Any] = {
+            "stats": sparse and sparse.stats(),
+            "teacache": teacache and teacache.stats(),
+            "summary": tuple(each.summary() for each in (sparse, teacache) if each is not None),
+        }
     if not bool(videos.isfinite().all()):
         raise ClipError(
             f"{mode.label}: values came out that are not finite. Use --dtype bfloat16 or float32, and check the "
@@ -221,9 +206,7 @@ def generate_batch(
             seconds=seconds,
             steps=tuple(each / len(pairs) for each in watch.steps()),
             densities=tuple(watch.densities),
-            stats=stats,
-            teacache=teacache,
-            summary=summary,
+            **results,
             peak_memory=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         )
         for pair, video in zip(pairs, videos, strict=True)
@@ -254,8 +237,7 @@ def warm_up(
 
 def dense_kernel(name: str) -> AbstractContextManager[Any]:
     """Inside, scaled_dot_product_attention runs on the kernel of that name only; it raises where that cannot run."""
-    kernel = _KERNELS[name]
-    return nullcontext() if kernel is None else sdpa_kernel(kernel)
+    return sdpa_kernel(_KERNELS[name]) if name in _KERNELS else nullcontext()
 
 
 def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:

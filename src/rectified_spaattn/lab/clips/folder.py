@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from ..rows import write_atomically
+from ..rows import write_atomically, write_json
 from .clip import Pair
 from .options import ClipError
 from .summary import ClipRecord, plain
@@ -93,8 +93,7 @@ class Folder:
             else:
                 self._clear(clear)
             if clear is not None or manifest.get("settings") != self.settings:
-                text = json.dumps(plain({"settings": self.settings, **facts}), indent=2) + "\n"
-                write_atomically(self.root / MANIFEST, lambda to: to.write_text(text, encoding="utf-8"))
+                write_json(self.root / MANIFEST, plain({"settings": self.settings, **facts}))
             yield
 
     def record(self, mode: str, pair: Pair) -> ClipRecord | None:
@@ -124,9 +123,8 @@ class Folder:
     def write_record(self, record: ClipRecord) -> None:
         """The clip's video is there already."""
         size = self.video(record.mode, record.pair).stat().st_size
-        text = json.dumps(plain({**asdict(record), "video_bytes": size, "settings": self._digest}), indent=1) + "\n"
-        path = self._record_path(record.mode, record.pair)
-        write_atomically(path, lambda to: to.write_text(text, encoding="utf-8"))
+        values = plain({**asdict(record), "video_bytes": size, "settings": self._digest})
+        write_json(self._record_path(record.mode, record.pair), values)
 
     def video(self, mode: str, pair: Pair) -> Path:
         """Named as VBench looks for it: the prompt, "-", and which of the prompt's clips it is."""

@@ -137,24 +137,17 @@ class GenerateOptions(ModelOptions):
         """What changes the preset."""
         return {} if self.sparsity is None else {"sparsity": self.sparsity}
 
-    def command(self, **changes: Any) -> list[str]:
-        """The words that ask for the same again, `changes` apart: what was left out stays out."""
+    def command_line(self, **changes: Any) -> str:
+        """The command that asks for the same again, `changes` apart: what was left out stays out."""
         words = ["rectified-spaattn", "generate", self.model]
         for field in fields(self):
             value = changes.get(field.name, getattr(self, field.name))
             if field.name in ("model", "overwrite") or value == field.default:
                 continue
             flag = "--" + field.name.replace("_", "-")
-            if value is True:
-                words.append(flag)
-                continue
             for each in value if isinstance(value, tuple) else (value,):
-                words += [flag, str(each)]
-        return words
-
-    def command_line(self, **changes: Any) -> str:
-        """`command` as a shell reads it."""
-        return shlex.join(self.command(**changes))
+                words += [flag] if each is True else [flag, str(each)]
+        return shlex.join(words)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ import torch
 from ...pipelines.adapters import default_configs
 from ...presets import preset as preset_of
 from ..machine import machine
-from ..rows import write_atomically
 from .clip import Clip, Mode
 from .models import Source, call_defaults, file_hash
 from .options import ClipError, GenerateOptions
@@ -170,11 +169,6 @@ def scores(rows: list[ModeSummary]) -> list[dict[str, Any]]:
     """For JSON; a psnr of null stands for identical clips."""
     names = ("mode", "label", "psnr", "ssim", "computed", "seconds", "step_seconds", "speedup", "backend")
     return [{name: plain(row.row()[name]) for name in names} for row in rows]
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 def check_writable(folder: Path) -> None:

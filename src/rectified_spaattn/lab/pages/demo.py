@@ -15,7 +15,7 @@ from ..clips.clip import Pair
 from ..clips.folder import Folder
 from ..clips.options import DemoOptions
 from ..clips.summary import ClipRecord, ModeSummary, plain, wins
-from ..rows import write_atomically
+from ..rows import write_atomically, write_json
 from .clips import column_label, side_by_side
 from .figures import CallName, curve_figure, error_figure, plan_figure
 from .html import data_uri, render
@@ -43,11 +43,11 @@ def write_side_by_side(folder: Folder, summaries: Sequence[ModeSummary], pairs: 
 
 def write_report(folder: Folder, metrics: dict[str, Any]) -> Path:
     """metrics.json, and report.html with everything inside."""
-    root, text = folder.root, json.dumps(metrics, indent=2, allow_nan=False) + "\n"
-    write_atomically(root / _METRICS, lambda to: to.write_text(text, encoding="utf-8"))
+    root = folder.root
+    write_json(root / _METRICS, metrics)
     figures = {name: data_uri(root / "figures" / f"{name}.png") for name in _FIGURES}
     media = {"video": data_uri(root / _VIDEO), "still": data_uri(root / _STILL), "figures": figures}
-    render("demo.html", root / _REPORT, m=metrics, raw=text, **media)
+    render("demo.html", root / _REPORT, m=metrics, raw=json.dumps(metrics, indent=2), **media)
     return root / _REPORT
 
 
