@@ -265,12 +265,10 @@ def test_disabling_that_is_interrupted_is_off_at_once_and_ends_at_the_next_try(m
     untouched = forward(model, inputs)
     handle = rsa.enable(model, **SPARSE)
     attention = model.blocks[block].attn1
-    monkeypatch.setattr(
-        attention, "set_processor", lambda processor: stop_once(attention, type(attention).set_processor)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        handle.disable()
-    del vars(attention)["set_processor"]
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "set_processor", lambda _: raise_(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            handle.disable()
     assert torch.equal(forward(model, inputs), untouched)
     rsa.disable(model)
     assert all(model.attn_processors[name] is before[name] for name in before)
