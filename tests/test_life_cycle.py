@@ -122,13 +122,12 @@ class Life(RuleBasedStateMachine):
         def raising(*_):
             raise stop
 
-        hook = self.attentions[block][1].to_k.register_forward_pre_hook(raising)
-        if self.fused:
+        hook = self.attentions[block][1].to_out[0].register_forward_pre_hook(raising)
+        try:
+            with pytest.raises(stop):
+                self.run()
+        finally:
             hook.remove()
-            hook = self.attentions[block][1].to_out[0].register_forward_pre_hook(raising)
-        with pytest.raises(stop):
-            self.run()
-        hook.remove()
 
     @rule()
     def call_forward_directly(self):
