@@ -337,6 +337,9 @@ def test_capture_sees_cogvideox_as_it_is() -> None:
     with capture_attention(pipeline, steps=[1]) as calls:
         captured = run(pipeline, arguments)
     torch.testing.assert_close(captured, run(pipeline, arguments), rtol=1e-4, atol=1e-5)
-    assert [(call.layer, call.grid, call.text_first) for call in calls] == [(0, VIDEO, True), (1, VIDEO, True)]
+    assert [(call.layer, call.layout.grid, call.layout.grid_start) for call in calls] == [
+        (0, VIDEO, TEXT),
+        (1, VIDEO, TEXT),
+    ]
     assert calls[0].q.shape == (2, 192 + TEXT, 2, 16)
     assert all(pipeline.transformer.attn_processors[name] is before[name] for name in before)
