@@ -16,10 +16,18 @@ from triton.compiler import ASTSource
 
 from rectified_spaattn.backends.triton.arrange import _directions_kernel, _halve_kernel, _project_kernel
 from rectified_spaattn.backends.triton.attend import _attend_kernel, tiling_of
-from rectified_spaattn.backends.triton.plan import _compensate_kernel, _scores_kernel, _select_kernel
+from rectified_spaattn.backends.triton.plan import (
+    _compensate_kernel,
+    _leaders_kernel,
+    _scores_kernel,
+    _select_kernel,
+)
+from rectified_spaattn.backends.triton.slope import _mass_kernel, _slope_kernel
 from rectified_spaattn.backends.triton.tile import _tail_kernel, _tile_kernel
 
-SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "TAIL")
+SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "TAIL", "RESIDUAL")
+TAILS = ((False, False), (True, False), (True, True))  # tail, slope
+RANK = 8  # of the directions in which errors are told
 
 
 class Kernel(NamedTuple):
@@ -38,55 +46,79 @@ def kernels(arch: str) -> Iterator[Kernel]:
     hip     every kernel once, at its largest: another compiler
     others  what multiplies on tensor cores, which every generation does in its own way: to NVIDIA's the other kernels
             are the same instructions and the same shared memory
-    attend  everywhere with a tail and without: its tiling follows the architecture
+    attend  everywhere with a tail, a slope too, and without: its tiling follows the architecture
     """
     if arch == "90":
         yield from every_variant()
         return
-    for tail in (False, True):
-        yield attend_kernel(arch, 128, 128, False, tail)
-    yield scores_kernel(128, True, True)
+    for tail, slope in TAILS:
+        yield attend_kernel(arch, 128, 128, False, tail, slope)
+    yield scores_kernel(128, True, True, RANK)
     yield compensate_kernel(128)
+    yield slope_kernel(128, 128)
+    yield tile_kernel(128, 128, True, True, RANK)
     yield project_kernel(128)
     if arch == "hip":
-        yield tile_kernel(128, 128, True, True)
-        yield directions_kernel(128)
+        yield directions_kernel(128, True)
         yield halve_kernel(8192, 16)
         yield kernel("tail", _tail_kernel, {"BLOCK": 128})
         yield select_kernel(8192, False, *SELECT_FLAGS)
+        yield leaders_kernel(8192)
+        yield mass_kernel()
 
 
 def every_variant() -> Iterator[Kernel]:
     flags = tuple(product((True, False), repeat=2))  # gain, tail
     for number, (block, head_dim) in enumerate(((128, 128), (64, 128), (128, 64), (64, 64))):
-        for resume, tail in product((False, True) if block == 128 else (False,), (False, True)):
-            yield attend_kernel("90", block, head_dim, resume, tail)
+        for resume, (tail, slope) in product((False, True) if block == 128 else (False,), TAILS):
+            yield attend_kernel("90", block, head_dim, resume, tail, slope)
+        yield slope_kernel(block, head_dim)
+        yield tile_kernel(block, head_dim, False, True, RANK)
         for gain, tail in flags if number == 0 else flags[:1]:
             yield tile_kernel(block, head_dim, gain, tail)
     for head_dim in (128, 64):
         for gain, tail in flags if head_dim == 128 else flags[:1]:
             yield scores_kernel(head_dim, gain, tail)
+        yield scores_kernel(head_dim, False, True, RANK)
         yield compensate_kernel(head_dim)
         yield project_kernel(head_dim)
-    yield directions_kernel(128)  # of head_dim 64: smaller tiles of the same, and the second slowest to compile
+    yield directions_kernel(64, False)
+    yield directions_kernel(128, True)  # of head_dim 64: smaller tiles of the same, and the second slowest to compile
     for chunk, warps in ((8192, 16), (2048, 8), (128, 2)):
         yield halve_kernel(chunk, warps)
     yield kernel("tail", _tail_kernel, {"BLOCK": 128})
     yield select_kernel(8192, False, *SELECT_FLAGS)
     yield select_kernel(8192, True, *SELECT_FLAGS)
+    yield leaders_kernel(8192)
+    yield leaders_kernel(64)
+    yield mass_kernel()
     yield select_kernel(64, False)
     yield select_kernel(64, False, "COMPENSATE")
     yield select_kernel(64, False, "COMPENSATE", "TAIL", "TOP_P")
 
 
-def tile_kernel(block: int, head_dim: int, gain: bool, tail: bool) -> Kernel:
+def tile_kernel(block: int, head_dim: int, gain: bool, tail: bool, rank: int = 0) -> Kernel:
     constants = {"BLOCK": block, "HEAD_DIM": head_dim, "GAIN": gain, "TAIL": tail, "q_sd": 1, "k_sd": 1, "v_sd": 1}
-    return kernel(f"tile {block}x{head_dim} gain={gain} tail={tail}", _tile_kernel, constants)
+    constants |= {"RANK": rank, "WIDTH": 16}
+    return kernel(f"tile {block}x{head_dim} gain={gain} tail={tail} rank={rank}", _tile_kernel, constants)
 
 
-def scores_kernel(head_dim: int, gain: bool, tail: bool) -> Kernel:
-    constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "CHUNK": 32, "GAIN": gain, "TAIL": tail}
-    return kernel(f"scores {head_dim} gain={gain} tail={tail}", _scores_kernel, constants)
+def scores_kernel(head_dim: int, gain: bool, tail: bool, rank: int = 0) -> Kernel:
+    constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "CHUNK": 32, "GAIN": gain, "TAIL": tail, "RESPONSE": rank**2}
+    return kernel(f"scores {head_dim} gain={gain} tail={tail} rank={rank}", _scores_kernel, constants)
+
+
+def leaders_kernel(width: int) -> Kernel:
+    return kernel(f"leaders {width}", _leaders_kernel, {"WIDTH": width}, num_warps=min(max(width // 512, 1), 16))
+
+
+def mass_kernel() -> Kernel:
+    return kernel("mass", _mass_kernel, {"BLOCK": 64})
+
+
+def slope_kernel(block: int, head_dim: int) -> Kernel:
+    constants = {"BLOCK": block, "ROWS": 64, "HEAD_DIM": head_dim}
+    return kernel(f"slope {block}x{head_dim}", _slope_kernel, constants, num_warps=8)
 
 
 def compensate_kernel(head_dim: int) -> Kernel:
@@ -98,9 +130,11 @@ def project_kernel(head_dim: int) -> Kernel:
     return kernel(f"project {head_dim}", _project_kernel, constants)
 
 
-def directions_kernel(head_dim: int) -> Kernel:
-    constants = {"RANK": 8, "WIDTH": 16, "DIM": 2 * head_dim, "CHUNK": 32, "ROUNDS": 10}
-    return kernel(f"directions {head_dim}", _directions_kernel, constants, num_warps=8)
+def directions_kernel(head_dim: int, both: bool) -> Kernel:
+    """both: of queries and keys together, as sorting needs them."""
+    constants = {"RANK": RANK, "WIDTH": 16, "DIM": head_dim * (2 if both else 1), "CHUNK": 32, "ROUNDS": 10}
+    constants |= {"STRETCH": both}
+    return kernel(f"directions {constants['DIM']}", _directions_kernel, constants, num_warps=8)
 
 
 def halve_kernel(chunk: int, warps: int) -> Kernel:
@@ -114,14 +148,17 @@ def select_kernel(width: int, given: bool, *flags: str) -> Kernel:
     return kernel(name, _select_kernel, constants, num_warps=min(max(width // 512, 1), 16))
 
 
-def attend_kernel(arch: str, block: int, head_dim: int, resume: bool, tail: bool) -> Kernel:
+def attend_kernel(arch: str, block: int, head_dim: int, resume: bool, tail: bool, slope: bool) -> Kernel:
     tiling = tiling_of(arch, block, head_dim, resume)
-    constants = {"BLOCK": block, "HEAD_DIM": head_dim, "RESUME": resume, "TAIL": tail}
+    constants = {"BLOCK": block, "HEAD_DIM": head_dim, "RESUME": resume, "TAIL": tail, "SLOPE": slope}
+    constants["TURNS"] = slope and not resume
     constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "TAIL_STAGES": tiling.tail_stages}
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     if tiling.maxnreg is not None:
         options["maxnreg"] = tiling.maxnreg
-    return kernel(f"attend {block}x{head_dim} resume={resume} tail={tail}", _attend_kernel, constants, **options)
+    return kernel(
+        f"attend {block}x{head_dim} resume={resume} tail={tail} slope={slope}", _attend_kernel, constants, **options
+    )
 
 
 def kernel(name: str, function: Any, constants: dict[str, Any], **options: Any) -> Kernel:
@@ -135,8 +172,9 @@ def kernel(name: str, function: Any, constants: dict[str, Any], **options: Any) 
 def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
     x = "bf16"
     if argument.endswith("_desc"):
-        rows = constants["BLOCK_M"] if argument == "q_desc" else constants["BLOCK_N"]
-        return f"tensordesc<{x}[{rows},{constants['HEAD_DIM']}]>"
+        rows = constants["BLOCK_M" if argument.startswith("q_") else "BLOCK_N"]
+        columns = constants["BLOCK_N" if argument == "q_part_desc" else "HEAD_DIM"]
+        return f"tensordesc<{x}[{rows},{columns}]>"
     if argument in ("scale", "log_b", "tail_log_b", "top_p", "cap"):
         return "fp32"
     model_strides = kernel in ("_tile_kernel", "_project_kernel") and argument[1:3] == "_s"
@@ -144,21 +182,26 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         return "i64" if model_strides or argument.endswith("_sb") else "i32"
     if kernel == "_project_kernel" and argument == "places_ptr":
         return "*i64"
-    if argument in ("from_ptr", "to_ptr", "count_ptr", "index_ptr", "end_ptr", "places_ptr"):
+    if argument in ("from_ptr", "to_ptr", "count_ptr", "index_ptr", "end_ptr", "places_ptr", "turn_ptr"):
         return "*i32"
     if argument in ("critical_ptr", "compensated_ptr", "neighbours_ptr", "first_frame_ptr", "worth_ptr", "valid_ptr"):
         return "*i1"
     in_model_dtype = {
-        "_tile_kernel": ("q_ptr", "k_ptr", "v_ptr", "q_out", "k_out", "v_out", "k_tail", "v_tail", "k_pool", "v_pool"),
+        "_tile_kernel": (
+            *("q_ptr", "k_ptr", "v_ptr", "q_out", "k_out", "v_out", "k_tail", "v_tail", "k_pool", "v_pool"),
+            *("to_q_ptr", "to_k_ptr"),
+        ),
         "_scores_kernel": ("tail_ptr",),
         "_project_kernel": ("q_ptr", "k_ptr", "w_ptr"),
         "_attend_kernel": ("out_ptr", "partial_ptr"),
+        "_slope_kernel": ("k_ptr", "v_ptr"),
     }.get(kernel, ())
     if argument in in_model_dtype:
         return f"*{x}"
     halves = {
-        "_tile_kernel": ("_mean", "_deviation", "_variance"),
-        "_scores_kernel": ("q_ptr", "k_ptr", "k_var_ptr"),
+        "_tile_kernel": ("_mean", "_deviation", "_variance", "_response"),
+        "_scores_kernel": ("q_ptr", "k_ptr", "k_var_ptr", "response_ptr"),
+        "_slope_kernel": ("_mean_ptr",),
         "_compensate_kernel": ("v_ptr",),
         "_project_kernel": ("out_ptr",),
         "_halve_kernel": ("features_ptr",),

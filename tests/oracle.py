@@ -64,9 +64,12 @@ def _in_the_grid(layout: TokenLayout, config: SparseConfig) -> torch.Tensor:
     return membership(layout, config)[layout.grid_start : layout.grid_start + t * h * w]
 
 
-def choose_blocks(probability: torch.Tensor, layout: TokenLayout, config: SparseConfig) -> torch.Tensor:
+def choose_blocks(
+    probability: torch.Tensor, layout: TokenLayout, config: SparseConfig, residual: torch.Tensor | None = None
+) -> torch.Tensor:
     """Stage 3 by counting: a block's rank is how many blocks beat it, and it is kept for top_p while those above it,
-    with the isolated tokens, hold less than top_p. probability: [..., nb, nb + 1].
+    with the isolated tokens, hold less than top_p. probability: [..., nb, nb + 1]. residual: [..., nb, nb], for modes
+    that rank blocks by it among those of the whole head, behind the best of every row.
     """
     p, alone = probability[..., :-1].double(), probability[..., -1:].double()
     nb = p.shape[-1]
@@ -77,7 +80,14 @@ def choose_blocks(probability: torch.Tensor, layout: TokenLayout, config: Sparse
     beats = (other > mine) | ((other == mine) & (index[None, :] < index[:, None]))  # [..., mine, other]
     rank = beats.sum(-1)
     above = (beats * other).sum(-1)
-    keep = (rank < max(1, int((1 - config.sparsity) * nb))) | (alone + above < config.top_p)
+    top_k = max(1, int((1 - config.sparsity) * nb))
+    keep = rank < top_k
+    if config.rectify == "row+slope":
+        best = torch.nn.functional.one_hot(residual.argmax(-1), nb) > 0 if nb else keep
+        score = residual.masked_fill(best, torch.inf).flatten(-2)
+        at_least = (score[..., None, :] >= score[..., :, None]).sum(-1)  # all that tie with a block go with it
+        keep = best | (at_least <= top_k * nb).view(keep.shape)
+    keep = keep | (alone + above < config.top_p)
     if config.neighbours:
         keep = keep | touching(layout, config)
     if config.first_frame:
@@ -135,7 +145,12 @@ def oracle(
     probability = torch.cat([p_blocks, (alone_logits - total).exp().sum(-1, keepdim=True)], -1)
 
     # 3 select, 4 gain
-    critical = choose_blocks(probability, layout, config) if block_mask is None else block_mask
+    half_variance = _half_variance(qm, k, member_b, scale)
+    critical, residual = block_mask, None
+    if block_mask is None:
+        if config.rectify == "row+slope":
+            residual = _residual(p_blocks, half_variance, q_block, k, v, member_b, tiled, scale)
+        critical = choose_blocks(probability, layout, config, residual)
     worth = torch.einsum("bhnd,bhmd->bhnm", qm, km).abs()
     error = torch.einsum("bhnd,bhmd->bhnm", dq, km).abs() + torch.einsum("bhnd,bhmd->bhnm", qm, dk).abs()
     bulk = torch.einsum("bhnd,bhmd->bhnm", qm.abs() + dq, km.abs() + dk)  # what float32 sums up, before it cancels
@@ -147,6 +162,7 @@ def oracle(
             "ipar": ~critical,
             "ipar+gapr": ~critical & (worth > error),
             "row": ~critical,
+            "row+slope": ~critical,
         }[config.rectify]
 
     # 5 rectify, 6 attend: one S x S matrix for all of it
@@ -159,8 +175,19 @@ def oracle(
     attention = logits.masked_fill(~sees, -torch.inf).softmax(-1)
     r_token = torch.einsum("bhn,sn->bhs", r, member) + (~tiled).double()
     weights = r_token[..., None] * attention + spread
-    if config.rectify == "row":
-        weights = _with_pooled_keys(q, k, logits.masked_fill(~sees, -torch.inf), compensated, member, scale, b)
+    if config.rectify in ("row", "row+slope"):
+        added = torch.tensor(float(b), dtype=torch.float64).log() + half_variance.clamp(max=2)
+        exact, pooled = _with_pooled_keys(
+            q, km, logits.masked_fill(~sees, -torch.inf), added.masked_fill(~compensated, -torch.inf), member, scale
+        )
+        weights = exact + torch.einsum("bhsm,tm->bhst", pooled, member_b)
+    if config.rectify == "row+slope":
+        mass = (p_blocks * half_variance.clamp(max=2).exp() * compensated).sum(2)  # [B, H, nb]
+        mass = mass / mass.sum(-1, keepdim=True).clamp(min=1e-300)
+        # q·(k_t - k̄) for the token t of block m, times the weight of m over b: row s of q H Vᵀ without V
+        within = torch.eye(sequence, dtype=torch.float64) - member @ member_b.T
+        moved = scale * q @ (within @ k).transpose(-1, -2) * torch.einsum("bhm,tm->bht", mass, member_b)[:, :, None]
+        weights = weights + pooled.sum(-1, keepdim=True) * (moved @ within)
     pairs = sees.double().mean(1).sum((1, 2)) / (sequence * valid.sum(1))
     return Truth(
         out=(weights @ v).transpose(1, 2),
@@ -174,31 +201,57 @@ def oracle(
     )
 
 
+def _half_variance(qm: torch.Tensor, k: torch.Tensor, member_b: torch.Tensor, scale: float) -> torch.Tensor:
+    """½ scale² Σ_d q̄_d² (mean of k_d² - k̄_d²): [B, H, nb, nb]."""
+    mean, square = (torch.einsum("bhsd,sn->bhnd", x, member_b) for x in (k, k * k))
+    return scale**2 / 2 * torch.einsum("bhnd,bhmd->bhnm", qm**2, square - mean**2)
+
+
 def _with_pooled_keys(
     q: torch.Tensor,
-    k: torch.Tensor,
+    km: torch.Tensor,
     logits: torch.Tensor,
-    compensated: torch.Tensor,
+    added: torch.Tensor,
     member: torch.Tensor,
     scale: float,
-    b: int,
-) -> torch.Tensor:
-    """Weights [B, H, S, S] of one softmax over exact and pooled keys; the latter share theirs out among their tokens.
-
-    A pooled key's logit is scale * q·k̄ + log b + min(½ scale² Σ_d q̄_d² (mean of k_d² - k̄_d²), 2).
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [B, H, S, S] and [B, H, S, nb] of one softmax over exact and pooled keys, whose logits are
+    scale * q·k̄ + added [B, H, nb, nb].
     """
     tiled = member.sum(1) > 0
-    q_mean, k_mean, k_square = (
-        torch.einsum("bhsd,sn->bhnd", x.masked_fill(~tiled[:, None], 0), member / b) for x in (q, k, k * k)
-    )
-    variance = scale**2 * torch.einsum("bhnd,bhmd->bhnm", q_mean**2, k_square - k_mean**2)
-    added = torch.tensor(float(b), dtype=torch.float64).log() + (variance / 2).clamp(max=2)
-    added = added.masked_fill(~compensated, -torch.inf)
     none = torch.full((*added.shape[:2], 1, added.shape[3]), -torch.inf, dtype=torch.float64)
     of_block = torch.where(tiled, member.argmax(1) if member.shape[1] else 0, member.shape[1])  # the row of `none`
-    pooled = scale * torch.einsum("bhsd,bhmd->bhsm", q, k_mean) + torch.cat([added, none], 2)[:, :, of_block]
+    pooled = scale * torch.einsum("bhsd,bhmd->bhsm", q, km) + torch.cat([added, none], 2)[:, :, of_block]
     both = torch.cat([logits, pooled], -1).softmax(-1)
-    return both[..., : len(member)] + torch.einsum("bhsm,tm->bhst", both[..., len(member) :], member / b)
+    return both[..., : len(member)], both[..., len(member) :]
+
+
+def _residual(
+    p_blocks: torch.Tensor,
+    half_variance: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    member_b: torch.Tensor,
+    tiled: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """P σ |scale q H_m|, H_m projected on the 8 main generalised eigenvectors of M_q and the covariance of keys, over
+    all tiled tokens (fewer than the 2048 of a sample). q, k, v: [B, H, S, D].
+    """
+    if not tiled.sum() > q.shape[3]:  # one block at most: there is nothing to choose
+        return torch.zeros_like(half_variance)
+    some_q, some_k = q[:, :, tiled], k[:, :, tiled]
+    covariance = (some_k - some_k.mean(2, keepdim=True)).transpose(-1, -2) @ some_k / tiled.sum()
+    lower = torch.linalg.cholesky(covariance)
+    seen = scale**2 * lower.transpose(-1, -2) @ some_q.transpose(-1, -2) @ some_q @ lower
+    main = torch.linalg.eigh(seen)[1][..., -8:]  # u = L⁻ᵀ z
+    projector = lower @ main @ main.transpose(-1, -2) @ torch.linalg.inv(lower)  # C U Uᵀ, for q from the left
+    km, vm = (torch.einsum("bhsd,sn->bhnd", x, member_b) for x in (k, v))
+    h = torch.einsum("bhtd,bhte,tm->bhmde", k, v, member_b) - torch.einsum("bhmd,bhme->bhmde", km, vm)
+    moved = scale * torch.einsum("bhsd,bhmde->bhsme", q @ projector, h)
+    mean_square = torch.einsum("bhsm,sn->bhnm", moved.square().sum(-1), member_b)
+    return p_blocks * (2 * half_variance * mean_square).clamp(min=0).sqrt()
 
 
 def _pooled_columns(

@@ -122,7 +122,10 @@ def test_rows_are_complete_and_consistent() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "rectify", "order"),
-    [("bfloat16", "row", "content"), ("float16", "row", "gilbert"), ("bfloat16", "ipar+gapr", "gilbert")],
+    [
+        *(("bfloat16", "row", "content"), ("float16", "row", "gilbert"), ("bfloat16", "ipar+gapr", "gilbert")),
+        ("bfloat16", "row+slope", "content"),
+    ],
 )
 def test_half_precision_passes_the_checks(dtype: str, rectify: str, order: str) -> None:
     result = run(dtype=dtype, rectify=rectify, order=order, sparsity=(0.8,), block_size=64, backend=("torch",))
@@ -219,7 +222,15 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], problem: str
         settings(**changes)
 
 
-@pytest.mark.parametrize("config", [SparseConfig(block_size=64), SparseConfig.paper(block_size=64)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        SparseConfig(block_size=64),
+        SparseConfig(block_size=64, rectify="row+slope"),
+        SparseConfig.paper(block_size=64),
+    ],
+    ids=str,
+)
 def test_stages_of_kernels_can_be_run_again_and_again(config: SparseConfig) -> None:
     case = Case(SHAPES["tiny"], config, torch.float32, CPU)
     if BACKENDS["triton"].why_not(case.call()) is not None:
@@ -228,6 +239,7 @@ def test_stages_of_kernels_can_be_run_again_and_again(config: SparseConfig) -> N
     stages = stages_of("triton", case, qkv)
     expected = ["tile + pool", "scores, gain", "select, lists, R"]
     expected = ["order by content", *expected] if config.by_content else [*expected, "C"]
+    expected += ["slope"] * config.rule.slope
     assert list(stages) == [*expected, "attend, rectify, un-reorder"]
     for stage in stages.values():
         out = stage()

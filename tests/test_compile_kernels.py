@@ -10,8 +10,8 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 SHARED_KIB = {"80": 163, "89": 99, "90": 227, "100": 227, "120": 99, "hip": 64}
-TENSOR_CORES = {"attend", "scores", "compensate", "project"}
-EVERY = TENSOR_CORES | {"directions", "halve", "tile", "tail", "select"}
+TENSOR_CORES = {"attend", "scores", "compensate", "project", "slope", "tile"}
+EVERY = TENSOR_CORES | {"directions", "halve", "tail", "leaders", "select", "mass"}
 OF_ARCH = dict.fromkeys(SHARED_KIB, TENSOR_CORES) | {"90": EVERY, "hip": EVERY}
 LEAST = min(SHARED_KIB[arch] for arch in SHARED_KIB if arch != "hip")
 

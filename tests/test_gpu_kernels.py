@@ -37,11 +37,14 @@ TRITON = [
     *(("128x64", BF16, "ipar"), ("128x64", BF16, "row"), ("128x64", FP16, "ipar+gapr")),
     *(("128x128 alone", BF16, mode) for mode in ("pooled", "ipar+gapr", "row")),
     *(("128x128 long", BF16, mode) for mode in ("ipar+gapr", "row")),
+    *(("128x128 long", BF16, "row+slope"), ("128x128 alone", FP16, "row+slope"), ("64x64", BF16, "row+slope")),
+    *(("64x128", FP16, "row+slope"), ("128x64", BF16, "row+slope")),
 ]
 FA4 = [
     *(("128x128", BF16, mode) for mode in ("none", "ipar+gapr", "row")),
     *(("128x128", FP16, "row"), ("128x64", BF16, "row"), ("128x64", FP16, "ipar+gapr")),
     *(("128x128 alone", BF16, "row"), ("128x128 long", BF16, "row"), ("64x64", BF16, "row")),
+    *(("128x128", FP16, "row+slope"), ("128x128 long", BF16, "row+slope"), ("128x64", BF16, "row+slope")),
 ]
 
 
@@ -101,6 +104,7 @@ def test_error_is_at_most_twice_that_of_sdpa(name, case, dtype, mode):
         *(("triton", case, "row") for case in CASES),
         *(("triton", "128x128", "none"), ("triton", "64x64", "ipar")),
         *(("fa4", "128x128", "row"), ("fa4", "128x128 alone", "none")),
+        *((name, "128x128 long", "row+slope") for name in NAMES),
     ],
 )
 def test_order_content_is_the_reference(name, case, mode):
@@ -162,11 +166,13 @@ def test_tensors_need_not_be_on_the_current_gpu(case, name):
     assert torch.equal(got.to("cuda:0"), want)
 
 
-@pytest.mark.parametrize("order", ["gilbert", "content"])
+@pytest.mark.parametrize(
+    ("mode", "order"), [("ipar+gapr", "gilbert"), ("ipar+gapr", "content"), ("row+slope", "content")]
+)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", ["128x128"])
-def test_a_call_is_one_cuda_graph_and_copies_nothing_to_the_host(case, name, order):
-    call = call_of(case, BF16, order=order)
+def test_a_call_is_one_cuda_graph_and_copies_nothing_to_the_host(case, name, mode, order):
+    call = call_of(case, BF16, mode, order)
     require(name, call)
     qkv, side = call.qkv, torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -196,19 +202,19 @@ def test_a_call_is_one_cuda_graph_and_copies_nothing_to_the_host(case, name, ord
 # --- one process has the GPU to itself
 
 
-def video_call(batch, heads, sparsity, order="content", generator=None):
+def video_call(batch, heads, sparsity, order="content", generator=None, mode="row"):
     """HunyuanVideo's tokens: 900 blocks."""
     layout = TokenLayout.build((32, 45, 80), 256)
     draw = {"device": "cuda", "dtype": BF16, "generator": generator}
     qkv = [torch.randn(batch, layout.sequence, heads, 128, **draw) for _ in "qkv"]
-    return Call(layout, SparseConfig(sparsity=sparsity, top_p=0.0, order=order), qkv)
+    return Call(layout, SparseConfig(sparsity=sparsity, top_p=0.0, order=order, rectify=mode), qkv)
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("order", ["gilbert", "content"])
+@pytest.mark.parametrize(("mode", "order"), [("row", "gilbert"), ("row", "content"), ("row+slope", "content")])
 @pytest.mark.parametrize("name", NAMES)
-def test_memory_at_hunyuan_videos_shape(name, order):
-    call = video_call(1, 24, 0.8, order)
+def test_memory_at_hunyuan_videos_shape(name, mode, order):
+    call = video_call(1, 24, 0.8, order, mode=mode)
     require(name, call)
     first = run(name, call)[0]
     torch.cuda.synchronize()
@@ -217,7 +223,7 @@ def test_memory_at_hunyuan_videos_shape(name, order):
     second = rectified_attention(*call.arguments, backend=name)
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
-    print(f"\n{name}, {order}: {extra / 2**30:.2f} GiB")
+    print(f"\n{name}, {mode}, {order}: {extra / 2**30:.2f} GiB")
     assert extra <= 3.0 * 2**30
     assert torch.equal(first, second)
 

@@ -13,6 +13,7 @@ from cases import STRIDED, kernel_budget, seen, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends.calls import Call
 from rectified_spaattn.backends.triton import Partial, Prepared, why_not
+from rectified_spaattn.backends.triton.arrange import principal
 from rectified_spaattn.backends.triton.attend import attend
 from rectified_spaattn.backends.triton.plan import decide, empty, select
 from rectified_spaattn.backends.triton.tile import tile
@@ -20,6 +21,7 @@ from rectified_spaattn.config import RECTIFY, Rule
 from rectified_spaattn.method import plan as method
 from rectified_spaattn.method.inputs import Inputs
 from rectified_spaattn.method.pool import pool
+from rectified_spaattn.method.residual import Directions, directions, responses
 from rectified_spaattn.method.select import select as select_stage
 from rectified_spaattn.orders import blocks_of
 
@@ -79,7 +81,7 @@ def staged(inputs):
     return method.decide(inputs, *tiled, inputs.k[:, inputs.blocks.isolated].transpose(1, 2))
 
 
-@pytest.mark.parametrize("mode", ["ipar", "ipar+gapr", "row", "gated tail"])
+@pytest.mark.parametrize("mode", ["ipar", "ipar+gapr", "row", "row+slope", "gated tail"])
 @pytest.mark.parametrize("case", CASES)
 def test_tile_orders_and_pools_in_one_pass(case, mode):
     dtype = DTYPES[mode in ("ipar", "row")]
@@ -107,6 +109,14 @@ def test_tile_orders_and_pools_in_one_pass(case, mode):
         assert (got is None) == (exact is None)
         if exact is not None:
             torch.testing.assert_close(whole(got), exact, rtol=2e-5, atol=1e-6)
+    assert (tiled.responses is not None) == (config.rule.choice == "error" and nb > 0)
+    if tiled.responses is not None:
+        seen = Directions(*(x.double() for x in directions(q, k, blocks.tiled, inputs.scale, principal)))
+        want_responses = responses(*(in_blocks(x.double(), blocks) for x in (q, k, v)), seen)
+        for got, exact in zip(tiled.responses, want_responses, strict=True):
+            # directions and what is seen in them are rounded to the inputs' dtype, of which two make a product
+            rounding = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(whole(got), exact, rtol=rounding, atol=rounding * exact.abs().max().item())
     for got, exact in ((tiled.k_pool, want.k), (tiled.v_pool, want.v)):
         assert (got is not None) == config.rule.tail
         if got is not None:
@@ -126,6 +136,7 @@ def test_any_strides(stride):
 
 # every shape with pooled text and with all that a rule may want, every mode with one shape
 PLANS = [("plain", "none"), ("ragged", "ipar"), ("long text", "ipar+gapr"), ("ragged", "row")]
+PLANS += [(case, "row+slope") for case in ("ragged", "long text", "alone")]
 PLANS += [(case, mode) for case in ("plain", "ragged", "long text", "alone") for mode in ("pooled", "gated tail")]
 
 
@@ -148,6 +159,11 @@ def test_plan_is_that_of_the_stages(case, mode):
         bias = rectification.tail.bias
         torch.testing.assert_close(bias.double(), want_rectification.tail.bias, rtol=2e-4, atol=1e-5)
         assert torch.equal(bias.isfinite(), choices.compensated)
+    slope, exact = rectification.slope, want_rectification.slope
+    assert (slope is not None, slope is None) == (inputs.config.rule.slope, exact is None)
+    if slope is not None:  # keys and values are rounded to the inputs' dtype once more
+        eps = torch.finfo(EXACT).eps
+        torch.testing.assert_close(slope.double(), exact, rtol=0, atol=max(eps, 2e-5) * exact.abs().max().item())
     check_lists(lists, choices.block_mask)
 
 
@@ -241,6 +257,12 @@ def error_of(out, want):
     [
         *(("plain", "ipar+gapr", 0), ("plain", "row", 1), ("ragged", "row", 0), ("ragged", "ipar+gapr", 1)),
         *(("long text", "ipar+gapr", 0), ("long text", "row", 1), ("alone", "row", 0), ("no block", "row", 1)),
+        *(
+            ("plain", "row+slope", 0),
+            ("ragged", "row+slope", 1),
+            ("alone", "row+slope", 0),
+            ("no block", "row+slope", 1),
+        ),
     ],
 )
 def test_error_is_at_most_twice_that_of_sdpa(case, mode, dtype):
@@ -260,7 +282,9 @@ def test_all_blocks_kept_is_full_attention():
     assert error_of(out, want) < 1e-3
 
 
-@pytest.mark.parametrize(("case", "mode"), [("long text", "ipar+gapr"), ("ragged", "row"), ("alone", "gated tail")])
+@pytest.mark.parametrize(
+    ("case", "mode"), [("long text", "ipar+gapr"), ("ragged", "row"), ("ragged", "row+slope"), ("alone", "gated tail")]
+)
 def test_log_sum_exp_and_a_partial_result_taken_up(case, mode):
     """LSE is that of the keys attended to; attention over the listed blocks may be done elsewhere."""
     inputs = call(CASES[case], heads=FEW, rectify=mode)[1]
@@ -300,7 +324,14 @@ def uninitialised_memory_is_nan():
 @pytest.mark.usefixtures("uninitialised_memory_is_nan")
 @pytest.mark.parametrize(
     ("case", "mode"),
-    [("plain", "row"), ("ragged", "ipar+gapr"), ("long text", "row"), ("alone", "ipar+gapr"), ("no block", "row")],
+    [
+        ("plain", "row"),
+        ("ragged", "ipar+gapr"),
+        ("long text", "row"),
+        ("alone", "ipar+gapr"),
+        ("no block", "row"),
+        ("ragged", "row+slope"),
+    ],
 )
 def test_every_output_is_written_and_the_same_bits_come_twice(case, mode):
     assert torch.empty(3).isnan().all()

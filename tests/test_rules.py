@@ -15,6 +15,7 @@ RULES = [
     Rule(pooled_text=pooled_text, log_b=log_b, gate=gate, tail=tail)  # type: ignore[arg-type]
     for pooled_text, log_b, gate, tail in product((False, True), (False, True), ("none", "all", "gain"), (False, True))
 ]
+SLOPES = [Rule(gate=gate, tail=True, slope=True) for gate in ("all", "gain")]
 # interpreting takes a second: each gate with and without a tail, under each kind of estimate
 INTERPRETED = [RULES[i] for i in (1, 2, 11, 16, 18, 21)]
 CONFIG = SparseConfig(rectify="ipar", order="gilbert", block_size=64, sparsity=0.7, top_p=0.2)
@@ -34,7 +35,7 @@ def expected(rule, qkv, mask, block_mask, compensated, scale):
         p /= p.sum(-1, keepdim=True)
     r = 1 - (p[..., :-1] * compensated).sum(-1)
     if rule.tail:
-        return p, r, named("row", compensated=compensated).out
+        return p, r, named("row+slope" if rule.slope else "row", compensated=compensated).out
     member = membership(LAYOUT, CONFIG)
     means = torch.einsum("bshd,sn->bhnd", qkv[2].double(), member / 64)
     of_block = torch.einsum("bhnm,bhmd,sn->bshd", p[..., :-1] * compensated, means, member)
@@ -44,7 +45,7 @@ def expected(rule, qkv, mask, block_mask, compensated, scale):
 
 @pytest.mark.parametrize(
     ("backend", "rule"),
-    [*(("torch", rule) for rule in RULES), *(("triton", rule) for rule in INTERPRETED)],
+    [*(("torch", rule) for rule in RULES + SLOPES), *(("triton", rule) for rule in INTERPRETED + SLOPES[1:])],
     ids=lambda x: x if isinstance(x, str) else "-".join(map(str, x)),
 )
 def test_any_rule(backend, rule, monkeypatch):

@@ -16,7 +16,7 @@ from rectified_spaattn.method.gain import gain
 from rectified_spaattn.method.pool import Pooled, pool
 from rectified_spaattn.method.rectify import rectify
 from rectified_spaattn.method.select import select
-from rectified_spaattn.method.tail import CAP, pooled_keys
+from rectified_spaattn.method.tail import CAP, half_variance, pooled_keys
 from rectified_spaattn.orders import blocks_of
 
 NONE, POOLED, IPAR, GAPR, ROW = (RECTIFY[mode] for mode in ("none", "pooled", "ipar", "ipar+gapr", "row"))
@@ -74,14 +74,15 @@ def test_tail_bias_is_what_the_spread_of_keys_adds_up_to_a_cap() -> None:
     pooled, every = pool(q, k, k, ROW), torch.ones(1, 1, 1, 1, dtype=torch.bool)
     mass = (k[0, 0, 0].sum(-1)).exp().sum().log().item()  # log-sum-exp of the logits of q = (1, 1)
     mean = pooled.k.sum().item()
-    tail = pooled_keys(pooled, every, 1.0, 4096)
+    tail = pooled_keys(pooled, every, half_variance(pooled, 1.0), 4096)
     assert (tail.k is pooled.k, tail.v is pooled.v) == (True, True)
     assert mean + tail.bias.item() == pytest.approx(mass, abs=0.02)
     assert mean + math.log(4096) < mass - 0.2  # what is missing without the variance
-    assert pooled_keys(pooled, every, 100.0, 4096).bias.item() == pytest.approx(math.log(4096) + CAP)
-    assert pooled_keys(pooled, ~every, 1.0, 4096).bias.item() == -math.inf
+    large = half_variance(pooled, 100.0)
+    assert pooled_keys(pooled, every, large, 4096).bias.item() == pytest.approx(math.log(4096) + CAP)
+    assert pooled_keys(pooled, ~every, large, 4096).bias.item() == -math.inf
     with pytest.raises(ValueError, match="without the variance"):
-        pooled_keys(pool(q, k, k, IPAR), every, 1.0, 4096)
+        half_variance(pool(q, k, k, IPAR), 1.0)
 
 
 def test_pool_of_large_halves_does_not_overflow() -> None:
@@ -266,8 +267,8 @@ def test_rectify_by_hand() -> None:
     p = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 1.0, 0.0]])[None, None]
     compensated = torch.tensor([[False, True, True], [False, False, False], [True, True, True]])[None, None]
     v_mean = torch.tensor([[1.0], [2.0], [4.0]])[None, None]
-    r, c, tail = rectify(p, compensated, v_mean)
-    assert tail is None
+    r, c, *rest = rectify(p, compensated, v_mean)
+    assert rest == [None, None]
     assert r.flatten().tolist() == [0.625, 1.0, 0.0]
     assert c.flatten().tolist() == [1.0, 0.0, 4.0]
 

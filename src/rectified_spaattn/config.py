@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row"]
+Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row", "row+slope"]
 Order = Literal["content", "gilbert", "tile", "raster"]
 ORDERS: tuple[str, ...] = get_args(Order)
 _OPERATOR = ("sparsity", "top_p", "rectify", "block_size", "order", "neighbours", "first_frame")  # the rest is schedule
@@ -23,12 +23,19 @@ class Rule(NamedTuple):
     log_b        a pooled column of the estimate counts the tokens that it stands for
     gate         which dropped blocks are compensated: "none", "all", or "gain", where the gain beats the pooling error
     tail         a compensated block joins the softmax of every query as one pooled key; otherwise R and C compensate
+    slope        how values change with keys is added to the tail, to first order and one matrix a head
+    choice       kept are, in every row, the blocks of most "mass", or, in the whole head, those that would leave the
+                 largest "error" if a pooled key stood for them
+
+    Only with a tail is there a slope, or an error.
     """
 
     pooled_text: bool = False
     log_b: bool = True
     gate: Literal["none", "all", "gain"] = "all"
     tail: bool = False
+    slope: bool = False
+    choice: Literal["mass", "error"] = "mass"
 
 
 RECTIFY: dict[str, Rule] = {
@@ -37,6 +44,7 @@ RECTIFY: dict[str, Rule] = {
     "ipar": Rule(),
     "ipar+gapr": Rule(gate="gain"),
     "row": Rule(tail=True),
+    "row+slope": Rule(tail=True, slope=True, choice="error"),
 }
 
 
@@ -50,7 +58,8 @@ class SparseConfig:
                       compensated; "ipar": exact text and log b, every dropped block compensated; "ipar+gapr":
                       compensated only where the gain beats the pooling error (the paper); "row": every dropped block
                       joins the softmax of every query as one pooled key, its mass corrected for how the block's keys
-                      spread (the default)
+                      spread (the default); "row+slope": besides, values follow keys to first order, and blocks are
+                      kept by the error that they would leave, as many a head, not a row, as `sparsity` says
     block_size        b, tokens a block, a multiple of 16
     order             how tokens are laid out before they are cut into blocks: in space "gilbert" (the paper), "tile",
                       "raster"; or "content": sorted in every call and head, so that a block holds tokens that attend

@@ -22,7 +22,8 @@ class Sample(NamedTuple):
 
     q         [H, nb, b, D]
     k, v      [H, nb + e, b, D]: the tiled blocks, then `isolated` valid tokens, then, where there is a tail, its nb
-              pooled keys
+              pooled keys. Where there is a slope, q, k and v are some columns wider: v has a 1 in the first of them for
+              pooled keys, all else is 0
     isolated  how many
     places    int64 [nb*b] or [H, nb*b], where in the sequence the tiled tokens stand
     """
@@ -61,7 +62,7 @@ def attend(inputs: Inputs, samples: list[Sample]) -> torch.Tensor:
         if isolated.numel():
             q = inputs.q[i].index_select(0, isolated).transpose(0, 1)[None]  # [1, H, I, D]
             length = sample.q.shape[1] * sample.q.shape[2] + sample.isolated
-            k, v = (x.flatten(1, 2)[None, :, :length] for x in (sample.k, sample.v))
+            k, v = (x.flatten(1, 2)[None, :, :length, : q.shape[3]] for x in (sample.k, sample.v))
             dense = scaled_dot_product_attention(q, k, v, scale=inputs.scale)
             out[i].index_copy_(0, isolated, dense[0].transpose(0, 1))
     return out
@@ -71,9 +72,13 @@ def _plan_sample(inputs: Inputs, i: int) -> Sample:
     blocks, rule = inputs.blocks, inputs.config.rule
     q, k, v = inputs.q[i], inputs.k[i], inputs.v[i]
     (_, heads, head_dim), num_blocks, b = q.shape, blocks.num_blocks, blocks.block_size
+    one = slice(i, i + 1)
     inputs = inputs._replace(
-        text_mask=inputs.text_mask[i : i + 1],
-        block_mask=None if inputs.block_mask is None else inputs.block_mask[i : i + 1],
+        q=inputs.q[one],
+        k=inputs.k[one],
+        v=inputs.v[one],
+        text_mask=inputs.text_mask[one],
+        block_mask=None if inputs.block_mask is None else inputs.block_mask[one],
     )
     alone = blocks.isolated[inputs.valid[0]]
     tiled = blocks.tiled if inputs.token_order is None else inputs.token_order[i].long()
@@ -96,6 +101,10 @@ def _plan_sample(inputs: Inputs, i: int) -> Sample:
         first = num_blocks * b + len(alone)
         for x, means in ((k_all, rectification.tail.k), (v_all, rectification.tail.v)):
             x.view(heads, -1, head_dim)[:, first : first + num_blocks] = means[0]
+        if rectification.slope is not None:  # the attention to a column of ones is the share of the keys that have one
+            wider = (0, 8 - head_dim % 8)
+            q_tiled, k_all, v_all = (torch.nn.functional.pad(x, wider) for x in (q_tiled, k_all, v_all))
+            v_all.flatten(1, 2)[:, first : first + num_blocks, head_dim] = 1
     return Sample(q_tiled, k_all, v_all, len(alone), tiled, choices, rectification)
 
 
@@ -115,12 +124,12 @@ def _attend(sample: Sample, scale: float, out: torch.Tensor) -> None:
     Query blocks with equally many critical blocks share SDPA calls, so nothing is padded or masked. Pooled keys carry
     their bias; where there are some, R and C do not count.
     """
-    heads, num_blocks, block_size, head_dim = sample.q.shape
-    stored = sample.k.shape[1]
+    heads, num_blocks, block_size, width = sample.q.shape
+    head_dim, stored = out.shape[2], sample.k.shape[1]
     q, k, v = (x.flatten(0, 1) for x in (sample.q, sample.k, sample.v))
     rectification = sample.rectification
     r, c = rectification.r[0].flatten()[:, None, None], rectification.c[0].flatten(0, 1)[:, None, :]
-    attended, finished = torch.empty_like(q), 0  # in the order in which query blocks are attended
+    attended, finished = q.new_empty(len(q), block_size, head_dim), 0  # in the order in which query blocks are attended
 
     rows, columns = sample.choices.block_mask[0].flatten(0, 1).nonzero(as_tuple=True)
     key_blocks = rows // max(1, num_blocks) * stored + columns  # index into k and v, sorted by row
@@ -137,8 +146,8 @@ def _attend(sample: Sample, scale: float, out: torch.Tensor) -> None:
         index = torch.cat([critical, same[:, None] // num_blocks * stored + rest], dim=1)
         exact = count * block_size + sample.isolated
         length = exact if rectification.tail is None else exact + num_blocks
-        at_once = max(1, budget // (2 * k.element_size() * head_dim * max(1, length)))
-        buffers = k.new_empty(2, min(at_once, len(same)) * index.shape[1], block_size, head_dim)
+        at_once = max(1, budget // (2 * k.element_size() * width * max(1, length)))
+        buffers = k.new_empty(2, min(at_once, len(same)) * index.shape[1], block_size, width)
         for row, kept in zip(same.split(at_once), index.split(at_once), strict=True):
             k_kept, v_kept = (
                 _gather(x, kept, buffer)[:, :, :length] for x, buffer in zip((k, v), buffers, strict=True)
@@ -150,9 +159,13 @@ def _attend(sample: Sample, scale: float, out: torch.Tensor) -> None:
             else:
                 bias = q.new_full((len(row), 1, 1, length), -level)
                 bias[..., exact:] = rectification.tail.bias[0].flatten(0, 1)[row, None, None] - level
-                here.copy_(
-                    scaled_dot_product_attention(q[row, None], k_kept, v_kept, attn_mask=bias, scale=scale)[:, 0]
-                )
+                both = scaled_dot_product_attention(q[row, None], k_kept, v_kept, attn_mask=bias, scale=scale)[:, 0]
+                if rectification.slope is None:
+                    here.copy_(both)
+                else:
+                    slope = rectification.slope[0, row // num_blocks]  # [rows, D, D]
+                    asked = q[row, :, :head_dim].to(slope.dtype) * both[..., head_dim, None]
+                    here.copy_(torch.baddbmm(both[..., :head_dim].to(slope.dtype), asked, slope))
             finished += len(row)
     places = _rows(sample.places, heads).view(-1, block_size)[order]
     out.view(-1, head_dim).index_copy_(0, places.flatten(), attended.view(-1, head_dim))

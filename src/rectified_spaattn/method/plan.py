@@ -9,8 +9,10 @@ from .gain import gain
 from .inputs import Inputs
 from .pool import pool
 from .rectify import Rectification, rectify
+from .residual import directions, residual, responses
 from .select import select
-from .tail import pooled_keys
+from .slope import slope
+from .tail import half_variance, pooled_keys
 
 
 class Choices(NamedTuple):
@@ -44,12 +46,21 @@ def decide(
         block_size=blocks.block_size,
         leftover=blocks.leftover,
     )
-    critical = select(probability, blocks, inputs.config) if inputs.block_mask is None else inputs.block_mask
+    spread = half_variance(pooled, inputs.scale) if rule.tail else None
+    critical = inputs.block_mask
+    if critical is None:
+        left = None
+        if rule.choice == "error" and spread is not None and blocks.num_blocks:
+            seen = directions(inputs.q, inputs.k, blocks.tiled, inputs.scale)
+            left = residual(probability, spread, responses(q_tiled, k_tiled, v_tiled, seen))
+        critical = select(probability, blocks, inputs.config, left)
     compensated = gain(pooled, critical, rule)
     rectification = rectify(probability, compensated, pooled.v)
-    if rule.tail:
+    if spread is not None:
         rectification = rectification._replace(
-            c=torch.zeros_like(rectification.c),
-            tail=pooled_keys(pooled, compensated, inputs.scale, blocks.block_size),
+            c=torch.zeros_like(rectification.c), tail=pooled_keys(pooled, compensated, spread, blocks.block_size)
         )
+        if rule.slope:
+            follow = slope(probability, spread, compensated, k_tiled, v_tiled, pooled, inputs.scale)
+            rectification = rectification._replace(slope=follow)
     return Choices(critical, compensated, probability, rectification.r), rectification

@@ -50,33 +50,42 @@ def reference(inputs: "Inputs") -> Reference:
             if config.rectify == "pooled":
                 columns, log_b = _pooled_columns(k[i, isolated, h], valid, blocks.leftover, b), log_b * 0
 
-            for n in range(nb):
-                logits = torch.cat([scale * (k_mean @ q_mean[n]) + log_b, scale * (columns @ q_mean[n])])
-                weights = (logits - logits.max()).exp()
-                weights = weights / weights.sum()
-                p = torch.cat([weights[:nb], weights[nb:].sum().view(1)])
-                keep = block_mask[i, h, n].cpu() if block_mask is not None else _critical(p, n, blocks, config)
-                dropped = ~keep
-                worth = (k_mean @ q_mean[n]).abs()
-                error = (k_mean @ dq[n]).abs() + (dk @ q_mean[n]).abs()
-                compensate = dropped
-                if config.rectify == "none":
-                    compensate = torch.zeros_like(dropped)
-                elif config.rectify == "ipar+gapr":
-                    compensate = dropped & (worth > error)
+            p = _probability(q_mean, k_mean, columns, log_b, scale)
+            if block_mask is not None:
+                keep = block_mask[i, h].cpu()
+            else:
+                keep = torch.stack([_critical(p[n], n, blocks, config) for n in range(nb)]) if nb else critical[i, h]
+                if config.rectify == "row+slope":
+                    sample = blocks.tiled.cpu()[:: -(-len(tiled) // 2048)] if nb else tiled
+                    left = _errors_left(p, qt, kt, vt, q[i, sample, h], k[i, sample, h], scale)
+                    keep = keep | _largest_errors(left, max(1, int((1 - config.sparsity) * nb)) * nb)
+            compensate = ~keep
+            if config.rectify == "none":
+                compensate = torch.zeros_like(keep)
+            elif config.rectify == "ipar+gapr":
+                worth = (q_mean @ k_mean.T).abs()
+                compensate = compensate & (worth > (dq @ k_mean.T).abs() + (q_mean @ dk.T).abs())
+            slope = torch.zeros(q.shape[-1], q.shape[-1], dtype=torch.float64)
+            if config.rectify == "row+slope":
+                slope = _slope(p, compensate, qt, kt, vt, scale)
 
-                k_kept = torch.cat([kt[keep].flatten(0, 1), k_alone])
-                v_kept = torch.cat([vt[keep].flatten(0, 1), v_alone])
-                if not len(k_kept) and config.rectify != "row":
+            for n in range(nb):
+                k_kept = torch.cat([kt[keep[n]].flatten(0, 1), k_alone])
+                v_kept = torch.cat([vt[keep[n]].flatten(0, 1), v_alone])
+                tail = config.rectify in ("row", "row+slope")
+                if not len(k_kept) and not tail:
                     raise ValueError(f"block_mask: got no critical block for query block {n}; allowed: at least one.")
-                r[i, h, n] = 1 - p[:nb][compensate].sum()  # an empty sum is 0, also where p is not finite
-                if config.rectify == "row":
-                    result = _with_pooled_keys(qt[n], k_kept, v_kept, kt[compensate], vt[compensate], scale)
+                # an empty sum is 0, also where p is not finite
+                r[i, h, n] = 1 - p[n, :nb][compensate[n]].sum()
+                if tail:
+                    result = _with_pooled_keys(
+                        qt[n], k_kept, v_kept, kt[compensate[n]], vt[compensate[n]], slope, scale
+                    )
                 else:
                     attended = (scale * (qt[n] @ k_kept.T)).softmax(-1) @ v_kept
-                    result = r[i, h, n] * attended + (p[:nb][compensate, None] * v_mean[compensate]).sum(0)
+                    result = r[i, h, n] * attended + (p[n, :nb][compensate[n], None] * v_mean[compensate[n]]).sum(0)
                 out[i, tiled[n * b : (n + 1) * b], h] = result
-                critical[i, h, n], compensated[i, h, n], probability[i, h, n] = keep, compensate, p
+            critical[i, h], compensated[i, h], probability[i, h] = keep, compensate, p
 
             every_k, every_v = torch.cat([kt.flatten(0, 1), k_alone]), torch.cat([vt.flatten(0, 1), v_alone])
             out[i, isolated, h] = (scale * (q[i, isolated, h] @ every_k.T)).softmax(-1) @ every_v
@@ -85,18 +94,109 @@ def reference(inputs: "Inputs") -> Reference:
     return Reference(out.to(device), *(x.to(device) for x in plan))
 
 
-def _with_pooled_keys(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_blocks: torch.Tensor, v_blocks: torch.Tensor, scale: float
+def _probability(
+    q_mean: torch.Tensor, k_mean: torch.Tensor, columns: torch.Tensor, log_b: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Attention of q [b, D] to k, v [keys, D] and to blocks [m, b, D], each one key that stands for all of its own."""
+    """[nb, nb + 1] by means [nb, D] and the columns of isolated keys [c, D]."""
+    nb = len(q_mean)
+    probability = torch.zeros(nb, nb + 1, dtype=torch.float64)
+    for n in range(nb):
+        logits = torch.cat([scale * (k_mean @ q_mean[n]) + log_b, scale * (columns @ q_mean[n])])
+        weights = (logits - logits.max()).exp()
+        weights = weights / weights.sum()
+        probability[n] = torch.cat([weights[:nb], weights[nb:].sum().view(1)])
+    return probability
+
+
+def _half_variance(q: torch.Tensor, block: torch.Tensor, scale: float) -> float:
+    """Half the variance of the logits that the mean of q [b, D] gives to the keys of a block [b, D]."""
+    spread = ((block - block.mean(0)) ** 2).mean(0)
+    return (0.5 * scale**2 * (q.mean(0) ** 2 * spread).sum()).item()
+
+
+def _with_pooled_keys(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_blocks: torch.Tensor,
+    v_blocks: torch.Tensor,
+    slope: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Attention of q [b, D] to k, v [keys, D] and to blocks [m, b, D], each one key that stands for all of its own,
+    whose values move by scale * q @ slope.
+    """
     logits = scale * (q @ k.T)
     for block in k_blocks:
-        mean = block.mean(0)
-        spread = ((block - mean) ** 2).mean(0)
-        half_variance = 0.5 * scale**2 * (q.mean(0) ** 2 * spread).sum()
-        pooled = scale * (q @ mean) + math.log(len(block)) + min(half_variance.item(), 2.0)
+        pooled = scale * (q @ block.mean(0)) + math.log(len(block)) + min(_half_variance(q, block, scale), 2.0)
         logits = torch.cat([logits, pooled[:, None]], dim=1)
-    return logits.softmax(-1) @ torch.cat([v, v_blocks.mean(1)])
+    weights = logits.softmax(-1)
+    share = weights[:, len(k) :].sum(1, keepdim=True)
+    return weights @ torch.cat([v, v_blocks.mean(1)]) + share * (scale * q @ slope)
+
+
+def _moving_together(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """mean (k - mean k)(v - mean v)ᵀ of one block: k [b, r], v [b, D]."""
+    return (k - k.mean(0)).T @ (v - v.mean(0)) / len(k)
+
+
+def _slope(
+    p: torch.Tensor, compensate: torch.Tensor, qt: torch.Tensor, kt: torch.Tensor, vt: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """H [D, D], the mean over the blocks of how values move with keys, weighed by what tails there are."""
+    total, weights = torch.zeros(kt.shape[2], vt.shape[2], dtype=torch.float64), 0.0
+    for m in range(len(kt)):
+        rows = compensate[:, m].nonzero().flatten().tolist()
+        weight = sum(p[n, m].item() * math.exp(min(_half_variance(qt[n], kt[m], scale), 2.0)) for n in rows)
+        if weight:
+            total, weights = total + weight * _moving_together(kt[m], vt[m]), weights + weight
+    return total / weights if weights else total
+
+
+def _errors_left(
+    p: torch.Tensor,
+    qt: torch.Tensor,
+    kt: torch.Tensor,
+    vt: torch.Tensor,
+    q_sample: torch.Tensor,
+    k_sample: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """[nb, nb]: what is lost to first order where a pooled key stands for block m before query block n.
+
+    The product of how values move with keys and a query is taken in the 8 directions in which the sample's logits vary
+    most: with C = LᵀL the covariance of keys and Z the main eigenvectors of L M Lᵀ, M = scale² mean q qᵀ, it is
+    q·(k - k̄) = (L q)·(L⁻ᵀ (k - k̄)), and Z Zᵀ between the two keeps 8 of them.
+    """
+    nb, (count, dim) = len(kt), k_sample.shape
+    left = torch.zeros(nb, nb, dtype=torch.float64)
+    apart = k_sample - k_sample.mean(0)
+    values, vectors = torch.linalg.eigh((apart.T @ apart / count).nan_to_num())
+    values = values.clamp(min=0)
+    root = vectors @ values.sqrt().diag() @ vectors.T
+    inverse = vectors @ torch.where(values > 1e-12 * values.max(), values, math.inf).rsqrt().diag() @ vectors.T
+    seen = scale**2 * root @ (q_sample.T @ q_sample / count).nan_to_num() @ root
+    main = torch.linalg.eigh(seen)[1][:, -min(8, dim) :]
+    for m in range(nb):
+        moving = _moving_together(kt[m] @ inverse @ main, vt[m])
+        for n in range(nb):
+            moved = (scale * qt[n] @ root @ main @ moving).square().sum(1).mean().sqrt()
+            left[n, m] = p[n, m] * math.sqrt(2 * _half_variance(qt[n], kt[m], scale)) * moved
+    return left
+
+
+def _largest_errors(left: torch.Tensor, budget: int) -> torch.Tensor:
+    """The largest of every row, and of the rest the largest, as many as fit in the budget with all their equals."""
+    left = left.nan_to_num()
+    keep = torch.zeros_like(left, dtype=torch.bool)
+    for n in range(len(left)):
+        keep[n, left[n].argmax()] = True
+    for value in left[~keep].unique().flip(0):
+        more = keep | (left == value)
+        if more.sum() > budget:
+            break
+        keep = more
+    return keep
 
 
 def _critical(p: torch.Tensor, n: int, blocks: "Blocks", config: "SparseConfig") -> torch.Tensor:
@@ -104,7 +204,7 @@ def _critical(p: torch.Tensor, n: int, blocks: "Blocks", config: "SparseConfig")
     if config.top_p == 1 or not p.isfinite().all():
         return torch.ones(nb, dtype=torch.bool)
     by_probability = sorted(range(nb), key=lambda m: (-p[m].item(), m))
-    top_k = max(1, int((1 - config.sparsity) * nb))
+    top_k = 0 if config.rectify == "row+slope" else max(1, int((1 - config.sparsity) * nb))
     reached, for_top_p = p[nb].item(), 0
     while reached < config.top_p and for_top_p < nb:
         reached += p[by_probability[for_top_p]].item()

@@ -18,14 +18,19 @@ class Tail(NamedTuple):
     bias: torch.Tensor
 
 
-def pooled_keys(pooled: Pooled, compensated: torch.Tensor, scale: float, block_size: int) -> Tail:
-    """The bias is log b + min(½σ²_nm, CAP) for compensated blocks m of query block n, -inf for the others.
-
-    The b keys of a block give a query the mass Σ exp(scale * q·k) = b * exp(scale * q·k̄ + ½σ² + ...), where σ² is the
-    variance of scale * q·k in the block: σ²_nm = scale² Σ_d q̄²_nd Var_m,d, by the mean query and a diagonal covariance.
+def half_variance(pooled: Pooled, scale: float) -> torch.Tensor:
+    """½σ²_nm, [B, H, nb, nb], by the mean query and a diagonal covariance: σ²_nm = scale² Σ_d q̄²_nd Var_m,d is the
+    variance of scale * q·k in block m.
     """
     if pooled.k_var is None:
-        raise ValueError("pooled_keys: got block statistics without the variance of keys; pool with the same rule.")
-    half_variance = (0.5 * scale**2) * pooled.q.square() @ pooled.k_var.transpose(-1, -2)
-    bias = half_variance.clamp_(max=CAP).add_(math.log(block_size)).masked_fill_(~compensated, -math.inf)
+        raise ValueError("half_variance: got block statistics without the variance of keys; pool with the same rule.")
+    return (0.5 * scale**2) * pooled.q.square() @ pooled.k_var.transpose(-1, -2)
+
+
+def pooled_keys(pooled: Pooled, compensated: torch.Tensor, half_variance: torch.Tensor, block_size: int) -> Tail:
+    """The bias is log b + min(½σ²_nm, CAP) for compensated blocks m of query block n, -inf for the others.
+
+    The b keys of a block give a query the mass Σ exp(scale * q·k) = b * exp(scale * q·k̄ + ½σ² + ...).
+    """
+    bias = half_variance.clamp(max=CAP).add_(math.log(block_size)).masked_fill_(~compensated, -math.inf)
     return Tail(pooled.k, pooled.v, bias)

@@ -21,13 +21,19 @@ def content_order(q: torch.Tensor, k: torch.Tensor, blocks: Blocks, scale: float
 
 def directions(of: Moments) -> torch.Tensor:
     """W [Z, 2D, r], as method.arrange.directions."""
-    trees, dim, _ = of.weigh.shape
-    start = start_directions(dim, torch.float32, of.weigh.device)
+    return principal(of.covariance, of.weigh, as_long_as_deviation=True)
+
+
+def principal(covariance: torch.Tensor, weigh: torch.Tensor, as_long_as_deviation: bool = False) -> torch.Tensor:
+    """W [Z, n, r], as method.residual.principal but by iteration. covariance, weigh: [Z, n, n], n of 64 or more."""
+    trees, dim, _ = weigh.shape
+    start = start_directions(dim, torch.float32, weigh.device)
     rank = start.shape[1]
     w, seen = torch.empty(2, trees, dim, rank, dtype=torch.float32, device=start.device)
     _directions_kernel[(trees,)](
-        of.covariance.contiguous(), of.weigh.contiguous(), start, w, seen,
-        DIM=dim, RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)), CHUNK=32, ROUNDS=ROUNDS, num_warps=8,
+        covariance.contiguous(), weigh.contiguous(), start, w, seen,
+        DIM=dim, RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)), CHUNK=32, ROUNDS=ROUNDS,
+        STRETCH=as_long_as_deviation, num_warps=8,
     )  # fmt: skip
     return w
 
@@ -101,6 +107,7 @@ def _keep(x_ptr, x, DIM: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
 def _directions_kernel(
     covariance_ptr, weigh_ptr, start_ptr, w_ptr, seen_ptr,
     DIM: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROUNDS: tl.constexpr,
+    STRETCH: tl.constexpr,
 ):  # fmt: skip
     z = tl.program_id(0).to(tl.int64)
     covariance_ptr += z * DIM * DIM
@@ -139,10 +146,11 @@ def _directions_kernel(
             )  # fmt: skip
         _keep(w_ptr, w, DIM, RANK, WIDTH)
         _keep(seen_ptr, seen, DIM, RANK, WIDTH)
-    w = tl.load(w_ptr + i[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
-    seen = tl.load(seen_ptr + i[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
-    spread = tl.sum(seen * _times(weigh_ptr, seen_ptr, DIM, RANK, WIDTH, CHUNK), 0)
-    _keep(w_ptr, w * tl.sqrt(tl.maximum(spread, 0.0))[None, :], DIM, RANK, WIDTH)
+    if STRETCH:
+        w = tl.load(w_ptr + i[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
+        seen = tl.load(seen_ptr + i[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
+        spread = tl.sum(seen * _times(weigh_ptr, seen_ptr, DIM, RANK, WIDTH, CHUNK), 0)
+        _keep(w_ptr, w * tl.sqrt(tl.maximum(spread, 0.0))[None, :], DIM, RANK, WIDTH)
 
 
 @triton.jit

@@ -28,13 +28,14 @@ class Tiling(NamedTuple):
 def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """R * (attention over listed blocks and isolated keys) + C for tiled queries, full attention for isolated ones.
 
-    Where there is a tail, tiled queries attend to listed blocks, isolated keys and the tail's pooled ones instead. With
-    `partial` all but the listed blocks are attended to here, and joined to it.
+    Where there is a tail, tiled queries attend to listed blocks, isolated keys and the tail's pooled ones instead, and
+    where there is a slope, the tail's share of q @ slope is added. With `partial` all but the listed blocks are
+    attended to here, and joined to it.
 
     Returns out [B, S, H, D] in the model's token order, and the log-sum-exp of the logits of every query over the keys
     it attended to, float32 [B, H, rows], in block order.
     """
-    tiled, lists, (r, c, tail) = prepared
+    tiled, lists, (r, c, tail, slope) = prepared
     batch, heads, rows, head_dim = tiled.q.shape
     b, num_blocks = inputs.blocks.block_size, inputs.blocks.num_blocks
     out = tiled.q.new_empty(batch, inputs.blocks.sequence, heads, head_dim)
@@ -44,16 +45,21 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     pool = (tiled.q, tiled.q) if tail is None else (tail.k, tail.v)
     keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail, *pool))
     before = (tiled.q, lse) if partial is None else partial  # not read without `partial`
+    turns = None
+    if partial is None and inputs.config.rule.choice == "error":  # rows differ in length: the longest start first
+        turns = lists.counts.argsort(dim=-1, descending=True, stable=True).int()
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
         _rows_of(tiled.q, tiling.block_m), *(_rows_of(x, tiling.block_n) for x in keys),
+        *((None, None) if slope is None else _for_slope(tiled.q, slope, tiling)),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tail and tail.bias,
-        tiled.places, r, c,
+        tiled.places, turns, r, c,
         out, lse, *before, *before[0].stride()[:3], *out.stride()[:3],
         heads, num_blocks, rows, rows if tiled.places.ndim == 3 else 0, pool[0].shape[2],
         inputs.scale / math.log(2),
         BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim,
         RESUME=partial is not None, TAIL=tail is not None, TAIL_STAGES=tiling.tail_stages,
+        TURNS=turns is not None, SLOPE=slope is not None,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
     )  # fmt: skip
     return out, lse
@@ -62,6 +68,12 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
 def _rows_of(x: torch.Tensor, count: int) -> TensorDescriptor:
     """x: [..., D], contiguous, read `count` rows at a time."""
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [count, x.shape[-1]])
+
+
+def _for_slope(q: torch.Tensor, slope: torch.Tensor, tiling: Tiling) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Both factors of q @ slope in parts of block_n columns and rows."""
+    queries = TensorDescriptor.from_tensor(q.view(-1, q.shape[-1]), [tiling.block_m, tiling.block_n])
+    return queries, _rows_of(slope, tiling.block_n)
 
 
 def tiling_for(device: torch.device, block: int, head_dim: int, resume: bool) -> Tiling:
@@ -117,19 +129,24 @@ def _absorb_biased(
 
 @triton.jit
 def _attend_kernel(
-    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc,
-    count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, places_ptr, r_ptr, c_ptr,
+    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, q_part_desc, slope_desc,
+    count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, places_ptr, turn_ptr, r_ptr, c_ptr,
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     partial_sb, partial_sh, partial_ss,
     out_sb, out_ss, out_sh,
     heads, num_blocks, rows, places_stride, pool_rows, scale,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, RESUME: tl.constexpr,
-    TAIL: tl.constexpr, TAIL_STAGES: tl.constexpr,
+    TAIL: tl.constexpr, TAIL_STAGES: tl.constexpr, TURNS: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
-    # blocks of isolated queries attend to every key: they start first
-    first = rows - (tl.program_id(0) + 1) * BLOCK_M
-    n = first // BLOCK
     head = tl.program_id(1)
+    if TURNS:
+        parts: tl.constexpr = BLOCK // BLOCK_M
+        n = tl.load(turn_ptr + head * (rows // BLOCK) + tl.program_id(0) // parts)
+        first = n * BLOCK + tl.program_id(0) % parts * BLOCK_M
+    else:
+        # blocks of isolated queries attend to every key: they start first
+        first = rows - (tl.program_id(0) + 1) * BLOCK_M
+        n = first // BLOCK
     batch, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     i = first + tl.arange(0, BLOCK_M)
     d = tl.arange(0, HEAD_DIM)
@@ -162,6 +179,7 @@ def _attend_kernel(
         tail_bias_ptr + batch * tail, tl.load(end_ptr + batch), tail, scale, BLOCK_N, TAIL_STAGES,
     )  # fmt: skip
     planned = head.to(tl.int64) * num_blocks + n
+    exact, exact_top = total, top
     if TAIL:
         acc, total, top = _absorb_biased(
             acc, total, top, q, k_pool_desc, v_pool_desc, head * pool_rows,
@@ -170,6 +188,13 @@ def _attend_kernel(
         )  # fmt: skip
 
     result = acc / total[:, None]
+    if SLOPE:
+        # [BLOCK_M]: what pooled keys have of the softmax
+        share = tl.where(n < num_blocks, 1.0 - exact * tl.exp2(exact_top - top) / total, 0.0)
+        for start in tl.range(0, HEAD_DIM, BLOCK_N, num_stages=1):
+            # [BLOCK_M, BLOCK_N]
+            asked = (q_part_desc.load([head * rows + first, start]).to(tl.float32) * share[:, None]).to(q.dtype)
+            result = tl.dot(asked, slope_desc.load([head * HEAD_DIM + start, 0]), result, input_precision="ieee")
     if not TAIL and n < num_blocks:
         # [HEAD_DIM]
         c = tl.load(c_ptr + planned * HEAD_DIM + d)

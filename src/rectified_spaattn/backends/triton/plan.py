@@ -10,9 +10,10 @@ from ...method.estimate import pooled_columns
 from ...method.inputs import Inputs
 from ...method.plan import Choices
 from ...method.rectify import Rectification
-from ...method.select import top_k_of
+from ...method.select import edge, top_k_of
 from ...method.tail import CAP, Tail
 from . import BlockLists
+from .slope import slope
 from .tile import Tiled
 
 
@@ -24,16 +25,19 @@ def decide(inputs: Inputs, tiled: Tiled) -> tuple[Choices, Rectification, BlockL
     stored = () if rule.tail else per_block  # with a tail there is no C: its zeros take the memory of one
     c = torch.zeros(stored, dtype=torch.float32, device=tiled.q.device).expand(per_block)
     if nb:
-        scores(inputs, tiled, choices, bias)
-        select(inputs, choices, bias, lists)
+        residual = scores(inputs, tiled, choices, bias)
+        select(inputs, choices, bias, lists, residual)
+        del residual
         if rule.gate != "none" and not rule.tail:
             compensate(choices, tiled.pooled.v, c)
     else:
         lists.counts.zero_()
-    tail = None
+    tail, follow = None, None
     if nb and bias is not None and tiled.k_pool is not None and tiled.v_pool is not None:
         tail = Tail(tiled.k_pool, tiled.v_pool, bias)
-    return choices, Rectification(choices.r, c, tail), lists
+        if rule.slope:
+            follow = slope(inputs, tiled, choices, bias)
+    return choices, Rectification(choices.r, c, tail, follow), lists
 
 
 def empty(inputs: Inputs, tiled: Tiled) -> tuple[Choices, torch.Tensor | None, BlockLists]:
@@ -57,10 +61,11 @@ def empty(inputs: Inputs, tiled: Tiled) -> tuple[Choices, torch.Tensor | None, B
     return choices, bias, lists
 
 
-def scores(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor | None) -> None:
+def scores(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor | None) -> torch.Tensor | None:
     """Fills choices.probability with the logits of the estimate, the last column being the log-sum-exp over isolated
     keys; choices.compensated, where the gate weighs the gain: is it above the error?; for a tail bias, what a pooled
-    key adds to its logit.
+    key adds to its logit. Where blocks are chosen by error gives their residuals, float32 [B, H, nb, nb], +inf for the
+    first largest of every row.
     """
     _, batch, heads, nb, head_dim = tiled.pooled.q.shape
     blocks, rule = inputs.blocks, inputs.config.rule
@@ -75,31 +80,49 @@ def scores(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor | 
     block = 64
     tiles = triton.cdiv(nb, block)
     log_b = math.log(blocks.block_size)
+    residual, rank = None, 0
+    responses: tuple[torch.Tensor | None, ...] = (None, None)
+    if tiled.responses is not None:
+        residual = torch.empty(batch, heads, nb, nb, dtype=torch.float32, device=k_tail.device)
+        rank, responses = tiled.responses.q.shape[-1], tiled.responses
     _scores_kernel[(tiles * (tiles + 1), batch * heads)](
         pooled.q, pooled.dq, pooled.k, pooled.dk, pooled.k_var, k_tail, tail_bias,
-        choices.probability, choices.compensated, bias,
+        choices.probability, choices.compensated, bias, *responses, residual,
         k_tail.stride(0), k_tail.stride(1), k_tail.shape[2],
         heads, nb, batch * heads * nb * head_dim, inputs.scale, log_b if rule.log_b else 0.0, log_b, CAP,
-        HEAD_DIM=head_dim, BLOCK=block, CHUNK=32, GAIN=rule.gate == "gain", TAIL=rule.tail, num_warps=4,
+        HEAD_DIM=head_dim, BLOCK=block, CHUNK=32, GAIN=rule.gate == "gain", TAIL=rule.tail,
+        RESPONSE=rank * rank, num_warps=4,
     )  # fmt: skip
+    if residual is not None:
+        width = triton.next_power_of_2(nb + 1)
+        _leaders_kernel[(nb, batch * heads)](choices.probability, residual, nb, WIDTH=width, num_warps=_warps_of(width))
+    return residual
 
 
-def select(inputs: Inputs, choices: Choices, bias: torch.Tensor | None, lists: BlockLists) -> None:
+def select(
+    inputs: Inputs, choices: Choices, bias: torch.Tensor | None, lists: BlockLists, residual: torch.Tensor | None = None
+) -> None:
     """Turns logits into probability in place, fills block_mask (unless the inputs bring it), compensated (which holds
     what `scores` found worthwhile), r and the lists; for a tail makes bias -inf for blocks that do not join it.
+    residual: what `scores` gave, to choose by in place of top-k by probability.
     """
     batch, heads, nb, _ = choices.probability.shape
     config, blocks = inputs.config, inputs.blocks
-    width = triton.next_power_of_2(nb + 1)
+    width, top_k = triton.next_power_of_2(nb + 1), top_k_of(config, nb)
     _select_kernel[(lists.counts.shape[2], batch * heads)](
         choices.probability, choices.block_mask, choices.compensated, choices.r, bias, lists.counts, lists.indices,
-        blocks.neighbours, blocks.first_frame,
-        nb, top_k_of(config, nb), config.top_p,
+        blocks.neighbours, blocks.first_frame, residual, None if residual is None else edge(residual, top_k * nb),
+        nb, top_k, config.top_p,
         WIDTH=width, GIVEN=inputs.block_mask is not None, TOP_P=config.top_p > 0,
         NEIGHBOURS=config.neighbours, FIRST_FRAME=config.first_frame,
         COMPENSATE=config.rule.gate != "none", GAIN=config.rule.gate == "gain", TAIL=config.rule.tail,
-        num_warps=min(max(width // 512, 1), 16),
+        RESIDUAL=residual is not None, num_warps=_warps_of(width),
     )  # fmt: skip
+
+
+def _warps_of(width: int) -> int:
+    """Of a program that holds a row of so many blocks."""
+    return min(max(width // 512, 1), 16)
 
 
 def compensate(choices: Choices, v_mean: torch.Tensor, c: torch.Tensor) -> None:
@@ -122,9 +145,11 @@ def _dot(a, a_low, b, b_low, acc):
 @triton.jit
 def _scores_kernel(
     q_ptr, dq_ptr, k_ptr, dk_ptr, k_var_ptr, tail_ptr, tail_bias_ptr, logits_ptr, worth_ptr, bias_ptr,
+    q_response_ptr, kv_response_ptr, residual_ptr,
     tail_sb, tail_sh, tail,
     heads, num_blocks, half, scale, log_b, tail_log_b, cap,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr,
+    RESPONSE: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(num_blocks, BLOCK)
     row, column = tl.program_id(0) // (tiles + 1), tl.program_id(0) % (tiles + 1)
@@ -169,6 +194,19 @@ def _scores_kernel(
         if TAIL:
             bias = tail_log_b + tl.minimum(0.5 * scale * scale * variance, cap)
             tl.store(bias_ptr + (head * num_blocks + n[:, None]) * num_blocks + m[None, :], bias, mask=inside)
+        if RESPONSE > 0:
+            moved = tl.zeros((BLOCK, BLOCK), tl.float32)
+            half_responses = half // HEAD_DIM * RESPONSE
+            for start in tl.range(0, RESPONSE, CHUNK):
+                at_q = (head * num_blocks + n[:, None]) * RESPONSE + start + d[None, :]
+                at_k = (head * num_blocks + m[:, None]) * RESPONSE + start + d[None, :]
+                a = tl.load(q_response_ptr + at_q, mask=n[:, None] < num_blocks, other=0.0)
+                a_low = tl.load(q_response_ptr + half_responses + at_q, mask=n[:, None] < num_blocks, other=0.0)
+                b = tl.load(kv_response_ptr + at_k, mask=m[:, None] < num_blocks, other=0.0)
+                b_low = tl.load(kv_response_ptr + half_responses + at_k, mask=m[:, None] < num_blocks, other=0.0)
+                moved = _dot(a, a_low, b.T, b_low.T, moved)
+            left = tl.sqrt(tl.maximum(scale * scale * variance * moved, 0.0))
+            tl.store(residual_ptr + (head * num_blocks + n[:, None]) * num_blocks + m[None, :], left, mask=inside)
         if GAIN:
             worth = tl.abs(score) > tl.abs(q_error) + tl.abs(k_error)
             tl.store(worth_ptr + (head * num_blocks + n[:, None]) * num_blocks + m[None, :], worth, mask=inside)
@@ -201,13 +239,27 @@ def _scores_kernel(
 
 
 @triton.jit
+def _leaders_kernel(logits_ptr, residual_ptr, num_blocks, WIDTH: tl.constexpr):
+    """Multiplies a row of residuals by its probabilities; +inf in place of the first largest, 0 in place of NaN."""
+    row = tl.program_id(1).to(tl.int64) * num_blocks + tl.program_id(0)
+    # [WIDTH]
+    m = tl.arange(0, WIDTH)
+    logits = tl.load(logits_ptr + row * (num_blocks + 1) + m, mask=m <= num_blocks, other=float("-inf"))
+    weight = tl.exp(logits - tl.max(logits, 0))
+    left = tl.load(residual_ptr + row * num_blocks + m, mask=m < num_blocks, other=0.0) * weight / tl.sum(weight, 0)
+    left = tl.where(left == left, tl.minimum(left, 3e38), 0.0)
+    first = tl.argmax(tl.where(m < num_blocks, left, -1.0), 0)
+    tl.store(residual_ptr + row * num_blocks + m, tl.where(m == first, float("inf"), left), mask=m < num_blocks)
+
+
+@triton.jit
 def _select_kernel(
     logits_ptr, critical_ptr, compensated_ptr, r_ptr, bias_ptr, count_ptr, index_ptr,
-    neighbours_ptr, first_frame_ptr,
+    neighbours_ptr, first_frame_ptr, residual_ptr, residual_edge_ptr,
     num_blocks, top_k, top_p,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, TOP_P: tl.constexpr,
     NEIGHBOURS: tl.constexpr, FIRST_FRAME: tl.constexpr,
-    COMPENSATE: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr,
+    COMPENSATE: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # [WIDTH]
@@ -236,19 +288,24 @@ def _select_kernel(
         edge = 0
         for place in tl.static_range(15):
             step = 1 << (28 - 2 * place)  # two bits a turn: the three sums do not wait for each other
-            one = tl.sum((bits >= kth + step).to(tl.int32), 0) >= top_k
-            two = tl.sum((bits >= kth + 2 * step).to(tl.int32), 0) >= top_k
-            three = tl.sum((bits >= kth + 3 * step).to(tl.int32), 0) >= top_k
-            kth += step * (one.to(tl.int32) + two.to(tl.int32) + three.to(tl.int32))
+            if not RESIDUAL:
+                one = tl.sum((bits >= kth + step).to(tl.int32), 0) >= top_k
+                two = tl.sum((bits >= kth + 2 * step).to(tl.int32), 0) >= top_k
+                three = tl.sum((bits >= kth + 3 * step).to(tl.int32), 0) >= top_k
+                kth += step * (one.to(tl.int32) + two.to(tl.int32) + three.to(tl.int32))
             if TOP_P:
                 one = isolated + tl.sum(tl.where(bits >= edge + step, probability, 0.0), 0) >= top_p
                 two = isolated + tl.sum(tl.where(bits >= edge + 2 * step, probability, 0.0), 0) >= top_p
                 three = isolated + tl.sum(tl.where(bits >= edge + 3 * step, probability, 0.0), 0) >= top_p
                 edge += step * (one.to(tl.int32) + two.to(tl.int32) + three.to(tl.int32))
-        # of equal probabilities the lower index goes first
-        ties = (bits == kth).to(tl.int32)
-        wanted = top_k - tl.sum((bits > kth).to(tl.int32), 0)
-        keep = (bits > kth) | ((ties != 0) & (tl.cumsum(ties, 0) <= wanted))
+        if RESIDUAL:
+            left = tl.load(residual_ptr + row * num_blocks + m, mask=inside, other=float("-inf"))
+            keep = left > tl.load(residual_edge_ptr + head)
+        else:
+            # of equal probabilities the lower index goes first
+            ties = (bits == kth).to(tl.int32)
+            wanted = top_k - tl.sum((bits > kth).to(tl.int32), 0)
+            keep = (bits > kth) | ((ties != 0) & (tl.cumsum(ties, 0) <= wanted))
         if TOP_P:
             ties = (bits == edge).to(tl.int32)
             above = isolated + tl.sum(tl.where(bits > edge, probability, 0.0), 0)

@@ -8,6 +8,8 @@ import triton.language as tl
 
 from ...method.inputs import Inputs
 from ...method.pool import Pooled
+from ...method.residual import Responses, directions
+from .arrange import principal
 
 
 class Tiled(NamedTuple):
@@ -20,6 +22,7 @@ class Tiled(NamedTuple):
                     bits, so that tensor cores can multiply it (float32 and zeros where there are none)
     k_pool, v_pool  [B, H, nb up to a multiple of 128, D], where there is a tail: means once more, in the inputs'
                     dtype, then zeros
+    responses       where blocks are chosen by error: each [2, B, H, nb, r, r], as the sum of two like `pooled`
     tail_bias       float32 [B, rows - nb*b], what to add to an isolated key's logit: 0, or -inf where it is not valid
     tail_end        int32 [B], isolated keys from here on are not valid
     places          int32 [rows] or, where heads differ, [B, H, rows]: where in the sequence a row of q comes from, -1
@@ -37,10 +40,11 @@ class Tiled(NamedTuple):
     places: torch.Tensor
     k_pool: torch.Tensor | None = None
     v_pool: torch.Tensor | None = None
+    responses: Responses | None = None
 
 
 def tile(inputs: Inputs) -> Tiled:
-    """One pass over q, k, v. config.rule says which statistics are wanted."""
+    """One pass over q, k, v. config.rule says which statistics are wanted, inputs.block_mask that no choice is."""
     q, k, v, blocks, rule = inputs.q, inputs.k, inputs.v, inputs.blocks, inputs.config.rule
     batch, _, heads, head_dim = q.shape
     b, nb, places = blocks.block_size, blocks.num_blocks, blocks.places
@@ -62,14 +66,22 @@ def tile(inputs: Inputs) -> Tiled:
     pooled = Pooled(**{name: q.new_empty(statistic, dtype=half) for name, want in wanted.items() if want})
     in_pool = (batch, heads, nb + -nb % 128, head_dim)
     k_pool, v_pool = (q.new_zeros(in_pool), q.new_zeros(in_pool)) if rule.tail else (None, None)
-    _tile_kernel[(rows // b * heads, batch, 3)](
+    responses, rank = None, 0
+    for_responses: tuple[torch.Tensor | None, ...] = (None, None, None, None)
+    if nb and rule.choice == "error" and inputs.block_mask is None:
+        seen = directions(q, k, blocks.tiled, inputs.scale, principal)
+        rank = seen.k.shape[3]
+        responses = Responses(*(q.new_empty(2, batch, heads, nb, rank, rank, dtype=half) for _ in seen))
+        for_responses = (*(x.to(q.dtype).contiguous() for x in seen), *responses)
+    _tile_kernel[(rows // b * heads, batch, 2 if rank else 3)](
         q, k, v, q_out, k_out, v_out, k_tail, v_tail,
         pooled.q, pooled.k, pooled.v, pooled.dq, pooled.dk, pooled.k_var, k_pool, v_pool, places, tail_bias,
+        *for_responses,
         rows if places.ndim == 3 else 0, *q.stride(), *k.stride(), *v.stride(),
         heads, nb, rows, batch * heads * nb * head_dim, in_pool[2],
-        BLOCK=b, HEAD_DIM=head_dim, GAIN=gain, TAIL=rule.tail, num_warps=4,
+        BLOCK=b, HEAD_DIM=head_dim, GAIN=gain, TAIL=rule.tail, RANK=rank, WIDTH=16, num_warps=4,
     )  # fmt: skip
-    return Tiled(q_out, k_out, v_out, k_tail, v_tail, pooled, tail_bias, tail_end, places, k_pool, v_pool)
+    return Tiled(q_out, k_out, v_out, k_tail, v_tail, pooled, tail_bias, tail_end, places, k_pool, v_pool, responses)
 
 
 @triton.jit
@@ -93,36 +105,74 @@ def _tile_kernel(
     q_ptr, k_ptr, v_ptr,
     q_out, k_out, v_out, k_tail, v_tail,
     q_mean, k_mean, v_mean, q_deviation, k_deviation, k_variance, k_pool, v_pool,
-    places_ptr, bias_ptr,
+    places_ptr, bias_ptr, to_q_ptr, to_k_ptr, q_response, kv_response,
     places_stride, q_sb, q_ss, q_sh, q_sd,
     k_sb, k_ss, k_sh, k_sd,
     v_sb, v_ss, v_sh, v_sd,
     heads, num_blocks, rows, half, pool_rows,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr,
+    RANK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     # heads vary fastest: programs that run together read neighbouring memory of [B, S, H, D]
     n, h, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
     which = tl.program_id(2)
     at, h = batch * heads + h, h.to(tl.int64)
     places_ptr += at * places_stride
+    responds = (at * num_blocks + n) * RANK * RANK
+    half_responses = half // HEAD_DIM * RANK * RANK
+    from_v = v_ptr + batch * v_sb + h * v_sh
+    rows_v = v_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
     if which == 0:
         from_q = q_ptr + batch * q_sb + h * q_sh
         rows_out = q_out + (at * rows + n * BLOCK) * HEAD_DIM
-        _tile(from_q, q_ss, q_sd, rows_out, q_out, q_mean, q_deviation, None, None, places_ptr, bias_ptr,
-              at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
-              KEYS=False, DEVIATION=GAIN, VARIANCE=False, POOL=False)  # fmt: skip
+        q, _ = _tile(from_q, q_ss, q_sd, rows_out, q_out, q_mean, q_deviation, None, None, places_ptr, bias_ptr,
+                     at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
+                     KEYS=False, DEVIATION=GAIN, VARIANCE=False, POOL=False)  # fmt: skip
+        if RANK > 0 and n < num_blocks:
+            # [BLOCK, WIDTH]
+            seen = tl.dot(q, _directions(to_q_ptr, at, HEAD_DIM, RANK, WIDTH), input_precision="ieee").to(q.dtype)
+            _store_response(q_response + responds, half_responses, tl.trans(seen), seen, BLOCK, RANK, WIDTH)
     elif which == 1:
         from_k = k_ptr + batch * k_sb + h * k_sh
         rows_out = k_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
-        _tile(from_k, k_ss, k_sd, rows_out, k_tail, k_mean, k_deviation, k_variance, k_pool, places_ptr, bias_ptr,
-              at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
-              KEYS=True, DEVIATION=GAIN, VARIANCE=TAIL, POOL=TAIL)  # fmt: skip
-    else:
-        from_v = v_ptr + batch * v_sb + h * v_sh
-        rows_out = v_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
-        _tile(from_v, v_ss, v_sd, rows_out, v_tail, v_mean, None, None, v_pool, places_ptr, bias_ptr,
+        k, apart = _tile(from_k, k_ss, k_sd, rows_out, k_tail, k_mean, k_deviation, k_variance, k_pool, places_ptr,
+                         bias_ptr, at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
+                         KEYS=True, DEVIATION=GAIN, VARIANCE=TAIL, POOL=TAIL)  # fmt: skip
+        if RANK > 0:
+            # [WIDTH, BLOCK]
+            seen = tl.dot(
+                apart.to(k.dtype), _directions(to_k_ptr, at, HEAD_DIM, RANK, WIDTH), input_precision="ieee"
+            ).to(k.dtype)
+            _, apart_v = _tile(from_v, v_ss, v_sd, rows_v, v_tail, v_mean, None, None, v_pool, places_ptr, bias_ptr,
+                               at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
+                               KEYS=True, DEVIATION=False, VARIANCE=False, POOL=TAIL)  # fmt: skip
+            if n < num_blocks:
+                # [WIDTH, HEAD_DIM]
+                follow = tl.dot(tl.trans(seen), apart_v.to(k.dtype), input_precision="ieee") / BLOCK
+                follow = follow.to(k.dtype)
+                _store_response(kv_response + responds, half_responses, follow, tl.trans(follow), 1, RANK, WIDTH)
+    elif RANK == 0:
+        _tile(from_v, v_ss, v_sd, rows_v, v_tail, v_mean, None, None, v_pool, places_ptr, bias_ptr,
               at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
               KEYS=True, DEVIATION=False, VARIANCE=False, POOL=TAIL)  # fmt: skip
+
+
+@triton.jit
+def _directions(from_ptr, head, HEAD_DIM: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
+    """[HEAD_DIM, WIDTH], zeros from RANK on."""
+    d = tl.arange(0, HEAD_DIM)
+    r = tl.arange(0, WIDTH)
+    at = (head * HEAD_DIM + d[:, None]) * RANK + r[None, :]
+    return tl.load(from_ptr + at, mask=r[None, :] < RANK, other=0.0)
+
+
+@triton.jit
+def _store_response(to_ptr, half, a, b, count, RANK: tl.constexpr, WIDTH: tl.constexpr):
+    """a @ b / count, [WIDTH, WIDTH], of which [RANK, RANK] are stored."""
+    product = tl.dot(a, b, input_precision="ieee") / count
+    r = tl.arange(0, WIDTH)
+    to = to_ptr + r[:, None] * RANK + r[None, :]
+    _store_halves(to, half, product, (r[:, None] < RANK) & (r[None, :] < RANK))
 
 
 @triton.jit
@@ -133,7 +183,9 @@ def _tile(
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
     KEYS: tl.constexpr, DEVIATION: tl.constexpr, VARIANCE: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """One block of one tensor. KEYS: isolated tokens go to a tensor of their own, zeros in place of invalid ones."""
+    """One block of one tensor: its tokens, and how far they are from their mean in float32. KEYS: isolated tokens go to
+    a tensor of their own, zeros in place of invalid ones.
+    """
     i = tl.arange(0, BLOCK)
     d = tl.arange(0, HEAD_DIM)
     # [BLOCK]
@@ -148,23 +200,24 @@ def _tile(
     at = place[:, None] * stride_s + d[None, :].to(tl.int64) * stride_d
     x = tl.load(from_ptr + at, mask=wanted[:, None], other=0.0)
     tl.store(to_ptr + i[:, None] * HEAD_DIM + d[None, :], x)
+    wide = x.to(tl.float32)
+    # [HEAD_DIM]
+    mean = tl.sum(wide, 0) / BLOCK
+    apart = wide - mean[None, :]
     if tail < 0:
-        # [HEAD_DIM]
         pooled = (head * num_blocks + n) * HEAD_DIM + d
-        wide = x.to(tl.float32)
-        mean = tl.sum(wide, 0) / BLOCK
-        _store_halves(mean_ptr + pooled, half, mean)
-        apart = wide - mean[None, :]
+        _store_halves(mean_ptr + pooled, half, mean, None)
         if DEVIATION:
-            _store_halves(deviation_ptr + pooled, half, tl.sum(tl.abs(apart), 0) / BLOCK)
+            _store_halves(deviation_ptr + pooled, half, tl.sum(tl.abs(apart), 0) / BLOCK, None)
         if VARIANCE:
-            _store_halves(variance_ptr + pooled, half, tl.sum(apart * apart, 0) / BLOCK)
+            _store_halves(variance_ptr + pooled, half, tl.sum(apart * apart, 0) / BLOCK, None)
         if POOL:
             tl.store(pool_ptr + (head * pool_rows + n) * HEAD_DIM + d, mean.to(x.dtype))
+    return x, apart
 
 
 @triton.jit
-def _store_halves(to_ptr, half, x):
+def _store_halves(to_ptr, half, x, mask):
     high = x.to(to_ptr.dtype.element_ty)
-    tl.store(to_ptr, high)
-    tl.store(to_ptr + half, (x - high.to(tl.float32)).to(high.dtype))
+    tl.store(to_ptr, high, mask=mask)
+    tl.store(to_ptr + half, (x - high.to(tl.float32)).to(high.dtype), mask=mask)

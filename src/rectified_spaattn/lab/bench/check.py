@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...attention import SparseStats, rectified_attention
 from ...config import SparseConfig
+from ...method.select import top_k_of
 from ...method.tail import CAP
 from ...orders import Blocks
 from .baselines import BASELINES, sdpa
@@ -104,8 +105,9 @@ def _block_errors(
     """Query block n of head h in float64, from the stats' choices. places: [nb, b], of the head's tiled tokens."""
     keys = torch.cat([places[stats.block_mask[0, h, n]].flatten(), isolated])
     got, (exact, own) = out[0, places[n], h].double(), _attend(places[n], keys, h, qkv)
-    if config.rectify == "row":
-        want = _with_pooled_keys(places[n], keys, places[stats.compensated[0, h, n]], h, qkv)
+    if config.rule.tail:
+        slope = _slope(h, stats, qkv, places) if config.rule.slope else None
+        want = _with_pooled_keys(places[n], keys, places[stats.compensated[0, h, n]], h, qkv, slope)
         return got - want, own - exact, want
     weights = stats.probability[0, h, n, :-1].double() * stats.compensated[0, h, n]
     v_mean = qkv[2][0, places, h].double().mean(1)  # [nb, D]
@@ -123,16 +125,31 @@ def _attend(queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors) -> 
 
 
 def _with_pooled_keys(
-    queries: torch.Tensor, keys: torch.Tensor, pooled: torch.Tensor, h: int, qkv: Tensors
+    queries: torch.Tensor, keys: torch.Tensor, pooled: torch.Tensor, h: int, qkv: Tensors, slope: torch.Tensor | None
 ) -> torch.Tensor:
-    """What "row" makes of some tokens of head h, float64 [queries, D]. pooled: places [blocks, b] of one key each."""
+    """What a tail makes of some tokens of head h, float64 [queries, D]. pooled: places [blocks, b] of one key each;
+    slope: [D, D].
+    """
     scale = qkv[0].shape[-1] ** -0.5
     q, k, v = (x[0, places, h].double() for x, places in zip(qkv, (queries, keys, keys), strict=True))
     k_blocks, v_blocks = (x[0, pooled, h].double() for x in qkv[1:])  # [blocks, b, D]
     spread = scale**2 * k_blocks.var(1, unbiased=False) @ q.mean(0).square()
     added = math.log(pooled.shape[1]) + (spread / 2).clamp(max=CAP)
     logits = torch.cat([scale * q @ k.T, scale * q @ k_blocks.mean(1).T + added], 1)
-    return logits.softmax(-1) @ torch.cat([v, v_blocks.mean(1)])
+    weights = logits.softmax(-1)
+    out = weights @ torch.cat([v, v_blocks.mean(1)])
+    return out if slope is None else out + weights[:, len(keys) :].sum(1, keepdim=True) * (q @ slope)
+
+
+def _slope(h: int, stats: SparseStats, qkv: Tensors, places: torch.Tensor) -> torch.Tensor:
+    """scale * H of head h, float64 [D, D], from the stats' choices. places: [nb, b]."""
+    scale = qkv[0].shape[-1] ** -0.5
+    q, k, v = (x[0, places, h].double() for x in qkv)  # [nb, b, D]
+    half_variance = scale**2 / 2 * q.mean(1).square() @ k.var(1, unbiased=False).T
+    mass = stats.probability[0, h, :, :-1].double() * half_variance.clamp(max=CAP).exp() * stats.compensated[0, h]
+    weight = mass.sum(0) / mass.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    apart = (k - k.mean(1, keepdim=True)) * (scale / k.shape[1] * weight)[:, None, None]
+    return apart.flatten(0, 1).T @ (v - v.mean(1, keepdim=True)).flatten(0, 1)
 
 
 def _worst(name: str, what: str, errors: list[_Errors], dtype: torch.dtype) -> Check:
@@ -158,14 +175,19 @@ def _require_choices(name: str, stats: SparseStats, oracle: SparseStats, blocks:
     mass, most = ((probability * mask).sum(-1) for mask in (stats.block_mask, best))
     same = float((stats.compensated == oracle.compensated).float().mean())
     problem = ""
-    if not float((sizes == wanted).float().mean()) >= (_SAME_CHOICES if config.top_p else 1.0):
+    if config.rule.choice == "error":
+        budget = top_k_of(config, blocks.num_blocks) * blocks.num_blocks
+        kept = int(stats.block_mask.sum((2, 3)).min())
+        if kept < _SAME_CHOICES * budget or not bool(stats.block_mask.any(-1).all()):
+            problem = f"{kept} critical blocks a head; allowed: {budget}, or a few less, and one or more a query block"
+    elif not float((sizes == wanted).float().mean()) >= (_SAME_CHOICES if config.top_p else 1.0):
         problem = (
             f"{int(sizes.min())} to {int(sizes.max())} critical blocks a query block; allowed: {int(wanted.min())} to "
             f"{int(wanted.max())}, as sparsity, top_p and neighbours ask for"
         )
     elif not bool((mass >= _SAME_CHOICES * most).all()):
         problem = "critical blocks that hold less attention mass than others; allowed: those with the most"
-    elif not same >= _SAME_CHOICES:
+    if not problem and not same >= _SAME_CHOICES:
         problem = f"{same:.1%} of the blocks compensated as the reference does; allowed: {_SAME_CHOICES:.0%} or more"
     if problem:
         raise BenchError(f"{name}: got {problem}. Nothing was timed.")

@@ -42,13 +42,17 @@ def _kernels_before_attend(inputs: Inputs, prepared: triton.Prepared, choices: C
 
     tiled, rule = prepared.tiled, inputs.config.rule
     scratch, bias, lists = empty(inputs, tiled)
-    scores(inputs, tiled, scratch, bias)
+    residual = scores(inputs, tiled, scratch, bias)
     stages: Stages = {
         "tile + pool": partial(tile, inputs),
         "scores, gain": partial(scores, inputs, tiled, scratch, bias),
-        "select, lists, R": partial(select, inputs, scratch, bias, lists),
+        "select, lists, R": partial(select, inputs, scratch, bias, lists, residual),
     }
     if rule.gate != "none" and not rule.tail:
         c = torch.empty_like(prepared.rectification.c)
         stages["C"] = partial(compensate, choices, tiled.pooled.v, c)
+    if rule.slope and prepared.rectification.tail is not None:
+        from ...backends.triton.slope import slope
+
+        stages["slope"] = partial(slope, inputs, tiled, choices, prepared.rectification.tail.bias)
     return stages

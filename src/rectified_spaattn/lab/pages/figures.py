@@ -19,13 +19,21 @@ from ...orders import CURVES
 ORANGE, SKY, GREEN, YELLOW = "#E69F00", "#56B4E9", "#009E73", "#F0E442"
 BLUE, VERMILION, PURPLE, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, YELLOW, GREY)
-MODE_COLOURS = {"none": VERMILION, "pooled": ORANGE, "ipar": SKY, "ipar+gapr": BLUE, "row": GREEN}
+MODE_COLOURS = {
+    "none": VERMILION,
+    "pooled": ORANGE,
+    "ipar": SKY,
+    "ipar+gapr": BLUE,
+    "row": GREEN,
+    "row+slope": PURPLE,
+}
 MODE_LABELS = {
     "none": "sparse, not rectified",
     "pooled": "pooled",
     "ipar": "IPAR",
     "ipar+gapr": "rectified (IPAR + GAPR)",
     "row": "row",
+    "row+slope": "row + slope",
 }
 KIND_COLOURS = {"critical": BLUE, "compensated": YELLOW, "rejected": "#DDDDDD"}
 # one block is one pixel of an image: sharp where blocks are few, averaged where they are smaller than the screen's

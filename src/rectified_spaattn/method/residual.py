@@ -1,0 +1,84 @@
+"""What a block leaves undone where its pooled key stands for it: stage 3 keeps blocks by it. Not in the paper."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .arrange import DIRECTIONS, sample_of
+
+
+class Directions(NamedTuple):
+    """scale * q·(k - k̄) seen in r = min(8, D) directions: about (q @ Q)·((k - k̄) @ K), Q and K being [B, H, D, r]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+
+
+class Responses(NamedTuple):
+    """Of every block [B, H, nb, r, r]: how its queries look in the directions, mean (q Q)(q Q)ᵀ; and how its values
+    follow its keys there, C Cᵀ with C = mean ((k - k̄) K)(v - v̄)ᵀ, [r, D].
+    """
+
+    q: torch.Tensor
+    kv: torch.Tensor
+
+
+def principal(covariance: torch.Tensor, weigh: torch.Tensor) -> torch.Tensor:
+    """W [Z, n, r], Wᵀ C W = 1: the r = min(DIRECTIONS, n) principal directions of S C; C and S symmetric, [Z, n, n].
+
+    Where C is singular, W is 0 in what C does not reach.
+    """
+    values, vectors = torch.linalg.eigh(covariance.nan_to_num(0.0, 0.0, 0.0))
+    some = values > 100 * torch.finfo(values.dtype).eps * values[:, -1:]
+    root = values.where(some, 0).sqrt()[:, None]
+    seen = (vectors * root).transpose(1, 2) @ weigh.nan_to_num(0.0, 0.0, 0.0) @ (vectors * root)
+    main = torch.linalg.eigh(seen)[1][:, :, -DIRECTIONS:]
+    return (vectors / root.where(some[:, None], math.inf)) @ main
+
+
+def directions(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    tiled: torch.Tensor,
+    scale: float,
+    principal: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = principal,
+) -> Directions:
+    """The directions of every head in which its keys differ most for its queries. q, k: [B, S, H, D].
+
+    K are the r principal directions of M_q C_k, Kᵀ C_k K = 1, with C_k the covariance of keys and M_q = scale² mean
+    q qᵀ, from the sample that sorting takes; Q = scale * C_k K. Zeros where they are not finite. principal: what finds
+    them, exactly here, by iteration on a GPU.
+    """
+    batch, _, heads, _ = q.shape
+    some_q, some_k = sample_of(q, tiled), sample_of(k, tiled)
+    apart = some_k - some_k.mean(1, keepdim=True)
+    covariance = apart.transpose(1, 2) @ apart / some_k.shape[1]
+    to_k = principal(covariance, scale**2 * (some_q.transpose(1, 2) @ some_q / some_q.shape[1]))
+    both = Directions(scale * (covariance @ to_k), to_k)
+    return Directions(*(x.nan_to_num(0.0, 0.0, 0.0).unflatten(0, (batch, heads)) for x in both))
+
+
+def responses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of: Directions) -> Responses:
+    """q, k, v: [B, H, nb, b, D], any floating dtype."""
+    rank, size = of.k.shape[3], q.shape[3]
+    both = of.k.new_empty(2, *q.shape[:3], rank, rank)
+    for h in range(q.shape[1]):  # one head at a time, so that a long video needs no copy of all
+        seen = q[:, h].to(of.q.dtype) @ of.q[:, h, None]
+        keys, values = (x[:, h].to(of.k.dtype) for x in (k, v))
+        seen_k = (keys - keys.mean(2, keepdim=True)) @ of.k[:, h, None]
+        follow = seen_k.transpose(-1, -2) @ (values - values.mean(2, keepdim=True)) / size  # [B, nb, r, D]
+        torch.matmul(seen.transpose(-1, -2), seen, out=both[0, :, h]).div_(size)
+        torch.matmul(follow, follow.transpose(-1, -2), out=both[1, :, h])
+    return Responses(*both)
+
+
+def residual(probability: torch.Tensor, half_variance: torch.Tensor, of: Responses) -> torch.Tensor:
+    """P_nm σ_nm times the root mean square over the queries of block n of |scale * q H_m|: [B, H, nb, nb].
+
+    probability: [B, H, nb, nb + 1]; half_variance: ½σ², [B, H, nb, nb]. H_m = mean (k - k̄)(v - v̄)ᵀ over block m says
+    how its values follow its keys, and scale * q H_m is what the pooled value misses, to first order.
+    """
+    moved = of.q.flatten(-2) @ of.kv.flatten(-2).transpose(-1, -2)  # mean |scale * q H_m|²
+    return probability[..., :-1] * moved.mul_(2 * half_variance).clamp_(min=0).sqrt_()
