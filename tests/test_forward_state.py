@@ -257,3 +257,19 @@ def test_enabling_that_is_interrupted_leaves_nothing(model, at, monkeypatch):
 def stop_once(module, setting):
     vars(module)["set_processor"] = setting
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_disabling_that_is_interrupted_is_off_at_once_and_ends_at_the_next_try(model, block, monkeypatch):
+    before, inputs = model.attn_processors, tiny.wan_inputs()
+    untouched = forward(model, inputs)
+    handle = rsa.enable(model, **SPARSE)
+    attention = model.blocks[block].attn1
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "set_processor", lambda _: raise_(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            handle.disable()
+    assert torch.equal(forward(model, inputs), untouched)
+    rsa.disable(model)
+    assert all(model.attn_processors[name] is before[name] for name in before)
+    assert not model._forward_pre_hooks

@@ -184,6 +184,17 @@ def test_cogvideox_with_fused_projections(name: str) -> None:
     assert all(type(p) is CogVideoXAttnProcessor2_0 for p in model.attn_processors.values())
 
 
+def test_cogvideox_unfused_again_uses_its_weights_of_now() -> None:
+    model, inputs = build("CogVideoX 1.5 T2V", 16)
+    model.fuse_qkv_projections()
+    model.unfuse_qkv_projections()
+    with torch.no_grad():  # as a LoRA that is loaded now
+        model.transformer_blocks[0].attn1.to_k.weight.mul_(-1)
+    untouched = forward(model, inputs)
+    with rsa.enable(model, sparsity=0.0, **PLAIN):
+        torch.testing.assert_close(forward(model, inputs), untouched, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["CogVideoX 1.0", "CogVideoX 1.5 I2V", "HunyuanVideo 1.5 T2V", "HunyuanVideo 1.5 I2V"])
 def test_dense_calls_of_our_own_processors_equal_the_stock_ones(name: str) -> None:
     model, inputs = build(name, 16)
@@ -326,7 +337,9 @@ def test_capture_sees_cogvideox_as_it_is() -> None:
     with capture_attention(pipeline, steps=[1]) as calls:
         captured = run(pipeline, arguments)
     torch.testing.assert_close(captured, run(pipeline, arguments), rtol=1e-4, atol=1e-5)
-    assert [(call.layer, call.layout.grid) for call in calls] == [(0, VIDEO), (1, VIDEO)]
-    assert all(call.layout.text_places.tolist() == list(range(TEXT)) for call in calls)  # text stands first
+    assert [(call.layer, call.layout.grid, call.layout.grid_start) for call in calls] == [
+        (0, VIDEO, TEXT),
+        (1, VIDEO, TEXT),
+    ]
     assert calls[0].q.shape == (2, 192 + TEXT, 2, 16)
     assert all(pipeline.transformer.attn_processors[name] is before[name] for name in before)

@@ -10,8 +10,9 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 class CogVideoXProcessor:
-    """Joint attention over text and then video, separate or fused projections."""
+    """Joint attention over text and then video."""
 
+    fused = False  # by the processor it stands in for: the module keeps what it fused, and its flag, for ever
     _attention_backend: Any = None
     _parallel_config: Any = None
 
@@ -26,7 +27,7 @@ class CogVideoXProcessor:
         """hidden_states: video [B, N, C]; encoder_hidden_states: text [B, L, C]. Returns both, attended."""
         text = encoder_hidden_states.shape[1]
         tokens = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        projected = attn.to_qkv(tokens).chunk(3, dim=-1) if attn.fused_projections else _separately(attn, tokens)
+        projected = attn.to_qkv(tokens).chunk(3, dim=-1) if self.fused else _separately(attn, tokens)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in projected)
         if attn.norm_q is not None:
             q = attn.norm_q(q)
@@ -40,6 +41,12 @@ class CogVideoXProcessor:
         )
         out = attn.to_out[1](attn.to_out[0](out.flatten(2)))
         return out[:, text:], out[:, :text]
+
+
+class FusedCogVideoXProcessor(CogVideoXProcessor):
+    """The same with fused projections."""
+
+    fused = True
 
 
 def _separately(attn: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -20,7 +20,7 @@ from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVid
 from torch.overrides import _get_current_function_mode_stack
 
 from ..ops import TAGS
-from .cogvideox import CogVideoXProcessor
+from .cogvideox import CogVideoXProcessor, FusedCogVideoXProcessor
 from .hooks import refuse_pickling
 from .hunyuan_video15 import HunyuanVideo15Processor
 from .state import LayerState
@@ -30,7 +30,7 @@ BACKEND_NAME = "rectified_spaattn"
 # Stock processors that attend by themselves, or could not at full size, and ours in their place.
 STAND_INS: dict[Any, Any] = {
     CogVideoXAttnProcessor2_0: CogVideoXProcessor,
-    FusedCogVideoXAttnProcessor2_0: CogVideoXProcessor,
+    FusedCogVideoXAttnProcessor2_0: FusedCogVideoXProcessor,
     HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor,
 }
 

@@ -180,16 +180,19 @@ class LayerState:
         forward = self.owner.forwards.current()
         if forward is None:
             self._say_outside()
-            return self._counted(OUTSIDE, None, q, k, v, mask, scale)
+            self._count_dense(OUTSIDE)
+            return self._dense(q, k, v, mask, scale)
         self._check_sequence(forward, q.shape[1])
         if self.owner.needs_steps and q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{self.name}: a CUDA graph is being captured, in which every step would do what this one does, but "
                 f"{self.owner.steps_wanted} asks for others. Compile in the default mode, or enable without them."
             )
+        forward.calls += 1
         reason = self.why_dense(forward)
         if reason is not None:
-            return self._counted(reason, forward, q, k, v, mask, scale)
+            self._count_dense(reason)
+            return self._dense(q, k, v, mask, scale)
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise RuntimeError(
                 f"{self.name}: sparse attention is for inference and has no gradient. Call the model inside "
@@ -213,8 +216,9 @@ class LayerState:
         elif mask is not None:
             layout, text_mask = forward.masked.of(mask, layout, forward.layout, len(q))
             if layout.video < state.config.block_size:
-                reason = f"its mask leaves {layout.video} tokens, less than one block of {state.config.block_size}"
-                return self._counted(reason, forward, q, k, v, mask, scale)
+                block_size = state.config.block_size
+                self._count_dense(f"its mask leaves {layout.video} tokens, less than one block of {block_size}")
+                return self._dense(q, k, v, mask, scale)
         if forward.padding:
             q, k, v = (x[:, : layout.sequence] for x in (q, k, v))
         out, stats = rectified_attention(
@@ -225,28 +229,14 @@ class LayerState:
             self.record.sparse += 1
             self.record.density = self.record.density + density
             self.record.backends.add(stats.backend)
-        forward.calls += 1
         forward.sparse += 1
         forward.density = forward.density + density
         out = out.to(q.dtype)
         return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, forward.padding)) if forward.padding else out
 
-    def _counted(
-        self,
-        reason: str,
-        forward: ForwardState | None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        scale: float | None,
-    ) -> torch.Tensor:
-        """Full attention that counts as a dense call."""
+    def _count_dense(self, reason: str) -> None:
         with self.owner.lock:
             self.record.dense[reason] += 1
-        if forward is not None:
-            forward.calls += 1
-        return self._dense(q, k, v, mask, scale)
 
     def _dense(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
