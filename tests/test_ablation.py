@@ -163,7 +163,8 @@ def test_the_study_writes_a_row_for_every_pair_and_mode_and_prints_them_again(tm
 def test_masses_of_blocks_by_content() -> None:
     """What the operator makes of the call itself is what is measured on the call with its tokens moved."""
     one = call(batch=2)
-    for mode in RECTIFY:
+    # by error, blocks are chosen from directions of a sample, which moved tokens change
+    for mode in [name for name, rule in RECTIFY.items() if rule.choice == "mass"]:
         config = SparseConfig(
             sparsity=0.6, rectify=mode, block_size=BLOCK, order="content", neighbours=False, top_p=0.0
         )

@@ -59,8 +59,11 @@ def test_no_file_is_above_400_lines() -> None:
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
-def test_the_package_does_not_grow_unseen() -> None:
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES) <= 12_300
+def test_instruments_are_the_smaller_part() -> None:
+    """The package generates; what measures it and what prints is beside that."""
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    instruments = sum(count for path, count in lines.items() if path.relative_to(PACKAGE).parts[0] in ("lab", "cli"))
+    assert instruments < sum(lines.values()) / 2
 
 
 def test_order_and_block_size_are_written_in_the_config_alone() -> None:
