@@ -14,7 +14,7 @@ GPU_TESTS ?= tests
 GPU_PYTEST := PYTHONPATH=src OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(CURDIR)/build/triton \
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU_PYTHON) -m pytest
 
-.PHONY: demo test quick slow-test gpu-test lint clean
+.PHONY: demo test quick slow-test gpu-test upstream-test lint clean
 
 demo: $(STAMP)
 	$(BIN)/rectified-spaattn demo --out demo-output
@@ -34,6 +34,10 @@ slow-test: $(STAMP)
 gpu-test:
 	$(GPU_PYTEST) -n $(GPU_WORKERS) --dist loadgroup -m "gpu and not large" $(GPU_TESTS)
 	$(GPU_PYTEST) -n 0 -s -m "gpu and large" tests/test_gpu_kernels.py
+
+# diffusers' own tests with every model enabled: make upstream-test DIFFUSERS=checkout
+upstream-test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/upstream.py $(DIFFUSERS) -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check src studies tests benchmarks examples

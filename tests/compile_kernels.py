@@ -46,13 +46,12 @@ def kernels(arch: str) -> Iterator[Kernel]:
     hip     every kernel once, at its largest: another compiler
     others  what multiplies on tensor cores, which every generation does in its own way: to NVIDIA's the other kernels
             are the same instructions and the same shared memory
-    attend  everywhere with a tail and a slope, and without either: its tiling follows the architecture
+    attend  everywhere at its largest, with a tail and a slope: its tiling follows the architecture
     """
     if arch == "90":
         yield from every_variant()
         return
-    for tail, slope in (TAILS[0], TAILS[-1]):
-        yield attend_kernel(arch, 128, 128, False, tail, slope)
+    yield attend_kernel(arch, 128, 128, False, *TAILS[-1])
     yield scores_kernel(128, True, True, RANK)
     yield compensate_kernel(128)
     yield slope_kernel(128, 128)
