@@ -16,10 +16,11 @@ from .method.plan import Choices
 from .orders import blocks_of
 
 # inductor must not capture the op in its CUDA graphs: what it does is chosen anew in every call
-TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+# (a torch that knows no such tag knows no argument for it, either)
+TAGS: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
 
-@torch.library.custom_op("rectified_spaattn::attention", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("rectified_spaattn::attention", mutates_args=(), **TAGS)
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -45,7 +46,7 @@ def attention(
     return out, critical, choices.compensated, choices.probability, choices.r, order
 
 
-@torch.library.custom_op("rectified_spaattn::plan", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("rectified_spaattn::plan", mutates_args=(), **TAGS)
 def plan(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -46,7 +46,7 @@ class _Caller(threading.local):
 _caller = _Caller()
 
 
-@torch.library.custom_op("rectified_spaattn::layer", mutates_args=(), tags=TAGS)
+@torch.library.custom_op("rectified_spaattn::layer", mutates_args=(), **TAGS)
 def layer_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -81,14 +81,7 @@ def _layer_of(handle: torch.Tensor) -> LayerState:
 
 
 @layer_attention.register_fake
-def _layer_attention_fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    handle: torch.Tensor,
-    scale: float | None,
-) -> torch.Tensor:
+def _layer_attention_fake(q: torch.Tensor, *rest: Any) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
