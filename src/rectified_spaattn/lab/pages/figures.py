@@ -36,8 +36,11 @@ def error_figure(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     axis = figure.subplots()
     for row in rows:
         group, place, values = sparsities.index(row["sparsity"]), modes.index(row["rectify"]), row["by_layer"]
-        x, name = group + (place - (len(modes) - 1) / 2) * width, MODE_LABELS[row["rectify"]] if group == 0 else None
-        bar = axis.bar(x, row["mean"], width * 0.92, color=MODE_COLOURS[row["rectify"]], label=name)
+        x, name = (
+            group + (place - (len(modes) - 1) / 2) * width,
+            MODE_LABELS.get(row["rectify"], row["rectify"]) if group == 0 else None,
+        )
+        bar = axis.bar(x, row["mean"], width * 0.92, color=MODE_COLOURS.get(row["rectify"], GREY), label=name)
         [label] = axis.bar_label(bar, fmt="%.3f", padding=3, fontsize=9)  # stays readable over the dots
         label.set(bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.5}, zorder=4)
         axis.scatter([x] * len(values), values, s=12, color="#222222", alpha=0.55, zorder=3, linewidths=0)
