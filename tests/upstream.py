@@ -51,7 +51,7 @@ REFUSALS = {
 
 
 def outcomes(folder: Path, name: str, plugin: bool, arguments: list[str]) -> dict[str, str | None]:
-    """Test -> None where it passed, else what it said. Skipped tests are left out, those that fail as marked are not."""
+    """Test -> None where it passed, else what it said. Skipped tests are left out."""
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         command = [sys.executable, "-m", "pytest", f"tests/{name}", "-q", "-p", "no:cacheprovider"]
         command += [*(("-p", "upstream_plugin") if plugin else ()), f"--junitxml={report.name}", *arguments]
