@@ -141,6 +141,7 @@ def test_splits_are_fixed_known_to_the_model_and_disjoint() -> None:
         split_pairs("test")
 
 
+@pytest.mark.slow
 def test_the_study_writes_a_row_for_every_pair_and_mode_and_prints_them_again(tmp_path: Path) -> None:
     options = [*SMALL, "--batch", "2", "--sparsity", "0.9", "--rectify", "none", "--rectify", "ipar"]
     printed = run_study(Options, ablation, *options, "--out", str(tmp_path))
@@ -183,6 +184,7 @@ def sample(one: AttentionCall, i: int) -> AttentionCall:
     return replace(one, **{name: getattr(one, name)[i : i + 1] for name in ("q", "k", "v", "text_mask")})
 
 
+@pytest.mark.slow
 def test_orders_are_compared_in_one_run(tmp_path: Path) -> None:
     options = [*SMALL, "--sparsity", "0.8", "--rectify", "row", "--order", "gilbert", "--order", "content"]
     printed = run_study(Options, ablation, *options, "--batch", "2", "--out", str(tmp_path))

@@ -101,6 +101,7 @@ def test_render_rejects_what_it_cannot_draw() -> None:
         render([Scene((SHAPE,), "blue", "dotted")], 0, 16, 16)
 
 
+@pytest.mark.slow
 def test_packaged_weights_reach_the_logged_held_out_loss() -> None:
     pipe = load_demo_pipeline()
     with SETTINGS.with_name("loss.csv").open(newline="") as file:

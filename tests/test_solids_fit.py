@@ -162,6 +162,7 @@ def test_a_resumed_run_is_the_run_that_went_on(tmp_path: Path) -> None:
     assert [row["frames"] for row in first.rows] == [2, 4]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_moves_the_average() -> None:
     run = fit.Run(changed(steps=30, prediction="velocity", stages=(Stage(until=1.0, frames=4, batch=4),)), CPU)
     before, loss = weights(run.average), fit.held_out_loss(run.average, TINY, CPU, 4, count=4)
@@ -260,6 +261,7 @@ def test_export_is_what_diffusers_reads(tmp_path: Path) -> None:
     torch.testing.assert_close(made, network(noisy, sigmas, ids), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_call_trains_saves_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = [
         f"{name}={getattr(TINY, name)}" for name in ("steps", "frames", "size", "heads", "single_blocks", "sync_every")
