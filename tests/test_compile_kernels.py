@@ -16,7 +16,9 @@ OF_ARCH = dict.fromkeys(SHARED_KIB, TENSOR_CORES) | {"90": EVERY, "hip": EVERY}
 LEAST = min(SHARED_KIB[arch] for arch in SHARED_KIB if arch != "hip")
 
 
-@pytest.mark.parametrize("arches", [("90",), ("80", "89", "100", "120", "hip")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arches", [("90",), ("80", "100"), pytest.param(("89", "120", "hip"), marks=pytest.mark.slow)], ids=" ".join
+)
 def test_kernels_compile_and_fit(arches: tuple[str, ...], tmp_path: Path) -> None:
     """compile_kernels.py says what is compiled for which architecture. Importing takes seconds: two processes."""
     # not the interpreter, and no kernel that an earlier run has compiled

@@ -104,6 +104,7 @@ def test_packaged_weights_are_small() -> None:
     assert sum(sizes) <= 16_000_000
 
 
+@pytest.mark.slow  # of the weights, which change with a training alone
 def test_generated_shapes_obey_the_caption(pipe: DemoVideoPipeline) -> None:
     prompts = [f"a large red solid circle moving {way} over a blue shaded background" for way in ("left", "right")]
     frames = pipe(prompts, num_inference_steps=6, generator=torch.Generator().manual_seed(3)).frames
