@@ -79,6 +79,7 @@ def test_the_hilbert_curve_goes_from_cell_to_neighbour() -> None:
     assert (cells[places.argsort()].diff(dim=0).abs().sum(1) == 1).all()
 
 
+@pytest.mark.slow
 def test_the_study_compares_every_way_with_content(tmp_path: Path) -> None:
     options = [
         "--pairs",
