@@ -2,10 +2,14 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
 
 if not torch.cuda.is_available():  # before anything imports the kernels: they are interpreted, as this machine can
     os.environ["TRITON_INTERPRET"] = "1"
@@ -70,3 +74,18 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     DemoVideoPipeline(transformer, build_caption_encoder(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pipe() -> "DemoVideoPipeline":
+    """The demo model with random weights, two heads and one layer of each kind."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
+    from studies.demo_model.network import build_caption_encoder, build_transformer
+
+    torch.manual_seed(0)
+    transformer = build_transformer(num_heads=2, num_layers=1, num_single_layers=1).eval()
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return DemoVideoPipeline(transformer, build_caption_encoder().eval(), FlowMatchEulerDiscreteScheduler())

@@ -11,7 +11,6 @@ from rectified_spaattn.lab.calls.error import attention_error, block_masses, ful
 from rectified_spaattn.lab.calls.maps import one_head, output_masses
 from rectified_spaattn.lab.clips.clip import Pair
 from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
-from studies.demo_model.network import build_caption_encoder, build_transformer
 from studies.harness import EXACT
 
 PROMPT = "a red solid circle moving right over a blue striped background"
@@ -19,17 +18,6 @@ ARGUMENTS = {"height": 32, "width": 32, "num_frames": 8, "num_inference_steps": 
 SPARSE = EXACT.replace(sparsity=0.8, block_size=32)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def pipe() -> DemoVideoPipeline:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    torch.manual_seed(0)
-    transformer = build_transformer(num_heads=2, num_layers=1, num_single_layers=1).eval()
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return DemoVideoPipeline(transformer, build_caption_encoder().eval(), FlowMatchEulerDiscreteScheduler())
 
 
 @pytest.fixture(scope="module")

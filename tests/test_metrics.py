@@ -22,7 +22,6 @@ from rectified_spaattn.lab.clips.summary import measure, plain, summarise, wins
 from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
 from rectified_spaattn.lab.pages.demo import comparisons
 from rectified_spaattn.pipelines import RunStats
-from studies.demo_model.network import build_caption_encoder, build_transformer
 
 PROMPT = "a red solid circle moving right over a blue striped background"
 CALL = {"height": 32, "width": 32, "num_frames": 8, "num_inference_steps": 3}
@@ -32,17 +31,6 @@ RECTIFIED = Mode(name="rectified-80", label="rectified 80%", configs=(SPARSE,))
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def pipe() -> DemoVideoPipeline:
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    torch.manual_seed(0)
-    transformer = build_transformer(num_heads=2, num_layers=1, num_single_layers=1).eval()
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return DemoVideoPipeline(transformer, build_caption_encoder().eval(), FlowMatchEulerDiscreteScheduler())
 
 
 def clips(*shape: int, seed: int = 0) -> torch.Tensor:

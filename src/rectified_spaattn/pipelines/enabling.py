@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..backends import BACKENDS
+from ..backends import check_backend
 from ..config import SparseConfig
 from .adapters import Adapter, adapter_for, checkpoint, default_configs
 from .attachment import Attachment, ForwardHooks, RunHook, attach
@@ -43,8 +43,7 @@ def enable(
     """
     transformers, pipeline = transformers_of(pipe_or_transformer)
     adapters = [adapter_for(model) for _, model in transformers]
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}; allowed: one of {['auto', *BACKENDS]}.")
+    check_backend(backend)
     if config is not None and preset is not None:
         raise ValueError(f"enable: got both config and preset={preset!r}; allowed: one of them.")
     if config is None:
