@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .attention import Plan, SparseStats, attend, plan, rectified_attention
     from .config import SparseConfig
     from .layout import TokenLayout
-    from .pipelines import Handle, disable, enable
+    from .pipelines import Handle, Parallelism, disable, enable, parallelize
     from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, disable_teacache, enable_teacache
     from .presets import PRESETS, preset
 
@@ -28,6 +28,8 @@ _HOME = {
     "disable": "pipelines",
     "enable": "pipelines",
     "Handle": "pipelines",
+    "Parallelism": "pipelines",
+    "parallelize": "pipelines",
     "disable_teacache": "pipelines.teacache",
     "enable_teacache": "pipelines.teacache",
     "TeaCacheHandle": "pipelines.teacache",
@@ -37,6 +39,7 @@ _HOME = {
 __all__ = [
     "PRESETS",
     "Handle",
+    "Parallelism",
     "Plan",
     "SparseConfig",
     "SparseStats",
@@ -48,6 +51,7 @@ __all__ = [
     "disable_teacache",
     "enable",
     "enable_teacache",
+    "parallelize",
     "plan",
     "preset",
     "rectified_attention",

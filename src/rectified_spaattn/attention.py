@@ -248,15 +248,15 @@ def density(
     """
     batch, heads, nb, _ = block_mask.shape
     tiled = nb * config.block_size
-    leftover, alone = layout.video - tiled, layout.sequence - tiled
+    everyone = layout.sequence - layout.padding
+    leftover, alone = layout.video - tiled, everyone - tiled
     if text_mask is None:
         text = torch.full((batch,), layout.text, dtype=torch.float32, device=block_mask.device)
     else:
         text = text_mask.sum(1).float()
     keys = tiled + leftover + text  # [B] valid ones
     kept = block_mask.sum((1, 2, 3)).float() / max(1, heads * nb) * config.block_size  # [B] tiled keys a tiled query
-    tiled_share = tiled / layout.sequence
-    return (tiled_share * (kept + leftover + text) / keys + alone / layout.sequence).mean()
+    return (tiled / everyone * (kept + leftover + text) / keys + alone / everyone).mean()
 
 
 def _checked(

@@ -3,8 +3,9 @@
 import ast
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from numbers import Integral
 
 import torch
@@ -22,29 +23,38 @@ class TokenLayout:
     grid        (T, H, W) in tokens, after patching, where the tokens that can be tiled lie in one; None: nowhere, and
                 only an order that needs no places ("content") can tile them
     grid_start  place of the grid's first token; the others follow in raster order
+    padding     how many tokens at the end take no part: no keys, and zeros as output
+    pieces      half-open spans of all these places in the order in which they lie in q, k, v, where the sequence was
+                cut in pieces; empty: as they are
 
-    Make one with `build` or `of`. Raises ValueError for spans out of order or out of range.
+    Make one with `build` or `of`. Raises ValueError for spans or pieces out of order or out of range.
     """
 
     sequence: int
     spans: tuple[Span, ...]
     grid: Grid | None = None
     grid_start: int = 0
+    padding: int = 0
+    pieces: tuple[Span, ...] = ()
     key: str = field(init=False, repr=False, compare=False)  # the fields, as the operator's schema carries them
 
     def __post_init__(self) -> None:
-        start, end = 0, self.sequence
+        start, end = 0, self.sequence - self.padding
         if self.grid is not None:
             start, end = self.grid_start, self.grid_start + math.prod(self.grid)
         edges = [edge for span in self.spans for edge in span]
-        inside = not edges or (start <= edges[0] and edges[-1] <= end <= self.sequence)
+        inside = not edges or (start <= edges[0] and edges[-1] <= end <= self.sequence - self.padding)
         filled = all(first < last for first, last in self.spans)
         if not inside or not filled or edges != sorted(set(edges)):
             raise ValueError(
                 f"spans: got {self.spans}; allowed: half-open, ascending, apart from each other, within places {start} "
                 f"to {end} of {self.sequence} tokens."
             )
-        object.__setattr__(self, "key", repr([self.sequence, self.spans, self.grid, self.grid_start]))
+        ends = [0, *(last for _, last in sorted(self.pieces))]
+        starts = [first for first, _ in sorted(self.pieces)] + [self.sequence]
+        if self.pieces and starts != ends:
+            raise ValueError(f"pieces: got {self.pieces}; allowed: each of the {self.sequence} places in one of them.")
+        object.__setattr__(self, "key", repr([getattr(self, name) for name in _KEPT]))
 
     @staticmethod
     def build(grid: Grid, text: int = 0, text_first: bool = False) -> "TokenLayout":
@@ -78,14 +88,20 @@ class TokenLayout:
     def without(self, places: Sequence[int]) -> "TokenLayout":
         """The same layout in which the tokens at `places` stand alone, as hidden ones must; the grid stays."""
         left = set(_places(self.spans)) - set(places)
-        return TokenLayout(sequence=self.sequence, spans=_spans(left), grid=self.grid, grid_start=self.grid_start)
+        return replace(self, spans=_spans(left))
+
+    def cut(self, streams: Sequence[int], ranks: int) -> "TokenLayout":
+        """The same layout where each of `ranks` processes had an equal part of every stream, one after the other.
+
+        streams: lengths that the sequence consists of, text and video, say; each is cut as torch.tensor_split does.
+        """
+        return _cut(self, tuple(streams), ranks)
 
     @staticmethod
     @lru_cache(maxsize=256)
     def from_key(key: str) -> "TokenLayout":
         """The layout whose `key` this is; cached."""
-        sequence, spans, grid, grid_start = ast.literal_eval(key)
-        return TokenLayout(sequence=sequence, spans=spans, grid=grid, grid_start=grid_start)
+        return TokenLayout(**dict(zip(_KEPT, ast.literal_eval(key), strict=True)))
 
     @property
     def video(self) -> int:
@@ -94,24 +110,69 @@ class TokenLayout:
 
     @property
     def text(self) -> int:
-        """The number of tokens that stand alone: text, padding included, audio, and what must be exact."""
-        return self.sequence - self.video
+        """The number of tokens that stand alone: text, audio, and what must be exact."""
+        return self.sequence - self.padding - self.video
 
     @cached_property
-    def video_places(self) -> torch.Tensor:
-        """int64 [N]: places of the tokens that can be tiled, ascending; on the CPU."""
+    def video_tokens(self) -> torch.Tensor:
+        """int64 [N]: which tokens can be tiled, ascending; on the CPU."""
         return torch.tensor(_places(self.spans), dtype=torch.int64, device="cpu")
 
     @cached_property
-    def text_places(self) -> torch.Tensor:
-        """int64 [text]: places of the tokens that stand alone, ascending; on the CPU."""
-        alone = torch.ones(self.sequence, dtype=torch.bool, device="cpu")
-        alone[self.video_places] = False
+    def text_tokens(self) -> torch.Tensor:
+        """int64 [text]: which tokens stand alone, ascending; on the CPU."""
+        alone = torch.ones(self.sequence - self.padding, dtype=torch.bool, device="cpu")
+        alone[self.video_tokens] = False
         return alone.nonzero().flatten()
+
+    @cached_property
+    def place(self) -> torch.Tensor:
+        """int64 [S]: where in q, k, v every token lies; on the CPU."""
+        return self.token.argsort()
+
+    @cached_property
+    def token(self) -> torch.Tensor:
+        """int64 [S]: which token lies in every place of q, k, v; on the CPU."""
+        return torch.tensor(_places(self.pieces or ((0, self.sequence),)), dtype=torch.int64, device="cpu")
+
+    @cached_property
+    def video_places(self) -> torch.Tensor:
+        """int64 [N]: where in q, k, v the tokens that can be tiled lie, token after token; on the CPU."""
+        return self.place[self.video_tokens]
+
+    @cached_property
+    def text_places(self) -> torch.Tensor:
+        """int64 [text]: where in q, k, v the tokens that stand alone lie, token after token; on the CPU."""
+        return self.place[self.text_tokens]
 
     def __str__(self) -> str:
         video = f"{self.video} tokens" if self.grid is None else "{}*{}*{} video".format(*self.grid)
         return f"{video} + {self.text} that stand alone = {self.sequence}"
+
+
+_KEPT = tuple(each.name for each in fields(TokenLayout) if each.init)
+
+
+@lru_cache(maxsize=64)
+def _cut(layout: TokenLayout, streams: tuple[int, ...], ranks: int) -> TokenLayout:
+    starts = list(accumulate(streams, initial=0))
+    if starts[-1] != layout.sequence:
+        raise ValueError(f"streams: got {list(streams)}; allowed: lengths that add up to {layout.sequence}.")
+    pieces: list[Span] = []
+    for rank in range(ranks):
+        for start, length in zip(starts, streams, strict=False):
+            sizes = part_sizes(length, ranks)
+            first = start + sum(sizes[:rank])
+            last = first + sizes[rank]
+            if pieces and pieces[-1][1] == first:
+                first = pieces.pop()[0]
+            pieces += [(first, last)] * (first < last)
+    return replace(layout, pieces=tuple(pieces) if len(pieces) > 1 else ())
+
+
+def part_sizes(length: int, ranks: int) -> list[int]:
+    """How many of so many tokens each rank gets, as torch.tensor_split cuts them."""
+    return [length // ranks + (rank < length % ranks) for rank in range(ranks)]
 
 
 def _places(spans: Iterable[Span]) -> list[int]:

@@ -47,7 +47,7 @@ class Blocks:
 
     @property
     def sequence(self) -> int:
-        """S, the number of all tokens."""
+        """The number of all tokens but padding."""
         return self.tiled.numel() + self.isolated.numel()
 
     @property
@@ -89,7 +89,7 @@ def blocks_of(layout: TokenLayout, config: SparseConfig) -> Blocks:
 
 @lru_cache(maxsize=64)
 def _blocks(layout: TokenLayout, order: str, block_size: int) -> Blocks:
-    places = layout.video_places
+    places = layout.video_tokens
     if layout.grid is not None:  # an order by content starts from the curve of the paper
         curve = torch.tensor(CURVES.get(order, gilbert)(layout.grid, block_size), dtype=torch.int64, device="cpu")
         tileable = torch.zeros(layout.sequence, dtype=torch.bool, device="cpu")
@@ -112,8 +112,8 @@ def _blocks(layout: TokenLayout, order: str, block_size: int) -> Blocks:
         block_size=block_size,
         leftover=len(leftover),
         by_content=order not in CURVES,
-        tiled=tiled,
-        isolated=torch.cat([leftover, layout.text_places]),
+        tiled=layout.place[tiled],
+        isolated=layout.place[torch.cat([leftover, layout.text_tokens])],
         neighbours=neighbours,
         first_frame=first_frame,
     )

@@ -55,7 +55,7 @@ def plan(inputs: Inputs) -> tuple[Choices, list[Sample]]:
 
 def attend(inputs: Inputs, samples: list[Sample]) -> torch.Tensor:
     """out [B, S, H, D]."""
-    out = torch.empty(inputs.q.shape, dtype=inputs.q.dtype, device=inputs.q.device)
+    out = inputs.new_out()
     isolated = inputs.blocks.isolated
     for i, sample in enumerate(samples):
         _attend(sample, inputs.scale, out[i])

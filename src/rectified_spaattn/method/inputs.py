@@ -35,3 +35,9 @@ class Inputs(NamedTuple):
     def valid(self) -> torch.Tensor:
         """bool [B, I]: which isolated tokens are valid; leftover ones always are."""
         return torch.nn.functional.pad(self.text_mask, (self.blocks.leftover, 0), value=True)
+
+    def new_out(self) -> torch.Tensor:
+        """[B, S, H, D] for the output, in the dtype of q; zeros where it is padding, and anything elsewhere."""
+        padded = self.blocks.sequence < self.q.shape[1]
+        make = torch.zeros if padded else torch.empty
+        return make(self.q.shape, dtype=self.q.dtype, device=self.q.device)

@@ -30,7 +30,7 @@ def reference(inputs: "Inputs") -> Reference:
     batch, _, heads, _ = q.shape
     b, isolated = blocks.block_size, blocks.isolated.cpu()
     nb = len(blocks.tiled) // b
-    out = torch.empty(q.shape, dtype=torch.float64)
+    out = torch.zeros(q.shape, dtype=torch.float64)
     critical = torch.zeros(batch, heads, nb, nb, dtype=torch.bool)
     compensated = torch.zeros_like(critical)
     probability = torch.zeros(batch, heads, nb, nb + 1, dtype=torch.float64)

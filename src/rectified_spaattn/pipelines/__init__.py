@@ -10,6 +10,7 @@ except ImportError as error:
 from .adapters import ADAPTERS
 from .enabling import disable, enable
 from .handle import Handle
+from .parallel import Parallelism, parallelize
 from .stats import LayerStats, RunStats
 
-__all__ = ["ADAPTERS", "Handle", "LayerStats", "RunStats", "disable", "enable"]
+__all__ = ["ADAPTERS", "Handle", "LayerStats", "Parallelism", "RunStats", "disable", "enable", "parallelize"]

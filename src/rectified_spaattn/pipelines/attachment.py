@@ -1,6 +1,7 @@
 """What enabling puts on one transformer, processors and hooks, and takes away again."""
 
 import inspect
+import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from torch import nn
 from .adapters import Adapter
 from .forwards import RunningForwards
 from .hooks import Hooks, remove_hooks
+from .plans import check_cut
 from .processor import dense_backend, original, wrap
+from .ranks import ranks_of
 from .state import LayerState, TransformerState
 from .watch import Watch, lost_layers
 
@@ -23,6 +26,7 @@ class ForwardHooks(Hooks):
 
     def __init__(self, attachment: "Attachment", adapter: Adapter, watch: Watch) -> None:
         self.attachments, self.state, self.adapter, self.watch = [attachment], attachment.state, adapter, watch
+        self.compared: int | None = None  # the run whose latents were compared between processes
 
     def register(self, model: nn.Module) -> None:
         self.attachments[0].modules.append(weakref.ref(model))
@@ -36,14 +40,21 @@ class ForwardHooks(Hooks):
         inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
         text, padding = self.adapter.text(inputs), self.adapter.padding(inputs)
         grid = self.adapter.grid(model, inputs)
-        forward = self.state.begin_forward(grid, text=text, padding=padding, timestep=inputs.get("timestep"))
+        check_cut(model, self.adapter, (math.prod(grid), text), self.state.name)
+        ranks = ranks_of(model)
+        forward = self.state.begin_forward(
+            grid, text=text, padding=padding, timestep=inputs.get("timestep"), ranks=ranks
+        )
+        if ranks is not None and self.compared != self.state.run:
+            self.compared = self.state.run
+            ranks.check_same(inputs["hidden_states"], self.state.name)
         _say(self.watch.complaints(self.state, forward))
 
     @torch.compiler.disable
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self.alive or not self.state.active:
             return
-        forward = self.state.forwards.end()
+        forward = self.state.end_forward(failed=output is None)
         if forward is None or output is None:  # it raised
             return
         self.state.completed = True

@@ -2,7 +2,8 @@
 
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from ..layout import TokenLayout
-from .masks import MaskedLayouts
+from .masks import KeyMasks
+from .ranks import Ranks
 from .tokens import Grid
 
 _MODULE_CODE = nn.Module._call_impl.__code__.co_filename
@@ -22,15 +24,18 @@ class ForwardState:
 
     layout       of all its tokens, padding included
     padding      how many of them, at the end of the sequence, are padding in all rows
+    ranks        the processes that share it, and streams, the lengths of what was cut between them; None: one process
     step, total  the denoising step and the number of steps; None where nobody knows
     problem      why the step is unknown
     why_dense    why every call in it is dense; None where calls may be sparse
+    shared       sparse calls that other ranks have a part in: the layer's record, the density of this rank's heads
     calls        attention calls so far; sparse: those of them that were sparse; density: their sum, on the device
-    masked       what its masks make of the layout
     """
 
     layout: TokenLayout
     padding: int = 0
+    ranks: Ranks | None = None
+    streams: tuple[int, ...] = ()
     step: int | None = None
     total: int | None = None
     problem: str = ""
@@ -38,8 +43,12 @@ class ForwardState:
     calls: int = 0
     sparse: int = 0
     density: torch.Tensor | float = 0.0
-    masked: MaskedLayouts = field(default_factory=MaskedLayouts)
+    shared: list[tuple[Any, torch.Tensor]] = field(default_factory=list)
     call: FrameType = field(default_factory=lambda: innermost_call())
+
+    @cached_property
+    def masks(self) -> KeyMasks:
+        return KeyMasks(layout=self.layout, ranks=self.ranks, streams=self.streams)
 
     @property
     def grid(self) -> Grid:
@@ -48,10 +57,8 @@ class ForwardState:
 
     @property
     def unpadded(self) -> TokenLayout:
-        """Of all tokens but the padding."""
-        if not self.padding:
-            return self.layout
-        return TokenLayout.build(self.grid, self.layout.text - self.padding, self.layout.grid_start > 0)
+        """In which padding takes no part."""
+        return replace(self.layout, padding=self.padding) if self.padding else self.layout
 
 
 class RunningForwards(threading.local):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..layout import TokenLayout
+from .ranks import Ranks
 
 _ALLOWED = (
     "a bool key mask, True for a valid key, that is one for all heads and queries: [1 or B, S] or [1 or B, 1, 1, S]"
@@ -12,36 +13,56 @@ _ALLOWED = (
 
 
 @dataclass(eq=False)
-class MaskedLayouts:
-    """What the masks of one forward make of its layout. The device is waited for once a mask, not once a layer."""
+class KeyMasks:
+    """What the masks of one forward say. Processes exchange theirs, and the device is waited for, once a mask.
 
-    _known: list[tuple[torch.Tensor, TokenLayout, torch.Tensor]] = field(default_factory=list)
+    layout  of all tokens of the forward, padding included
+    ranks   the processes that share it, whose masks may be of their own part of `streams`; None: one process
+    """
 
-    def of(
-        self, mask: torch.Tensor, layout: TokenLayout, full: TokenLayout, batch: int
-    ) -> tuple[TokenLayout, torch.Tensor]:
-        """As `masked_layout`."""
-        for other, masked, valid in self._known:
+    layout: TokenLayout
+    ranks: Ranks | None = None
+    streams: tuple[int, ...] = ()
+    _valid: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _layouts: list[tuple[torch.Tensor, TokenLayout, torch.Tensor]] = field(default_factory=list)
+
+    def valid(self, mask: torch.Tensor, batch: int) -> torch.Tensor:
+        """bool [B, S]: which tokens may be attended to, in the model's order. Raises ValueError as `key_mask`."""
+        for other, valid in self._valid:
             if _same(mask, other):
-                return masked, valid
-        masked, valid = masked_layout(mask, layout, full, batch)
-        self._known.append((mask, masked, valid))
-        return masked, valid
+                return valid
+        part = None if self.ranks is None else self.ranks.part(self.streams, self.ranks.rank)
+        if self.ranks is not None and mask.shape[-1] == part:
+            joined = self.ranks.join(key_mask(mask, batch, part), self.streams)
+            valid = joined[:, self.layout.place.to(joined.device)]
+        else:
+            valid = key_mask(mask, batch, self.layout.sequence)
+        self._valid.append((mask, valid))
+        return valid
+
+    def masked(self, mask: torch.Tensor, batch: int, unpadded: TokenLayout) -> tuple[TokenLayout, torch.Tensor]:
+        """As `masked_layout` of what the mask says."""
+        for other, masked, text in self._layouts:
+            if _same(mask, other):
+                return masked, text
+        masked, text = masked_layout(self.valid(mask, batch), unpadded)
+        self._layouts.append((mask, masked, text))
+        return masked, text
+
+    def in_place(self, mask: torch.Tensor, batch: int) -> torch.Tensor:
+        """bool [B, 1, 1, S]: the mask in the order in which q, k, v lie, for dense attention."""
+        return self.valid(mask, batch)[:, None, None, self.layout.token.to(mask.device)]
 
 
-def masked_layout(
-    mask: torch.Tensor, layout: TokenLayout, full: TokenLayout, batch: int
-) -> tuple[TokenLayout, torch.Tensor]:
+def masked_layout(valid: torch.Tensor, layout: TokenLayout) -> tuple[TokenLayout, torch.Tensor]:
     """A layout in which hidden video tokens stand alone, and bool [B, text]: which of those that do are valid.
 
-    layout: of the tokens that attend, the first ones of `full`, of all tokens that the mask is for. Waits for the
-    device. Raises ValueError as `key_mask`.
+    valid: bool [B, S], token after token. Waits for the device.
     """
-    valid = key_mask(mask, batch, full.sequence)[:, : layout.sequence]
     ((start, end),) = layout.spans
     hidden = (~valid[:, start:end]).any(0).nonzero().flatten() + start
     masked = layout.without(hidden.tolist()) if len(hidden) else layout
-    return masked, valid[:, masked.text_places.to(valid.device)]
+    return masked, valid[:, masked.text_tokens.to(valid.device)]
 
 
 def key_mask(mask: torch.Tensor, batch: int, sequence: int) -> torch.Tensor:

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    _templated_context_parallel_attention,
+)
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch.overrides import _get_current_function_mode_stack
@@ -23,6 +27,7 @@ from ..ops import TAGS
 from .cogvideox import CogVideoXProcessor, FusedCogVideoXProcessor
 from .hooks import refuse_pickling
 from .hunyuan_video15 import HunyuanVideo15Processor
+from .ranks import context_parallel
 from .state import LayerState
 
 BACKEND_NAME = "rectified_spaattn"
@@ -60,10 +65,10 @@ def layer_attention(
 
 
 def _no_gradient(ctx: Any, *gradients: Any) -> Any:
-    """Raised while code that wants a gradient is compiled: compiled calls are opaque, the dense ones, too."""
+    """Raised where compiled code wants a gradient, or code that is cut over processes: dense calls have none, too."""
     raise RuntimeError(
-        "Compiled code of a model with rectified attention is for inference and has no gradient. Call the model inside "
-        "torch.no_grad(); to train, call disable() first."
+        "Compiled code of a model with rectified attention, and one that is cut over processes, is for inference and "
+        "has no gradient. Call the model inside torch.no_grad(); to train, call disable() first."
     )
 
 
@@ -112,12 +117,31 @@ def _backend(
             f"rectified attention: got dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}; allowed: "
             "0, False, False. Disable it on this model."
         )
-    if _parallel_config is not None:
-        raise RuntimeError("Context parallelism with rectified attention is not supported yet: disable one of the two.")
     query, key, value = (_autocast(x) for x in (query, key, value))
+    if _parallel_config is None:
+        return _attend(query, key, value, attn_mask, handle, scale)
+
+    # q, k, v there: all tokens of this rank's heads. The mask stays as it came: our layer knows which tokens it is of.
+    def attend_to_all(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        return _attend(q, k, v, attn_mask, handle, scale)
+
+    return _templated_context_parallel_attention(
+        query, key, value, scale=scale, forward_op=attend_to_all, backward_op=_no_gradient,
+        _parallel_config=_parallel_config,
+    )  # fmt: skip
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    handle: torch.Tensor,
+    scale: float | None,
+) -> torch.Tensor:
     if torch.compiler.is_compiling():
-        return layer_attention(query, key, value, attn_mask, handle, scale)
-    return _layer_of(handle).attend(query, key, value, attn_mask, scale)  # no op between: dense calls have a gradient
+        return layer_attention(q, k, v, mask, handle, scale)
+    return _layer_of(handle).attend(q, k, v, mask, scale)  # no op between: dense calls have a gradient
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
@@ -136,7 +160,7 @@ def backend_member() -> AttentionBackendName:
     AttentionBackendName._member_map_[member._name_] = member
     AttentionBackendName._value2member_map_[BACKEND_NAME] = member
     AttentionBackendName._member_names_.append(member._name_)
-    _AttentionBackendRegistry.register(member)(_backend)
+    _AttentionBackendRegistry.register(member, supports_context_parallel=True)(_backend)
     return member
 
 
@@ -204,6 +228,9 @@ def wrap(processor: Any, layer: LayerState) -> Any:
     wrapped = copy.copy(processor)
     wrapped.__class__ = _wrapped_class(processor.__class__)
     wrapped._attention_backend = backend_member()
+    if type(processor) in STAND_INS:  # which enable_parallelism left alone
+        model: Any = layer.owner.model()
+        wrapped._parallel_config = None if context_parallel(model) is None else model._parallel_config
     wrapped.rectified_handle = layer.handle
     layer.masks_text_only = getattr(wrapped, "masks_text_only", False)
     wrapped.rectified_layer = layer  # keeps the layer alive as long as its processor
@@ -213,7 +240,10 @@ def wrap(processor: Any, layer: LayerState) -> Any:
 
 
 def original(processor: Any) -> Any:
-    """The processor that a wrapped one was made from, with what was set on it meanwhile; any other one is itself."""
+    """The processor that a wrapped one was made from, with what was set on it meanwhile; any other one is itself.
+
+    On a model that is cut over processes it is one that can be.
+    """
     stock_class = getattr(processor, "rectified_stock", None)
     if stock_class is None:
         return processor
@@ -224,9 +254,21 @@ def original(processor: Any) -> Any:
     (stock,) = processor.rectified_original
     if processor._attention_backend is not backend_member() and hasattr(stock, "_attention_backend"):
         stock._attention_backend = processor._attention_backend  # by set_attention_backend
-    if getattr(stock, "_parallel_config", None) is not getattr(processor, "_parallel_config", None):
-        stock._parallel_config = processor._parallel_config  # by enable_parallelism
+    config = getattr(processor, "_parallel_config", None)  # by enable_parallelism
+    if config is not None:
+        stock = cut_processor(stock)
+    if getattr(stock, "_parallel_config", None) is not config:
+        stock._parallel_config = config
     return stock
+
+
+def cut_processor(processor: Any) -> Any:
+    """The same processor, or one that does the same and can be cut over processes where it cannot."""
+    if type(processor) not in STAND_INS:
+        return processor
+    made = object.__new__(STAND_INS[type(processor)])
+    vars(made).update(vars(processor))
+    return made
 
 
 def check_processor(processor: Any, name: str) -> None:

@@ -16,6 +16,7 @@ from ..layout import TokenLayout
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .masks import key_mask, masked_layout
+from .ranks import Ranks
 from .tokens import Grid
 
 OUTSIDE = "a call outside of the transformer's forward"
@@ -35,6 +36,7 @@ class TransformerState:
     first_step  the step at which this transformer's share of the run began
     count       forwards of the run; skipped: those in which a cache left out every block
     completed   whether any forward ever came to its end
+    ranks       what the processes that share the forwards computed
     """
 
     config: SparseConfig
@@ -56,6 +58,7 @@ class TransformerState:
     count: int = 0
     skipped: int = 0
     completed: bool = False
+    ranks: "RankRecord" = field(default_factory=lambda: RankRecord())
     said_outside: bool = False
 
     @property
@@ -76,10 +79,13 @@ class TransformerState:
         forward = self.forwards.current()
         return None if forward is None else forward.step
 
-    def begin_forward(self, grid: Grid, *, text: int = 0, padding: int = 0, timestep: Any = None) -> ForwardState:
+    def begin_forward(
+        self, grid: Grid, *, text: int = 0, padding: int = 0, timestep: Any = None, ranks: Ranks | None = None
+    ) -> ForwardState:
         """Called before every forward of the transformer, with the timestep that it gets.
 
         text: number of text tokens in joint attention; padding: how many of them, at the end, are padding in all rows.
+        ranks: the processes that share the forward.
         Raises RuntimeError where the step decides what is dense and two pipelines or threads share it.
         """
         with self.lock:
@@ -98,9 +104,13 @@ class TransformerState:
                 self.steps_seen.add(step)
             self.last_total = total
             self.count += 1
+            layout = TokenLayout.build(grid, text, self.text_first and text > 0)
+            streams = streams_of(layout)
             forward = ForwardState(
-                layout=TokenLayout.build(grid, text, self.text_first and text > 0),
+                layout=layout if ranks is None else layout.cut(streams, ranks.count),
                 padding=padding,
+                ranks=ranks,
+                streams=streams,
                 step=step,
                 total=total,
                 problem=problem,
@@ -115,9 +125,27 @@ class TransformerState:
             if self.run == self.clock.run:
                 return
             self.run, self.first_step, self.steps_seen = self.clock.run, None, set()
-            self.count = self.skipped = 0
+            self.count, self.skipped, self.ranks = 0, 0, RankRecord()
             for layer in self.layers:
                 layer.record = Record()
+
+    def end_forward(self, *, failed: bool) -> ForwardState | None:
+        """Called after a forward; None where that ended before. Processes that share it tell each other what they did.
+
+        failed: it raised, so that others may not come here. Else all do, with as many calls, and none waits in vain.
+        """
+        forward = self.forwards.end()
+        if failed or forward is None or forward.ranks is None or not forward.shared:
+            return forward
+        records, densities = zip(*forward.shared, strict=True)
+        of_ranks = forward.ranks.gather(torch.stack(densities))  # [ranks, calls]
+        means = of_ranks.mean(0)
+        forward.density = means.sum()
+        with self.lock:
+            for record, density in zip(records, means, strict=True):
+                record.add(density)
+            self.ranks.add(of_ranks)
+        return forward
 
     def _scheduled(self, step: int | None, total: int | None) -> str | None:
         """Why the step makes every call dense; None where it does not, or where nobody knows the step."""
@@ -130,6 +158,12 @@ class TransformerState:
         return None
 
 
+def streams_of(layout: TokenLayout) -> tuple[int, ...]:
+    """Lengths of what a model keeps apart outside of attention: video and text, in the order of the sequence."""
+    ((start, end),) = layout.spans
+    return tuple(length for length in (start, end - start, layout.sequence - end) if length)
+
+
 @dataclass
 class Record:
     """Calls of one layer in one run. `density` is a running sum that stays on the device: no synchronisation."""
@@ -138,6 +172,29 @@ class Record:
     density: torch.Tensor | float = 0.0
     dense: Counter[str] = field(default_factory=Counter)
     backends: set[str] = field(default_factory=set)
+
+    def add(self, density: torch.Tensor) -> None:
+        """A sparse call."""
+        self.sparse += 1
+        self.density = self.density + density
+
+
+@dataclass
+class RankRecord:
+    """Calls of all layers in one run, by the processes that share them; sums that stay on the device.
+
+    densities  float32 [ranks], of each rank's heads; densest: of the rank that had most to do in each call
+    """
+
+    calls: int = 0
+    densities: torch.Tensor | None = None
+    densest: torch.Tensor | float = 0.0
+
+    def add(self, densities: torch.Tensor) -> None:
+        """densities: [ranks, calls]"""
+        self.calls += densities.shape[1]
+        self.densities = densities.sum(1) if self.densities is None else self.densities + densities.sum(1)
+        self.densest = self.densest + densities.amax(0).sum()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -212,27 +269,26 @@ class LayerState:
         state = self.owner
         layout, text_mask = forward.unpadded, None
         if mask is not None and self.masks_text_only:
-            text_mask = key_mask(mask, len(q), q.shape[1])[:, layout.video : layout.sequence]
+            text_mask = forward.masks.valid(mask, len(q))[:, layout.video : layout.video + layout.text]
         elif mask is not None:
-            layout, text_mask = forward.masked.of(mask, layout, forward.layout, len(q))
+            layout, text_mask = forward.masks.masked(mask, len(q), layout)
             if layout.video < state.config.block_size:
                 block_size = state.config.block_size
                 self._count_dense(f"its mask leaves {layout.video} tokens, less than one block of {block_size}")
                 return self._dense(q, k, v, mask, scale)
-        if forward.padding:
-            q, k, v = (x[:, : layout.sequence] for x in (q, k, v))
         out, stats = rectified_attention(
             q, k, v, layout, state.config, text_mask=text_mask, scale=scale, backend=state.backend, return_stats=True
         )
         density = stats.device_density
         with state.lock:
-            self.record.sparse += 1
-            self.record.density = self.record.density + density
+            if forward.ranks is None:
+                self.record.add(density)
+            else:  # of this rank's heads: counted when all ranks are through
+                forward.shared.append((self.record, density))
             self.record.backends.add(stats.backend)
         forward.sparse += 1
         forward.density = forward.density + density
-        out = out.to(q.dtype)
-        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, forward.padding)) if forward.padding else out
+        return out.to(q.dtype)
 
     def _count_dense(self, reason: str) -> None:
         with self.owner.lock:
@@ -243,6 +299,9 @@ class LayerState:
     ) -> torch.Tensor:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+        forward = self.owner.forwards.current()
+        if mask is not None and forward is not None and forward.ranks is not None:
+            mask = forward.masks.in_place(mask, len(q))
         return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
 
     def _say_outside(self) -> None:
@@ -284,7 +343,7 @@ def key_text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tenso
     """bool [B, text]: what a key mask says of the text, for instruments. ValueError where it hides video tokens."""
     if mask is None:
         return None
-    masked, valid = masked_layout(mask, layout, layout, len(mask))
+    masked, valid = masked_layout(key_mask(mask, len(mask), layout.sequence), layout)
     if masked is not layout:
         raise ValueError(f"attention mask: got one that hides {masked.text - layout.text} video tokens; allowed: none.")
     return valid

@@ -38,7 +38,7 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     tiled, lists, (r, c, tail, slope) = prepared
     batch, heads, rows, head_dim = tiled.q.shape
     b, num_blocks = inputs.blocks.block_size, inputs.blocks.num_blocks
-    out = tiled.q.new_empty(batch, inputs.blocks.sequence, heads, head_dim)
+    out = inputs.new_out()
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
     tiling = tiling_for(out.device, b, head_dim, resume=partial is not None)
     # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never read

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.hooks.context_parallel import ContextParallelSplitHook
 from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
@@ -19,7 +20,7 @@ class Pass:
 
     residual  what the blocks added at an earlier step: they are left out and it is added again. None: they run
     signal    what tells how much changed, of this pass
-    start     input of the first block
+    start     input of the first block, this rank's part where processes share the model
     end       output of the last block, where the blocks ran
     """
 
@@ -54,7 +55,8 @@ class StandIn:
         arguments = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         hidden, now = arguments["hidden_states"], self.now
         if self.signal is not None:
-            now.start, now.signal = hidden, self.signal(arguments)
+            now.start = part_of_rank(self.block, hidden)
+            now.signal = self.signal({**arguments, "hidden_states": now.start})
         if now.residual is None:
             output = self.block(*args, **kwargs)
             if self.is_last:
@@ -66,6 +68,15 @@ class StandIn:
             return hidden
         both = (hidden, arguments["encoder_hidden_states"])
         return both if self.hidden == 0 else both[::-1]
+
+
+def part_of_rank(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """What a block makes of its hidden states where context parallelism cuts them at its entrance."""
+    hooks: Any = getattr(getattr(block, "_diffusers_hook", None), "hooks", {})
+    for hook in hooks.values():
+        if isinstance(hook, ContextParallelSplitHook) and "hidden_states" in hook.metadata:
+            hidden = hook._prepare_cp_input(hidden, hook.metadata["hidden_states"])
+    return hidden
 
 
 def stand_ins(model: nn.Module, row: CachedModel, now: Pass) -> dict[str, list[StandIn]]:

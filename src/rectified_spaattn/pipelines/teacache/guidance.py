@@ -12,6 +12,7 @@ from diffusers.hooks import ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import nn
 
+from ..ranks import Ranks
 from .models import Fit
 from .progress import Place
 
@@ -57,12 +58,18 @@ class Branch:
         self.step, self.timestep, self.told = place.step, place.timestep, place.told
         self.latents, self.open = latents, True
 
-    def must_compute(self, signal: torch.Tensor, fit: Fit, threshold: float) -> bool:
-        """Take the signal of a step that may be skipped, and say whether its blocks have to run all the same."""
+    def must_compute(self, signal: torch.Tensor, fit: Fit, threshold: float, ranks: Ranks | None = None) -> bool:
+        """Take the signal of a step that may be skipped, and say whether its blocks have to run all the same.
+
+        ranks: the processes that share the model. Each has a part of the signal, or all of it; they decide alike.
+        """
         previous, self.signal = self.signal, signal
         if previous is None or previous.shape != signal.shape:
             return True
-        change = (signal - previous).abs().mean(dtype=torch.float32) / previous.abs().mean(dtype=torch.float32)
+        apart = torch.stack([x.abs().sum(dtype=torch.float32) for x in (signal - previous, previous)])
+        if ranks is not None:
+            apart = ranks.gather(apart).sum(0)
+        change = apart[0] / apart[1]
         self.accumulated += fit.distance(change.item())
         return max(self.accumulated, 0.0) >= threshold  # fits are below zero for tiny changes; 0 computes every step
 

@@ -24,6 +24,7 @@ from torch._dynamo.decorators import skip as uncompiled  # of this frame alone: 
 
 from ..enabling import SLOTS
 from ..hooks import refuse_pickling
+from ..ranks import ranks_of
 from .blocks import Pass, stand_ins
 from .guidance import Branch, GuidanceCalls, GuidanceHook, Text
 from .models import CachedModel, Fit
@@ -211,7 +212,7 @@ class CachedTransformer:
             return True
         signal = now.signal.detach().clone()  # what a CUDA graph gives out lives until the next pass alone
         if now.residual is not None:
-            call.skipped = not call.branch.must_compute(signal, self.fit, self.threshold)
+            call.skipped = not call.branch.must_compute(signal, self.fit, self.threshold, ranks_of(self._alive()))
             return call.skipped
         if now.start is not None and now.end is not None:
             is_last = call.place.step == call.place.total - 1  # no step is left to need it
@@ -303,8 +304,6 @@ def obstacle(model: nn.Module) -> str | None:
         return "a cache of cache-dit, and two caches would skip each other's steps"
     if config is not None and not isinstance(config, Fit):
         return f"a cache ({type(config).__name__}), and two caches would skip each other's steps"
-    if getattr(model, "_parallel_config", None) is not None:
-        return "context parallelism, where each device sees a part of the signal and would decide alone"
     return None
 
 

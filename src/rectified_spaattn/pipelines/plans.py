@@ -1,0 +1,162 @@
+"""Where diffusers cuts the sequence of a model over several processes, and joins it again: one plan a model class.
+
+For the classes that diffusers has no plan for, or one that fails in use: LTX-Video's does with a text mask, which its
+pipelines always pass, and for LTX-2's keys of the video are missing where audio attends to it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from torch import nn
+
+from .adapters import ADAPTERS, Adapter
+from .ranks import context_parallel
+
+Plan = dict[str, Any]
+
+
+def cp_plan(model: nn.Module) -> Plan | None:
+    """The plan for a transformer: ours, or else that of its class in diffusers; None where there is neither."""
+    for kind in type(model).__mro__:
+        if kind.__name__ in PLANS:
+            return PLANS[kind.__name__](model)
+    plan: Plan | None = getattr(model, "_cp_plan", None)
+    return plan
+
+
+def has_own_plan(model: nn.Module) -> bool:
+    """Whether the plan for a transformer is one of ours."""
+    return any(kind.__name__ in PLANS for kind in type(model).__mro__)
+
+
+def _cut(dim: int, dims: int, *, output: bool = False) -> Any:
+    return ContextParallelInput(split_dim=dim, expected_dims=dims, split_output=output)
+
+
+def _cut_outputs(dim: int, dims: int) -> Plan:
+    """Of a module that gives two tensors, cosines and sines."""
+    return {0: _cut(dim, dims, output=True), 1: _cut(dim, dims, output=True)}  # type: ignore[dict-item]
+
+
+def _joined(dim: int = 1, dims: int = 3) -> Any:
+    return ContextParallelOutput(gather_dim=dim, expected_dims=dims)
+
+
+_VIDEO = {"hidden_states": _cut(1, 3)}
+_BOTH = {"hidden_states": _cut(1, 3), "encoder_hidden_states": _cut(1, 3)}
+
+
+def _hunyuan_video(model: nn.Module) -> Plan:
+    return {"rope": _cut_outputs(0, 2), "transformer_blocks.0": _BOTH, "proj_out": _joined()}
+
+
+def _hunyuan_video15(model: nn.Module) -> Plan:
+    return {**_hunyuan_video(model), "transformer_blocks.*": {"attention_mask": _cut(1, 2)}}
+
+
+def _wan_vace(model: nn.Module) -> Plan:
+    control = {**_VIDEO, "control_hidden_states": _cut(1, 3)}
+    return {"rope": _cut_outputs(1, 4), "vace_blocks.0": control, "blocks.0": _VIDEO, "proj_out": _joined()}
+
+
+def _wan_animate(model: nn.Module) -> Plan:
+    # the tokens of a frame attend to its face: on the whole video, since a part of it holds no whole frames
+    face = {"face_adapter.*.pre_norm_q": _joined(), "face_adapter.*": {0: _cut(1, 3, output=True)}}
+    return {"rope": _cut_outputs(1, 4), "blocks.0": _VIDEO, **face, "proj_out": _joined()}
+
+
+def _skyreels(model: nn.Module) -> Plan:
+    # with a timestep a frame, every token has a modulation, and the last one is added to the whole video
+    return {"rope": _cut_outputs(1, 4), "blocks.0": _VIDEO, "blocks.*": {"temb": _cut(2, 4)}, "norm_out": _joined()}
+
+
+def _cogvideox(model: nn.Module) -> Plan:
+    rotary = {"image_rotary_emb": [_cut(0, 2), _cut(0, 2)]}
+    return {"": rotary, "transformer_blocks.0": _BOTH, "proj_out": _joined()}
+
+
+def _ltx(model: nn.Module) -> Plan:
+    return {
+        "": {"timestep": _cut(1, 2)},
+        "rope": _cut_outputs(1, 3),
+        "transformer_blocks.0": _VIDEO,
+        "proj_out": _joined(),
+    }
+
+
+def _ltx2(model: nn.Module) -> Plan:
+    config: Any = model.config
+    dim, dims = (2, 4) if config.rope_type == "split" else (1, 3)
+    to_audio = "transformer_blocks.*.video_to_audio_attn"
+    return {
+        **_ltx(model),
+        "rope": _cut_outputs(dim, dims),
+        "transformer_blocks.*.audio_to_video_attn": {"query_rotary_emb": [_cut(dim, dims), _cut(dim, dims)]},
+        f"{to_audio}.to_k": _joined(),
+        f"{to_audio}.to_v": _joined(),
+    }
+
+
+PLANS: Mapping[str, Callable[[nn.Module], Plan]] = {
+    "HunyuanVideoTransformer3DModel": _hunyuan_video,
+    "HunyuanVideo15Transformer3DModel": _hunyuan_video15,
+    "WanVACETransformer3DModel": _wan_vace,
+    "WanAnimateTransformer3DModel": _wan_animate,
+    "SkyReelsV2Transformer3DModel": _skyreels,
+    "CogVideoXTransformer3DModel": _cogvideox,
+    "LTXVideoTransformer3DModel": _ltx,
+    "LTX2VideoTransformer3DModel": _ltx2,
+}
+
+
+def why_not_cut(model: Any, adapter: Adapter, ranks: int) -> str | None:
+    """Why a model cannot be cut over so many processes, and what to do; None where it can."""
+    heads = heads_of(model, adapter)
+    if heads % ranks:
+        divisors = [n for n in range(2, heads + 1) if heads % n == 0]
+        return f"got {heads} heads for {ranks} processes; allowed: as many heads for each. Start {divisors} processes."
+    if cp_plan(model) is None:
+        return f"nobody has a plan of where to cut a {type(model).__name__}; allowed: {list(ADAPTERS)}."
+    if getattr(model.config, "image_condition_type", None) == "token_replace":
+        return (
+            "got image_condition_type='token_replace', whose first-frame modulation every process would apply to the "
+            "first tokens of its own part. Run it in one process."
+        )
+    if type(getattr(model, "_cache_config", None)).__name__ == "FirstBlockCacheConfig":
+        return (
+            "got FirstBlockCache, by which every process would decide from its own tokens whether the blocks run, and "
+            "wait for ones that do not. Use rsa.enable_teacache, which decides for all, or disable_cache()."
+        )
+    return None
+
+
+def check_cut(model: Any, adapter: Adapter, streams: Sequence[int], name: str) -> None:
+    """At the beginning of a forward, on every rank alike. Raises RuntimeError, saying what to do.
+
+    streams: lengths of video and text, on all ranks together.
+    """
+    config = context_parallel(model)
+    if config is None:
+        return
+    if config.ring_degree > 1:
+        raise RuntimeError(
+            f"{name}: got ring_degree={config.ring_degree}; allowed: 1. Blocks are chosen among all keys, and in a "
+            "ring no process ever has them. Use ContextParallelConfig(ulysses_degree=...)."
+        )
+    count = config.ulysses_degree
+    reason = why_not_cut(model, adapter, count)
+    if reason is None and not config.ulysses_anything and any(length % count for length in streams):
+        reason = (
+            f"got {' and '.join(map(str, streams))} tokens for {count} processes; allowed: multiples of {count}. "
+            "Change the size or the text length, or pass uneven=True to parallelize (ulysses_anything=True to "
+            "ContextParallelConfig)."
+        )
+    if reason is not None:
+        raise RuntimeError(f"{name}: {reason}")
+
+
+def heads_of(model: Any, adapter: Adapter) -> int:
+    """The number of heads of a transformer, the same in all its layers."""
+    modules: list[Any] = [module for _, module in adapter.attentions(model)]
+    return int(modules[0].heads)
