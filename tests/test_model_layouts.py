@@ -230,9 +230,9 @@ def test_hunyuan_15_leaves_out_what_is_padding_in_every_row(
     model, inputs = build(name, 16)
     lengths = []
 
-    def recorded(q: torch.Tensor, *others: Any, **options: Any) -> Any:
-        lengths.append(q.shape[1] - 192)
-        return rsa.rectified_attention(q, *others, **options)
+    def recorded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: rsa.TokenLayout, *rest: Any, **more: Any):
+        lengths.append(layout.text)
+        return rsa.rectified_attention(q, k, v, layout, *rest, **more)
 
     monkeypatch.setattr(state, "rectified_attention", recorded)
     with rsa.enable(model, sparsity=0.8, **PLAIN):

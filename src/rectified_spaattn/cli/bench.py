@@ -14,6 +14,7 @@ from ..lab.bench.model import ModelResult, ModelSettings
 from ..lab.bench.model import measure as measure_model
 from ..lab.bench.op import OpResult, OpSettings
 from ..lab.bench.op import measure as measure_op
+from ..lab.bench.processes import join, process_on_machine
 from ..lab.bench.rows import StageRow
 from ..lab.bench.settings import BenchSettings
 from ..lab.bench.shapes import BenchError, Watch
@@ -69,12 +70,20 @@ def op(settings: OpSettings) -> None:
 
 
 def model(settings: ModelSettings) -> None:
-    """Whole transformers of published models, random weights: a forward, and the denoising run it makes."""
-    device = device_of(settings.device)
+    """Whole transformers of published models, random weights: a forward, and the denoising run it makes.
+
+    Started by torchrun, all processes share every forward; the first prints and writes.
+    """
+    rank, count = join(settings.device)
+    device = device_of(settings.device, process_on_machine())
     if device.type == "cpu" and settings.size == "full":
         raise BenchError("size: got 'full' on a CPU, where a forward takes hours; allowed: --size tiny.")
     measures = {name: partial(measure_model, name, settings) for name in settings.model}
-    _run(settings, device, measures, _model_tables, _MODEL_FILES)
+    if rank:
+        for measure in measures.values():
+            measure(lambda what, finished, total: None)
+    else:
+        _run(settings, device, measures, _model_tables, _MODEL_FILES, count)
 
 
 def _run(
@@ -83,9 +92,12 @@ def _run(
     measures: Mapping[str, Callable[[Watch], Any]],
     tables: Callable[[Any, str], Shown],
     files: Mapping[str, str],
+    processes: int = 1,
 ) -> None:
     """Measure one after the other; print what `tables` makes of each result, and write its fields `files` as CSV."""
     console, origin = Console(), machine(device).origin(command_line())
+    if processes > 1:
+        origin = replace(origin, device=f"{processes} x {origin.device}")
     print_wide(console, _origin_line(origin))
     rows: dict[str, list[Any]] = {field: [] for field in files}
     for name, measure in measures.items():

@@ -6,6 +6,8 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
 
+from .hunyuan_video import rank_after_rank, whole_length
+
 
 class HunyuanVideo15Processor:
     """Joint attention over video and then text. Padding is never a key; as a query it gives what nobody reads."""
@@ -22,9 +24,9 @@ class HunyuanVideo15Processor:
         attention_mask: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden_states: video [B, N, C]; encoder_hidden_states: text [B, L, C]; attention_mask: [B, L].
+        """hidden_states: video [B, N, C]; encoder_hidden_states: text [B, L, C]; attention_mask: of the text [B, L].
 
-        Returns both, attended.
+        Where processes share the model these are parts of the tokens, but for the mask. Returns both, attended.
         """
         video = hidden_states.shape[1]
         q, k, v = (self._heads(attn, project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v))
@@ -44,13 +46,25 @@ class HunyuanVideo15Processor:
             torch.cat([q, text_q], dim=1),
             torch.cat([k, text_k], dim=1),
             torch.cat([v, text_v], dim=1),
-            attn_mask=torch.nn.functional.pad(attention_mask.bool(), (video, 0), value=True)[:, None, None],
+            attn_mask=self._mask(attention_mask, video),
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
         out = out.flatten(2)
         return attn.to_out[1](attn.to_out[0](out[:, :video])), attn.to_add_out(out[:, video:])
 
+    def _mask(self, text: torch.Tensor, video: int) -> torch.Tensor:
+        """bool [B, 1, 1, S] of all tokens. text: [B, L]; video: how many tokens of it there are here."""
+        before = whole_length(video, self._parallel_config)
+        return torch.nn.functional.pad(text.bool(), (before, 0), value=True)[:, None, None]
+
     @staticmethod
     def _heads(attn: Any, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (attn.heads, -1))
+
+
+class CutHunyuanVideo15Processor(HunyuanVideo15Processor):
+    """For dense attention on a part of the tokens: the mask is in the order in which they lie."""
+
+    def _mask(self, text: torch.Tensor, video: int) -> torch.Tensor:
+        return rank_after_rank(super()._mask(text, video), video, self._parallel_config)

@@ -1,5 +1,6 @@
 """parallelize: one pipeline over several processes by diffusers' context parallelism."""
 
+import functools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,8 @@ def parallelize(pipe_or_transformer: Any, ulysses_degree: int | None = None, *, 
         if reason is not None:
             raise RuntimeError(f"{name}: {reason}")
     for (_, model), adapter in zip(transformers, adapters, strict=True):
-        _cut(model, adapter, ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=uneven))
+        mesh = _mesh(dist.group.WORLD, ranks)
+        _cut(model, adapter, ContextParallelConfig(ulysses_degree=ranks, ulysses_anything=uneven, mesh=mesh))
     both = list(zip(transformers, adapters, strict=True))
     return Parallelism(
         ranks=ranks,
@@ -85,6 +87,14 @@ def _join_processes() -> None:
         dist.init_process_group()
     if torch.cuda.is_available():
         torch.cuda.set_device(_device())
+
+
+@functools.cache
+def _mesh(world: Any, ranks: int) -> Any:
+    """diffusers' mesh of all processes: models share its communicators, each of which takes memory of the GPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    kind = "cpu" if accelerator is None else accelerator.type
+    return dist.device_mesh.init_device_mesh(kind, (1, ranks), mesh_dim_names=("ring", "ulysses"))
 
 
 def _device() -> torch.device:

@@ -51,10 +51,6 @@ def _hunyuan_video(model: nn.Module) -> Plan:
     return {"rope": _cut_outputs(0, 2), "transformer_blocks.0": _BOTH, "proj_out": _joined()}
 
 
-def _hunyuan_video15(model: nn.Module) -> Plan:
-    return {**_hunyuan_video(model), "transformer_blocks.*": {"attention_mask": _cut(1, 2)}}
-
-
 def _wan_vace(model: nn.Module) -> Plan:
     control = {**_VIDEO, "control_hidden_states": _cut(1, 3)}
     return {"rope": _cut_outputs(1, 4), "vace_blocks.0": control, "blocks.0": _VIDEO, "proj_out": _joined()}
@@ -100,7 +96,7 @@ def _ltx2(model: nn.Module) -> Plan:
 
 PLANS: Mapping[str, Callable[[nn.Module], Plan]] = {
     "HunyuanVideoTransformer3DModel": _hunyuan_video,
-    "HunyuanVideo15Transformer3DModel": _hunyuan_video15,
+    "HunyuanVideo15Transformer3DModel": _hunyuan_video,
     "WanVACETransformer3DModel": _wan_vace,
     "WanAnimateTransformer3DModel": _wan_animate,
     "SkyReelsV2Transformer3DModel": _skyreels,

@@ -20,13 +20,15 @@ from diffusers.models.attention_dispatch import (
     _templated_context_parallel_attention,
 )
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch.overrides import _get_current_function_mode_stack
 
 from ..ops import TAGS
 from .cogvideox import CogVideoXProcessor, FusedCogVideoXProcessor
 from .hooks import refuse_pickling
-from .hunyuan_video15 import HunyuanVideo15Processor
+from .hunyuan_video import CutHunyuanVideoProcessor
+from .hunyuan_video15 import CutHunyuanVideo15Processor, HunyuanVideo15Processor
 from .ranks import context_parallel
 from .state import LayerState
 
@@ -37,6 +39,15 @@ STAND_INS: dict[Any, Any] = {
     CogVideoXAttnProcessor2_0: CogVideoXProcessor,
     FusedCogVideoXAttnProcessor2_0: FusedCogVideoXProcessor,
     HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor,
+    CutHunyuanVideo15Processor: HunyuanVideo15Processor,
+    CutHunyuanVideoProcessor: HunyuanVideoAttnProcessor2_0,
+}
+# Stock processors that are wrong on a part of the tokens, and ours for a dense model that is cut over processes.
+CUT: dict[Any, Any] = {
+    CogVideoXAttnProcessor2_0: CogVideoXProcessor,
+    FusedCogVideoXAttnProcessor2_0: FusedCogVideoXProcessor,
+    HunyuanVideo15AttnProcessor2_0: CutHunyuanVideo15Processor,
+    HunyuanVideoAttnProcessor2_0: CutHunyuanVideoProcessor,
 }
 
 _layers: "weakref.WeakValueDictionary[int, LayerState]" = weakref.WeakValueDictionary()
@@ -263,10 +274,10 @@ def original(processor: Any) -> Any:
 
 
 def cut_processor(processor: Any) -> Any:
-    """The same processor, or one that does the same and can be cut over processes where it cannot."""
-    if type(processor) not in STAND_INS:
+    """The same processor, or in place of one that is wrong on a part of the tokens one that is right."""
+    if type(processor) not in CUT:
         return processor
-    made = object.__new__(STAND_INS[type(processor)])
+    made = object.__new__(CUT[type(processor)])
     vars(made).update(vars(processor))
     return made
 

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ...backends import choose
@@ -15,6 +16,7 @@ from .check import Check
 from .model_check import check_first_runs, check_model
 from .model_rows import Key, Times, forward_rows, schedule_rows
 from .models import MODELS, SIZES, Model
+from .processes import cut, slowest
 from .rows import ForwardRow, Schedule, ScheduleRow
 from .settings import BenchSettings, runnable
 from .shapes import REMOVED, BenchError, Case, Variant, Watch
@@ -103,6 +105,7 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> ModelResult:
     checks = check_model(weights, model, variants, case)
     inputs = inputs_for(model, model.shape.grid, device, dtype)
     make = partial(_Forward, weights, model, case, settings.compiler, inputs)
+    alone = _alone(weights, model, variants, case, inputs)
 
     torch.compiler.reset()  # the shapes of a model before would make this one's compiled code general
     keys = [Key(variant, how, units) for variant in variants for how in hows for units in (1, depth)]
@@ -111,16 +114,16 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> ModelResult:
     for number, (key, forward) in enumerate(forwards.items()):
         watch(f"{name}: first run of {key.variant}, {key.how}", number, len(keys))
         outputs[key] = forward()
-    checks += check_first_runs(model.name, outputs, checks[0].allowed)
+    checks += check_first_runs(model.name, outputs, checks[0].allowed, alone)
     density = {key.variant: forwards[key].density() for key in keys if key.variant.kind == "sparse"}
 
     calls = {key: Timed(forward, settings.repeats) for key, forward in forwards.items()}
-    seconds = durations(calls, 1, device, partial(watch, f"{name}: timing"), warm_up=0)
+    seconds = slowest(durations(calls, 1, device, partial(watch, f"{name}: timing"), warm_up=0), device)
     whole: Times = {}
     if settings.full:
         ends = (Key(variants[0], "eager", model.units), Key(variants[-2], hows[-1], model.units))
         calls = {key: Timed(make(key), 1) for key in ends}
-        whole = durations(calls, 1, device, partial(watch, f"{name}: all layers, once"), warm_up=0)
+        whole = slowest(durations(calls, 1, device, partial(watch, f"{name}: all layers, once"), warm_up=0), device)
     rows = forward_rows(model, settings.size, case, seconds, whole, density)
     return ModelResult(checks, rows, schedule_rows(model, settings.schedule_of(model), rows), not_run)
 
@@ -139,13 +142,28 @@ def _variants(model: Model, settings: ModelSettings, case: Case) -> tuple[list[V
     return [*(Variant("dense", name) for name in baselines), *sparse, REMOVED], not_run
 
 
+def _alone(
+    weights: nn.Module, model: Model, variants: list[Variant], case: Case, inputs: dict[str, Any]
+) -> dict[Variant, torch.Tensor]:
+    """What one process by itself gives for one unit of layers; empty where there is but one."""
+    if not dist.is_initialized():
+        return {}
+    outputs = {}
+    for variant in variants:
+        twin = shallow_copy(weights, model, 1)
+        enable(twin, variant, case.config)
+        outputs[variant] = output(twin, inputs)
+    return outputs
+
+
 class _Forward:
-    """A model of its own on the shared weights, with one kind of attention."""
+    """A model of its own on the shared weights, with one kind of attention; all processes have a part in it."""
 
     def __init__(
         self, weights: nn.Module, model: Model, case: Case, compiler: str, inputs: dict[str, Any], key: Key
     ) -> None:
         self._transformer = shallow_copy(weights, model, key.units)
+        cut(self._transformer)
         self._handle = enable(self._transformer, key.variant, case.config)
         self._layers, self._inputs = key.units * model.layers_a_unit, inputs
         if key.how == "compiled":
