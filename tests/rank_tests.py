@@ -5,7 +5,9 @@ model that is cut is compared with the same forward in one process. In every tes
 are refused: none is left waiting.
 """
 
+import math
 import os
+import types
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -18,9 +20,14 @@ from diffusers import ContextParallelConfig, FirstBlockCacheConfig
 
 import rectified_spaattn as rsa
 import tiny_models
+from cases import video_like
 from model_cases import CASES, build
 from rectified_spaattn.layout import TokenLayout
+from rectified_spaattn.pipelines import processor
+from rectified_spaattn.pipelines.clock import RunClock
 from rectified_spaattn.pipelines.plans import cp_plan
+from rectified_spaattn.pipelines.ranks import ranks_of
+from rectified_spaattn.pipelines.state import LayerState, TransformerState, streams_of
 
 RANK, COUNT = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 GPU = torch.cuda.is_available()
@@ -87,18 +94,12 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def assert_same(cut: torch.Tensor, alone: torch.Tensor, noise: float, dense: torch.Tensor, exact: bool = True) -> None:
-    """Bit for bit on a CPU, where products of odd parts alone round otherwise: then not exact.
-
-    On a GPU products of any parts do, which turns the choice of some blocks: within the noise of the dense model's own
-    parallel run, or well below what sparsity itself changes.
+def assert_same(cut: torch.Tensor, alone: torch.Tensor, noise: float, dense: torch.Tensor) -> None:
+    """On a CPU but for rounding: bit for bit, unless products of odd parts round otherwise. On a GPU products of any
+    parts do, which turns the choice of some blocks: within the noise of the dense model's own parallel run, or well
+    below what sparsity itself changes. `test_a_layer` is stricter there.
     """
-    if GPU:
-        assert apart(cut, alone) <= max(4 * noise, 0.3 * apart(alone, dense))
-    elif exact and COUNT == 2:
-        assert torch.equal(cut, alone), apart(cut, alone)
-    else:
-        assert apart(cut, alone) < 1e-6
+    assert apart(cut, alone) <= (max(4 * noise, 0.3 * apart(alone, dense)) if GPU else 1e-6)
 
 
 def on_all_ranks(error: type[Exception], match: str, call: Callable[[], object]) -> None:
@@ -123,7 +124,8 @@ def test_every_model_and_back(name: str) -> None:
     assert apart(alone[CONTENT], dense) > 1e-3
     rsa.parallelize(model, uneven=name.startswith(UNEVEN))
     cut_dense = forward(model, inputs)
-    assert (noise := apart(cut_dense, dense)) < (2e-2 if GPU else 1e-5)
+    noise = apart(cut_dense, dense)
+    assert noise < (2e-2 if GPU else 1e-5)
     for config in alone:
         assert_same(sparse(model, inputs, config), alone[config], noise, dense)
     assert torch.equal(forward(model, inputs), cut_dense)
@@ -147,7 +149,7 @@ def is_cut_right(model: Any, inputs: dict[str, Any], uneven: bool = False) -> No
     rsa.parallelize(model, uneven=uneven)
     cut_dense = forward(model, inputs)
     assert apart(cut_dense, dense) < (2e-2 if GPU else 1e-5)
-    assert_same(sparse(model, inputs, CONTENT), alone, apart(cut_dense, dense), dense, exact=not uneven)
+    assert_same(sparse(model, inputs, CONTENT), alone, apart(cut_dense, dense), dense)
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan", "flux", "cogvideox"])
@@ -175,18 +177,18 @@ def test_video_of_uneven_length(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     is_cut_right(*four_heads(name), uneven=True)
 
 
+@pytest.mark.skipif(GPU, reason="attention changes these models by less than bfloat16 does; see the layer below")
 @pytest.mark.parametrize("name", ["hunyuan", "flux", "cogvideox"])
 def test_without_the_places_it_is_another_video(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: tokens lie in the order of the ranks, and blocks cut in the model's order are wrong."""
     model, inputs = four_heads(name)
-    alone = sparse(model, inputs, CONTENT)
+    dense, alone = forward(model, inputs), sparse(model, inputs, CONTENT)
     rsa.parallelize(model)
     monkeypatch.setattr(TokenLayout, "cut", lambda layout, streams, ranks: layout)
     cut = sparse(model, inputs, CONTENT)
-    assert apart(cut, alone) > 1e-3
-    monkeypatch.undo()
-    if not GPU:
-        assert apart(sparse(model, inputs, CONTENT), alone) < 1e-6
+    assert apart(cut, alone) > max(1e-3, 0.5 * apart(alone, dense))
+    with pytest.raises(AssertionError):
+        assert_same(cut, alone, apart(forward(model, inputs), dense), dense)
 
 
 @pytest.mark.parametrize("order", ["enable first", "parallelize first", "by diffusers"])
@@ -266,6 +268,73 @@ def test_statistics_are_of_all_ranks_and_on_every_one() -> None:
     told: list[Any] = [None] * COUNT
     dist.all_gather_object(told, stats)
     assert all(each == stats for each in told)
+
+
+# one layer, on the same queries, keys and values to the bit
+
+
+class Layer(torch.nn.Module):
+    """A self-attention layer with nothing around it, on a part of the tokens."""
+
+    def __init__(self, config: rsa.SparseConfig, backend: str, text_first: bool) -> None:
+        super().__init__()
+        self.state = TransformerState(config=config, backend=backend, clock=RunClock(None), text_first=text_first)
+        self.layer = LayerState(index=0, name="layer", owner=self.state, dense_backend=None)
+        processor._layers[int(self.layer.handle)] = self.layer
+
+    def forward(
+        self, qkv: list[torch.Tensor], mask: torch.Tensor, grid: tuple[int, int, int], config: Any
+    ) -> torch.Tensor:
+        text = mask.shape[-1] - math.prod(grid)
+        ranks = ranks_of(types.SimpleNamespace(_parallel_config=config))
+        self.state.begin_forward(grid, text=text, ranks=ranks)
+        processor._caller.handle = self.layer.handle
+        try:
+            return processor._backend(*qkv, attn_mask=mask, _parallel_config=config)
+        finally:
+            processor._caller.handle = None
+
+
+LAYER_BACKENDS = ["torch", "triton", "fa4"] if GPU else ["torch"]
+
+
+@pytest.mark.parametrize("placed", [True, False], ids=["", "without the places"])
+@pytest.mark.parametrize("text", [24, 23])
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("order", ["content", "gilbert"])
+@pytest.mark.parametrize("backend", LAYER_BACKENDS)
+def test_a_layer(
+    backend: str, order: Any, text_first: bool, text: int, placed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit on a CPU; kernels on fewer heads may sum otherwise. Without the places nothing is right."""
+    grid = (4, 16, 32) if GPU else (4, 6, 8)
+    layout = TokenLayout.build(grid, text, text_first)
+    dtype = torch.bfloat16 if GPU else torch.float32
+    qkv = [x.to("cuda" if GPU else "cpu") for x in video_like(0, 2, layout.sequence, 4, 128 if GPU else 16, dtype)]
+    valid = torch.ones(2, text, dtype=torch.bool, device=qkv[0].device)
+    valid[1, 5:] = False
+    config = rsa.SparseConfig(**{**PLAIN, "order": order, "rectify": "row" if order == "content" else "ipar+gapr"})
+    want = rsa.rectified_attention(*qkv, layout, config, text_mask=valid, backend=backend).float()
+    model = tiny_models.wan(16, num_attention_heads=4)  # through which the processes find each other
+    rsa.parallelize(model, uneven=text % COUNT > 0)
+    cut = layout.cut(streams_of(layout), COUNT)
+    ranks = ranks_of(model)
+    assert ranks is not None
+    start = sum(ranks.part(streams_of(layout), rank) for rank in range(RANK))
+    mine = cut.token[start : start + ranks.part(streams_of(layout), RANK)].to(qkv[0].device)
+    mask = torch.ones(2, layout.sequence, dtype=torch.bool, device=valid.device)
+    mask[:, layout.text_tokens] = valid
+    if not placed:
+        monkeypatch.setattr(TokenLayout, "cut", lambda layout, streams, ranks: layout)
+    layer = Layer(config, backend, text_first)
+    got = layer([x[:, mine] for x in qkv], mask[:, None, None], grid, model._parallel_config).float()
+    off = apart(got[0], want[0, mine])  # of the second sample some tokens are padding
+    if not placed:
+        assert off > 0.05
+    elif GPU:
+        assert off < 2e-2
+    else:
+        assert torch.equal(got[0], want[0, mine])
 
 
 # TeaCache: every rank leaves out the same steps, those that one process does
