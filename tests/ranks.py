@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 
 def run_forked(count: int, work: Callable[[int], int]) -> list[tuple[int, str]]:
-    """Calls work(rank) in `count` processes. Of each the exit code, below 0 the signal that ended it, and the output."""
+    """Calls work(rank) in `count` processes. Of each the exit code, or minus the signal, and the output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
