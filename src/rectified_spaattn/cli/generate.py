@@ -1,14 +1,18 @@
 """`rectified-spaattn generate`: load, run, write, and say what happened."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
+import torch
 from rich.progress import TextColumn, TimeRemainingColumn
 
 from ..lab.clips import single
 from ..lab.clips.clip import OnStep, Pair, full_mode, generate
-from ..lab.clips.models import call_arguments, dtype_of, load, source_of, with_image
+from ..lab.clips.evaluate import processes
+from ..lab.clips.folder import Folder, check_ours
+from ..lab.clips.models import Source, call_arguments, dtype_of, load, source_of, with_image
 from ..lab.clips.options import GenerateOptions
 from ..lab.clips.summary import plain
 from ..lab.machine import device_name, device_of
@@ -16,25 +20,68 @@ from ..lab.pages.clips import side_by_side
 from ..lab.pages.video import write_clip
 from ..lab.rows import write_json
 from .console import plain_console, print_wide, progress_bars
-from .evaluate import summary_table
+from .evaluate import summary_table, usage_errors
 
 _WIDEST = 640  # pixels of one clip in the side-by-side picture
 
 
 def run(options: GenerateOptions) -> None:
-    """The whole command."""
-    console, device = plain_console(), device_of(options.device)
+    """The whole command; with a file of prompts one of several processes, where accelerate or torchrun started them."""
     source = source_of(options)
-    outputs = single.outputs_of(options, source)
-    arguments = call_arguments(source, options)
-    call = with_image(arguments)
+    if options.prompts is None:
+        device = device_of(options.device)
+        outputs = single.outputs_of(options, source)
+        _make(_loaded(options, source, device), source, device, options, outputs)
+        return
+    state = processes()
+    device = device_of(options.device, state.local_process_index)
+    with usage_errors():
+        wanted = single.each_prompt(options, source)
+    assert options.out is not None
+    check_ours(options.out, "generate")
+    folder = Folder(options.out, [], {"model": source.model})
+    with folder.claim("generate", {}) if state.is_main_process else nullcontext():
+        state.wait_for_everyone()
+        with state.split_between_processes(wanted) as mine:
+            _make_missing(mine, source, device)
+        state.wait_for_everyone()
+
+
+def _make_missing(wanted: Sequence[GenerateOptions], source: Source, device: torch.device) -> None:
+    """The clips of this process that are not there yet; what a run that was stopped left of one is replaced."""
+    finished = [single.is_finished(each, source) for each in wanted]
+    plain_console().print(f"{finished.count(True)} of {len(wanted)} clips of this process are there already")
+    todo = [
+        replace(each, overwrite=each.overwrite or state is False)
+        for each, state in zip(wanted, finished, strict=True)
+        if not state
+    ]
+    outputs = [single.outputs_of(each, source) for each in todo]
+    if todo:
+        pipe = _loaded(todo[0], source, device)
+        for each, files in zip(todo, outputs, strict=True):
+            _make(pipe, source, device, each, files)
+
+
+def _loaded(options: GenerateOptions, source: Source, device: torch.device) -> Any:
+    """The pipeline, after what can be wrong with the call was told."""
+    with_image(call_arguments(source, options))
     dtype = dtype_of(source, options.dtype, device)
-    console.print(f"Loading {source.model} ({source.pipeline.__name__}, {dtype})")
+    plain_console().print(f"Loading {source.model} ({source.pipeline.__name__}, {dtype})")
     pipe = load(source, options, device)
-    mode, pair = single.mode_of(options, pipe), Pair(prompt=options.prompt, seed=options.seed)
+    single.mode_of(options, pipe)
     if options.compile:
         for name in source.transformers:
             getattr(pipe, name).compile_repeated_blocks(fullgraph=True)
+    return pipe
+
+
+def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOptions, outputs: single.Outputs) -> None:
+    """One clip, its JSON, and where it is asked for the comparison."""
+    console, arguments = plain_console(), call_arguments(source, options)
+    assert options.prompt is not None
+    call, mode = with_image(arguments), single.mode_of(options, pipe)
+    pair = Pair(prompt=options.prompt, seed=options.seed)
 
     with _bar("rectified attention") as on_step:
         [sparse] = generate(pipe, mode, [pair], call, backend=options.backend, on_step=on_step)

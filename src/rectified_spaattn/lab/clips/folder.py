@@ -124,7 +124,7 @@ class Folder:
 
     def video(self, mode: str, pair: Pair) -> Path:
         """Named as VBench looks for it: the prompt, "-", and which of the prompt's clips it is."""
-        return self.root / "videos" / mode / f"{_file_name(pair.prompt)}-{pair.seed}.mp4"
+        return self.root / "videos" / mode / f"{file_name(pair.prompt)}-{pair.seed}.mp4"
 
     def read_reference(self, pair: Pair) -> torch.Tensor | None:
         """The frames of full attention, float32 [T, 3, H, W], None where they are not kept or cannot be read."""
@@ -205,7 +205,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _file_name(prompt: str) -> str:
+def file_name(prompt: str) -> str:
     """The prompt itself, or where that is no file name its beginning and a digest."""
     if len(prompt.encode()) <= _NAME_BYTES and not set("/\0") & set(prompt):
         return prompt

@@ -101,13 +101,14 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(ModelOptions):
-    """One video or picture.
+    """One video or picture, or one a prompt of a file.
 
     config    YAML files, one for all transformers or one each; sparsity overrides theirs and the preset's
     """
 
     model: str = option("Folder or repository of a diffusers pipeline.", flag="ARGUMENT")
-    prompt: str = option("What to show.")
+    prompt: str | None = option("What to show.", None)
+    prompts: Path | None = option("Text file instead, one prompt a line: one clip of each, and --out a folder.", None)
     out: Path | None = option("File to write, .mp4 or .png.", None, unset="generated.mp4 or .png")
     overwrite: bool = option("Replace files that are there.", False)
     sparsity: float | None = option("Share of blocks to drop.", None, unset="the preset's")
@@ -124,6 +125,10 @@ class GenerateOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError("prompt: got --prompt and --prompts, or neither; allowed: one of the two.")
+        if self.prompts is not None and self.out is None:
+            raise ValueError("out: got none with --prompts; allowed: a folder for the clips. Give --out FOLDER.")
         if self.preset is not None:
             preset_of(self.preset)
             if self.config:

@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from ...pipelines.adapters import default_configs
 from ..machine import machine
 from .clip import Clip, Mode
+from .evaluate import read_prompts
+from .folder import file_name
 from .models import Source, call_defaults, file_hash
 from .options import ClipError, GenerateOptions
 from .summary import ModeSummary, after_the_first, measure, summarise
@@ -60,6 +62,30 @@ def outputs_of(options: GenerateOptions, source: Source) -> Outputs:
             "--overwrite."
         )
     return outputs
+
+
+def each_prompt(options: GenerateOptions, source: Source) -> list[GenerateOptions]:
+    """The same for every prompt of the file, each with a clip of its own in the folder."""
+    assert options.out is not None
+    suffix = ".mp4" if source.makes_video else ".png"
+    prompts = read_prompts(options.prompts, source)
+    names = {prompt: f"{file_name(prompt)}-{options.seed}{suffix}" for prompt in prompts}
+    return [replace(options, prompt=each, prompts=None, out=options.out / names[each]) for each in prompts]
+
+
+def is_finished(options: GenerateOptions, source: Source) -> bool | None:
+    """Whether an earlier run of the same command came to its end, clip first, JSON last; None: of another command."""
+    assert options.out is not None
+    record = options.out.with_suffix(".json")
+    try:
+        told = json.loads(record.read_text(encoding="utf-8"))
+        if told["command"] != options.command_line(revision=source.revision):
+            return None
+        return options.out.is_file() and ("compare" in told) == options.compare
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 def stale(outputs: Outputs) -> list[Path]:
