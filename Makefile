@@ -14,7 +14,7 @@ GPU_TESTS ?= tests
 GPU_PYTEST := PYTHONPATH=src OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(CURDIR)/build/triton \
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU_PYTHON) -m pytest
 
-.PHONY: demo test quick slow-test gpu-test upstream-test lint clean
+.PHONY: demo test quick slow-test gpu-test gpu2-test upstream-test lint clean
 
 demo: $(STAMP)
 	$(BIN)/rectified-spaattn demo --out demo-output
@@ -34,6 +34,12 @@ slow-test: $(STAMP)
 gpu-test:
 	$(GPU_PYTEST) -n $(GPU_WORKERS) --dist loadgroup -m "gpu and not large" $(GPU_TESTS)
 	$(GPU_PYTEST) -n 0 -s -m "gpu and large" tests/test_gpu_kernels.py
+
+# GPU_PYTHON=python3.12 make gpu2-test; one process a GPU over NCCL: GPUS=4 for four, RANK_OPTIONS="-k compiled" for some
+GPUS ?= 2
+gpu2-test:
+	$(GPU_PYTEST:pytest=torch.distributed.run) --standalone --nproc-per-node $(GPUS) -m pytest -o addopts= -q --noconftest -p no:cacheprovider \
+		$(RANK_OPTIONS) tests/rank_tests.py
 
 # diffusers' own tests with every model enabled: make upstream-test DIFFUSERS=checkout
 upstream-test: $(STAMP)

@@ -20,7 +20,6 @@ from diffusers import ContextParallelConfig, FirstBlockCacheConfig
 
 import rectified_spaattn as rsa
 import tiny_models
-from cases import video_like
 from model_cases import CASES, build
 from rectified_spaattn.layout import TokenLayout
 from rectified_spaattn.pipelines import processor
@@ -28,9 +27,15 @@ from rectified_spaattn.pipelines.clock import RunClock
 from rectified_spaattn.pipelines.plans import cp_plan
 from rectified_spaattn.pipelines.ranks import ranks_of
 from rectified_spaattn.pipelines.state import LayerState, TransformerState, streams_of
+from tensors import video_like
 
+if "RANK" not in os.environ:
+    pytest.skip("processes of a group: make gpu2-test, or test_ranks.py", allow_module_level=True)
 RANK, COUNT = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 GPU = torch.cuda.is_available()
+if GPU and torch.cuda.device_count() < COUNT:
+    pytest.skip(f"{COUNT} GPUs, one a process", allow_module_level=True)
+pytestmark = [pytest.mark.gpu] if GPU else []
 BLOCK = 128 if GPU else 16
 PLAIN = {"block_size": BLOCK, "top_p": 0.0, "sparsity": 0.7}
 CONTENT = rsa.SparseConfig(**PLAIN)
@@ -59,8 +64,8 @@ def group() -> Iterator[None]:
 
 
 def moved(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(moved(each) for each in value)
+    if isinstance(value, tuple):  # cosines and sines
+        return tuple(each.to("cuda") for each in value) if GPU else value
     if not isinstance(value, torch.Tensor) or not GPU:
         return value
     return value.to("cuda", torch.bfloat16 if value.is_floating_point() else value.dtype)

@@ -15,11 +15,11 @@ import diffusers
 import pytest
 import torch
 
-import cases
+import tensors
 import model_cases
 import rectified_spaattn.pipelines.teacache
 
-IMPORTED = (torch, diffusers, cases, model_cases, rectified_spaattn.pipelines.teacache)
+IMPORTED = (torch, diffusers, tensors, model_cases, rectified_spaattn.pipelines.teacache)
 HERE = Path(__file__).parent
 
 
