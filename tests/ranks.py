@@ -15,9 +15,9 @@ import diffusers
 import pytest
 import torch
 
-import tensors
 import model_cases
 import rectified_spaattn.pipelines.teacache
+import tensors
 
 IMPORTED = (torch, diffusers, tensors, model_cases, rectified_spaattn.pipelines.teacache)
 HERE = Path(__file__).parent

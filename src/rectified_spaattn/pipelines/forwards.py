@@ -28,7 +28,8 @@ class ForwardState:
     step, total  the denoising step and the number of steps; None where nobody knows
     problem      why the step is unknown
     why_dense    why every call in it is dense; None where calls may be sparse
-    shared       sparse calls that other ranks have a part in: the layer's record, the density of this rank's heads
+    shared       sparse calls that other ranks have a part in: the layer; of this rank's heads the density, and how many
+                 blocks each keeps, float32 [1 + H]
     calls        attention calls so far; sparse: those of them that were sparse; density: their sum, on the device
     """
 

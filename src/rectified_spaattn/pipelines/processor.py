@@ -54,9 +54,10 @@ _layers: "weakref.WeakValueDictionary[int, LayerState]" = weakref.WeakValueDicti
 
 
 class _Caller(threading.local):
-    """The handle of the layer whose processor is running in this thread."""
+    """Of the layer whose processor is running in this thread the handle, and its heads as LayerState has them."""
 
     handle: torch.Tensor | None = None
+    heads: torch.Tensor | None = None
 
 
 _caller = _Caller()
@@ -136,10 +137,14 @@ def _backend(
     def attend_to_all(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **more: Any) -> Any:
         return _attend(q, k, v, attn_mask, handle, scale)
 
-    return _templated_context_parallel_attention(
+    heads = _caller.heads
+    if heads is not None:
+        query, key, value = (x.index_select(2, heads[0]) for x in (query, key, value))
+    out = _templated_context_parallel_attention(
         query, key, value, scale=scale, forward_op=attend_to_all, backward_op=_no_gradient,
         _parallel_config=_parallel_config,
     )  # fmt: skip
+    return out if heads is None else out.index_select(2, heads[1])
 
 
 def _attend(
@@ -189,12 +194,12 @@ def _wrapped_class(processor_class: Any) -> Any:
         # compiled code is of one module, whose processor this is
         if not ours or not (torch.compiler.is_compiling() or _is_of(layer, attn)):
             return original(self)(attn, *args, **kwargs)
-        before = _caller.handle
-        _caller.handle = self.rectified_handle
+        before = _caller.handle, _caller.heads
+        _caller.handle, _caller.heads = self.rectified_handle, layer.heads
         try:
             return base.__call__(self, attn, *args, **kwargs)
         finally:
-            _caller.handle = before
+            _caller.handle, _caller.heads = before
 
     members = {
         "__call__": call,

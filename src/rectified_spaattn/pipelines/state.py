@@ -13,6 +13,7 @@ import torch
 from ..attention import rectified_attention
 from ..config import SparseConfig
 from ..layout import TokenLayout
+from .balance import TOLERATED, dealt_out
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .masks import key_mask, masked_layout
@@ -37,6 +38,7 @@ class TransformerState:
     count       forwards of the run; skipped: those in which a cache left out every block
     completed   whether any forward ever came to its end
     ranks       what the processes that share the forwards computed
+    balanced    whether their heads are dealt out anew after every forward
     """
 
     config: SparseConfig
@@ -59,6 +61,7 @@ class TransformerState:
     skipped: int = 0
     completed: bool = False
     ranks: "RankRecord" = field(default_factory=lambda: RankRecord())
+    balanced: bool = False
     said_outside: bool = False
 
     @property
@@ -137,15 +140,29 @@ class TransformerState:
         forward = self.forwards.end()
         if failed or forward is None or forward.ranks is None or not forward.shared:
             return forward
-        records, densities = zip(*forward.shared, strict=True)
-        of_ranks = forward.ranks.gather(torch.stack(densities))  # [ranks, calls]
-        means = of_ranks.mean(0)
+        layers, done = zip(*forward.shared, strict=True)
+        of_ranks = forward.ranks.gather(torch.stack(done))  # [ranks, calls, 1 + heads of a rank]
+        densities = of_ranks[..., 0]
+        means = densities.mean(0)
         forward.density = means.sum()
         with self.lock:
-            for record, density in zip(records, means, strict=True):
-                record.add(density)
-            self.ranks.add(of_ranks)
+            for layer, density in zip(layers, means, strict=True):
+                layer.record.add(density)
+            self.ranks.add(densities)
+            self._deal_out(layers, of_ranks[..., 1:].transpose(0, 1).flatten(1), forward.ranks.count)
         return forward
+
+    def _deal_out(self, layers: tuple["LayerState", ...], work: torch.Tensor, ranks: int) -> None:
+        """Of the heads of every layer, by what they had to do: work [calls, H], place after place."""
+        if not self.balanced and self.ranks.forwards == 1:  # waits for the device, once a run
+            self.balanced = self.ranks.imbalance() > TOLERATED
+        if not self.balanced:
+            return
+        for row, layer in zip(work, layers, strict=True):
+            if layer.heads is not None:
+                row.copy_(row[layer.heads[1]])
+        for layer, heads in zip(layers, dealt_out(work, ranks).unbind(), strict=True):
+            layer.heads = heads
 
     def _scheduled(self, step: int | None, total: int | None) -> str | None:
         """Why the step makes every call dense; None where it does not, or where nobody knows the step."""
@@ -186,12 +203,19 @@ class RankRecord:
     densities  float32 [ranks], of each rank's heads; densest: of the rank that had most to do in each call
     """
 
+    forwards: int = 0
     calls: int = 0
     densities: torch.Tensor | None = None
     densest: torch.Tensor | float = 0.0
 
+    def imbalance(self) -> float:
+        """By how much the rank that has most in a call exceeds the mean, mean over calls. Waits for the device."""
+        assert self.densities is not None
+        return float(self.densest / self.densities.mean()) - 1
+
     def add(self, densities: torch.Tensor) -> None:
-        """densities: [ranks, calls]"""
+        """densities: [ranks, calls] of a forward"""
+        self.forwards += 1
         self.calls += densities.shape[1]
         self.densities = densities.sum(1) if self.densities is None else self.densities + densities.sum(1)
         self.densest = self.densest + densities.amax(0).sum()
@@ -203,6 +227,7 @@ class LayerState:
 
     handle            what compiled code carries in its place: a tensor, so that layers share code
     module            weak: where its processor is
+    heads             int64 [2, H] where ranks have heads as dealt out: which head each place has, and the place of each
     masks_text_only   whether that hides no video token, ever, so that the device need not be asked; text is behind
     called            in any run; a processor that does without the dispatcher never gets here
     """
@@ -214,6 +239,7 @@ class LayerState:
     module: "weakref.ref[Any]" = lambda: None  # type: ignore[assignment]
     handle: torch.Tensor = field(default_factory=lambda: torch.tensor(next(_handles), device="cpu"))
     record: Record = field(default_factory=Record)
+    heads: torch.Tensor | None = None
     masks_text_only: bool = False
     called: bool = False
 
@@ -284,7 +310,8 @@ class LayerState:
             if forward.ranks is None:
                 self.record.add(density)
             else:  # of this rank's heads: counted when all ranks are through
-                forward.shared.append((self.record, density))
+                kept = stats.block_mask.sum((0, 2, 3), dtype=torch.float32)
+                forward.shared.append((self, torch.cat([density[None], kept])))
             self.record.backends.add(stats.backend)
         forward.sparse += 1
         forward.density = forward.density + density

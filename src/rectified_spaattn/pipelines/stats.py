@@ -102,8 +102,8 @@ def _by_rank(records: Sequence[RankRecord]) -> dict[str, Any]:
         return {}
     calls = sum(record.calls for record in records)
     sums = torch.stack([record.densities.double().cpu() for record in records if record.densities is not None])
-    densities, densest = sums.sum(0) / calls, sum(float(record.densest) for record in records) / calls
-    return {"rank_densities": tuple(densities.tolist()), "imbalance": densest / float(densities.mean()) - 1}
+    more = sum(record.imbalance() * record.calls for record in records) / calls
+    return {"rank_densities": tuple((sums.sum(0) / calls).tolist()), "imbalance": more}
 
 
 def run_summary(states: Sequence[TransformerState], watch: Watch) -> str:
@@ -132,6 +132,7 @@ def run_summary(states: Sequence[TransformerState], watch: Watch) -> str:
         lines.append(
             f"  {len(run.rank_densities)} ranks: densities {low:.1%} to {high:.1%}; in a call the rank with most pairs "
             f"has {run.imbalance:.1%} more than the mean"
+            + (", heads dealt out by what they computed" if any(state.balanced for state in states) else "")
         )
     if run.density >= ALL_KEPT and states[0].config.sparsity:
         lines.append(f"  NOTHING SAVED: {nothing_saved(states[0])}")
