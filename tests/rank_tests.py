@@ -470,6 +470,11 @@ def test_compiled_blocks(name: str, compiler: str) -> None:
         eager = forward(model, inputs)
         model.compile_repeated_blocks(fullgraph=True, backend=compiler)
         assert_same(forward(model, inputs), eager, 1e-2, dense)
+        heads = torch.tensor([[2, 0, 3, 1], [1, 3, 0, 2]], device=inputs["hidden_states"].device)
+        for each in model.attn_processors.values():  # as where heads are dealt out
+            if getattr(each, "rectified_layer", None) is not None:
+                each.rectified_layer.heads = heads
+        assert_same(forward(model, inputs), eager, 1e-2, dense)
 
 
 @pytest.mark.skipif(not GPU, reason="kernels of a GPU")
