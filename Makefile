@@ -11,7 +11,7 @@ QUICK := stages layout orders tokens config errors operator metamorphic arrange 
 GPU_PYTHON ?= python
 GPU_WORKERS ?= 8
 GPU_TESTS ?= tests
-GPU_PYTEST := PYTHONPATH=src OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(CURDIR)/build/triton \
+GPU_PYTEST := PYTHONPATH=src:tests OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(CURDIR)/build/triton \
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU_PYTHON) -m pytest
 
 .PHONY: demo test quick slow-test gpu-test gpu2-test upstream-test lint clean
@@ -38,8 +38,9 @@ gpu-test:
 # GPU_PYTHON=python3.12 make gpu2-test; one process a GPU over NCCL: GPUS=4 for four, RANK_OPTIONS="-k compiled" for some
 GPUS ?= 2
 gpu2-test:
-	$(GPU_PYTEST:pytest=torch.distributed.run) --standalone --nproc-per-node $(GPUS) -m pytest -o addopts= -q --noconftest -p no:cacheprovider \
-		$(RANK_OPTIONS) tests/rank_tests.py
+	$(GPU_PYTEST:pytest=torch.distributed.run) --standalone --nproc-per-node $(GPUS) -m pytest -o addopts= -q \
+		-p no:cacheprovider -p rank_group --noconftest $(RANK_OPTIONS) \
+		tests/rank_layer_tests.py tests/rank_tests.py
 
 # diffusers' own tests with every model enabled: make upstream-test DIFFUSERS=checkout
 upstream-test: $(STAMP)

@@ -1,18 +1,15 @@
-"""What every process of a group runs in step with the others: torchrun --nproc-per-node 2 -m pytest tests/rank_tests.py
+"""What every process of a group runs in step with the others.
+
+    torchrun --nproc-per-node 2 -m pytest --noconftest -p rank_group tests/rank_tests.py
 
 Over gloo with tiny models on a CPU, where `test_ranks.py` starts it, or over NCCL on as many GPUs. Each forward of a
 model that is cut is compared with the same forward in one process. In every test all ranks do the same, also where they
 are refused: none is left waiting.
 """
 
-import math
 import os
-import types
-from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,101 +17,26 @@ from diffusers import ContextParallelConfig, FirstBlockCacheConfig
 
 import rectified_spaattn as rsa
 import tiny_models
-from model_cases import CASES, build
+from model_cases import CASES
+from rank_group import (
+    CONTENT,
+    COUNT,
+    GPU,
+    PAPER,
+    RANK,
+    REFUSED,
+    UNEVEN,
+    apart,
+    assert_same,
+    forward,
+    made,
+    moved,
+    moved_model,
+    on_all_ranks,
+    sparse,
+)
 from rectified_spaattn.layout import TokenLayout
-from rectified_spaattn.pipelines import processor
-from rectified_spaattn.pipelines.clock import RunClock
 from rectified_spaattn.pipelines.plans import cp_plan
-from rectified_spaattn.pipelines.ranks import ranks_of
-from rectified_spaattn.pipelines.state import LayerState, TransformerState, streams_of
-from tensors import video_like
-
-if "RANK" not in os.environ:
-    pytest.skip("processes of a group: make gpu2-test, or test_ranks.py", allow_module_level=True)
-RANK, COUNT = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-GPU = torch.cuda.is_available()
-if GPU and torch.cuda.device_count() < COUNT:
-    pytest.skip(f"{COUNT} GPUs, one a process", allow_module_level=True)
-pytestmark = [pytest.mark.gpu] if GPU else []
-BLOCK = 128 if GPU else 16
-PLAIN = {"block_size": BLOCK, "top_p": 0.0, "sparsity": 0.7}
-CONTENT = rsa.SparseConfig(**PLAIN)
-PAPER = rsa.SparseConfig.paper(**PLAIN)
-REFUSED = "HunyuanVideo I2V, token replaced"
-UNEVEN = "HunyuanVideo 1.5"  # 15 text tokens
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    """The processes, without gradients. On a CPU diffusers divides by a number of devices that is 0."""
-    diffusers.utils.logging.set_verbosity_error()
-    patch = pytest.MonkeyPatch()
-    if GPU:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        patch.setattr(tiny_models, "VIDEO", (4, 16, 32))
-        patch.setattr(tiny_models, "IMAGE", (1, 32, 64))
-    else:
-        torch.set_num_threads(1)
-        patch.setattr(torch.accelerator, "device_count", lambda: 1)
-    dist.init_process_group("nccl" if GPU else "gloo", timeout=timedelta(seconds=120))
-    with torch.no_grad():
-        yield
-    patch.undo()
-    dist.destroy_process_group()
-
-
-def moved(value: Any) -> Any:
-    if isinstance(value, tuple):  # cosines and sines
-        return tuple(each.to("cuda") for each in value) if GPU else value
-    if not isinstance(value, torch.Tensor) or not GPU:
-        return value
-    return value.to("cuda", torch.bfloat16 if value.is_floating_point() else value.dtype)
-
-
-def made(name: str) -> tuple[Any, dict[str, Any]]:
-    model, inputs = build(name, CASES[name].head_dims[GPU])
-    if name == "LTX-2":
-        inputs["timestep"] = inputs["timestep"][:, 0]  # as its pipeline passes it
-    return moved_model(model), {key: moved(value) for key, value in inputs.items()}
-
-
-def moved_model(model: Any) -> Any:
-    return model.to("cuda", torch.bfloat16) if GPU else model
-
-
-def forward(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    out = model(**inputs, return_dict=False)
-    both: torch.Tensor = torch.cat([each.flatten().float() for each in out])  # LTX-2 gives audio, too
-    return both
-
-
-def sparse(model: Any, inputs: dict[str, Any], config: rsa.SparseConfig, backend: str = "auto") -> torch.Tensor:
-    with rsa.enable(model, config, backend=backend) as handle:
-        out = forward(model, inputs)
-        assert handle.stats().sparse_calls > 0
-    return out
-
-
-def apart(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one - other).norm() / other.norm())
-
-
-def assert_same(cut: torch.Tensor, alone: torch.Tensor, noise: float, dense: torch.Tensor) -> None:
-    """On a CPU but for rounding: bit for bit, unless products of odd parts round otherwise. On a GPU products of any
-    parts do, which turns the choice of some blocks: within the noise of the dense model's own parallel run, or well
-    below what sparsity itself changes. `test_a_layer` is stricter there.
-    """
-    assert apart(cut, alone) <= (max(4 * noise, 0.3 * apart(alone, dense)) if GPU else 1e-6)
-
-
-def on_all_ranks(error: type[Exception], match: str, call: Callable[[], object]) -> None:
-    """All of them are refused, and say so."""
-    with pytest.raises(error, match=match):
-        call()
-    told: list[Any] = [None] * COUNT
-    dist.all_gather_object(told, RANK)
-    assert told == list(range(COUNT))
-
 
 EVERY = [name for name in CASES if name != REFUSED]
 
@@ -273,100 +195,6 @@ def test_statistics_are_of_all_ranks_and_on_every_one() -> None:
     told: list[Any] = [None] * COUNT
     dist.all_gather_object(told, stats)
     assert all(each == stats for each in told)
-
-
-# one layer, on the same queries, keys and values to the bit
-
-
-class Layer(torch.nn.Module):
-    """A self-attention layer with nothing around it, on a part of the tokens."""
-
-    def __init__(self, config: rsa.SparseConfig, backend: str, text_first: bool) -> None:
-        super().__init__()
-        self.state = TransformerState(config=config, backend=backend, clock=RunClock(None), text_first=text_first)
-        self.layer = LayerState(index=0, name="layer", owner=self.state, dense_backend=None)
-        processor._layers[int(self.layer.handle)] = self.layer
-
-    def forward(
-        self, qkv: list[torch.Tensor], mask: torch.Tensor, grid: tuple[int, int, int], config: Any
-    ) -> torch.Tensor:
-        text = mask.shape[-1] - math.prod(grid)
-        ranks = ranks_of(types.SimpleNamespace(_parallel_config=config))
-        self.state.begin_forward(grid, text=text, ranks=ranks)
-        processor._caller.handle, processor._caller.heads = self.layer.handle, self.layer.heads
-        try:
-            return processor._backend(*qkv, attn_mask=mask, _parallel_config=config)
-        finally:
-            processor._caller.handle = processor._caller.heads = None
-            self.state.end_forward(failed=False)
-
-
-LAYER_BACKENDS = ["torch", "triton", "fa4"] if GPU else ["torch"]
-
-
-@pytest.mark.parametrize("placed", [True, False], ids=["", "without the places"])
-@pytest.mark.parametrize("text", [24, 23])
-@pytest.mark.parametrize("text_first", [True, False])
-@pytest.mark.parametrize("order", ["content", "gilbert"])
-@pytest.mark.parametrize("backend", LAYER_BACKENDS)
-def test_a_layer(
-    backend: str, order: Any, text_first: bool, text: int, placed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit for bit on a CPU; kernels on fewer heads may sum otherwise. Without the places nothing is right."""
-    grid = (4, 16, 32) if GPU else (4, 6, 8)
-    layout = TokenLayout.build(grid, text, text_first)
-    dtype = torch.bfloat16 if GPU else torch.float32
-    qkv = [x.to("cuda" if GPU else "cpu") for x in video_like(0, 2, layout.sequence, 4, 128 if GPU else 16, dtype)]
-    valid = torch.ones(2, text, dtype=torch.bool, device=qkv[0].device)
-    valid[1, 5:] = False
-    config = rsa.SparseConfig(**{**PLAIN, "order": order, "rectify": "row" if order == "content" else "ipar+gapr"})
-    want = rsa.rectified_attention(*qkv, layout, config, text_mask=valid, backend=backend).float()
-    model = tiny_models.wan(16, num_attention_heads=4)  # through which the processes find each other
-    rsa.parallelize(model, uneven=text % COUNT > 0)
-    cut = layout.cut(streams_of(layout), COUNT)
-    ranks = ranks_of(model)
-    assert ranks is not None
-    start = sum(ranks.part(streams_of(layout), rank) for rank in range(RANK))
-    mine = cut.token[start : start + ranks.part(streams_of(layout), RANK)].to(qkv[0].device)
-    mask = torch.ones(2, layout.sequence, dtype=torch.bool, device=valid.device)
-    mask[:, layout.text_tokens] = valid
-    if not placed:
-        monkeypatch.setattr(TokenLayout, "cut", lambda layout, streams, ranks: layout)
-    layer = Layer(config, backend, text_first)
-    got = layer([x[:, mine] for x in qkv], mask[:, None, None], grid, model._parallel_config).float()
-    off = apart(got[0], want[0, mine])  # of the second sample some tokens are padding
-    if not placed:
-        assert off > 0.05
-    elif GPU:
-        assert off < 2e-2
-    else:
-        assert torch.equal(got[0], want[0, mine])
-
-
-def test_heads_are_dealt_out_where_some_have_much_more_to_do() -> None:
-    """Half of the heads look at few tokens, and lie on half of the ranks: from the second forward on they do not."""
-    grid = (4, 16, 32) if GPU else (4, 6, 8)
-    layout = TokenLayout.build(grid)
-    dtype = torch.bfloat16 if GPU else torch.float32
-    q, k, v = (x.to("cuda" if GPU else "cpu") for x in video_like(0, 1, layout.sequence, 8, 128 if GPU else 16, dtype))
-    q[:, :, :4] *= 8
-    config = CONTENT.replace(top_p=0.7, sparsity=0.9)
-    model = tiny_models.wan(16, num_attention_heads=8)
-    rsa.parallelize(model)
-    mine = slice(RANK * layout.sequence // COUNT, (RANK + 1) * layout.sequence // COUNT)
-    mask = torch.ones(1, layout.sequence, dtype=torch.bool, device=q.device)
-    want = rsa.rectified_attention(q, k, v, layout, config).float()
-    layer, spread = Layer(config, "auto", text_first=False), []
-    for _ in range(3):
-        layer.state.ranks = type(layer.state.ranks)()
-        got = layer([x[:, mine] for x in (q, k, v)], mask, grid, model._parallel_config).float()
-        assert apart(got, want[:, mine]) < (2e-2 if GPU else 1e-5)
-        spread.append(layer.state.ranks.imbalance())
-    assert spread[0] > 0.2
-    assert spread[1] < 0.2 * spread[0]
-    assert spread[2] < 0.2 * spread[0]
-    assert layer.layer.heads is not None
-    assert sorted(layer.layer.heads[0].tolist()) == list(range(8))
 
 
 # TeaCache: every rank leaves out the same steps, those that one process does

@@ -1,6 +1,6 @@
 """Processes that share a model on a CPU, as torchrun starts them, but forked after everything slow was imported.
 
-python tests/ranks.py 2 [options of pytest]     runs rank_tests.py in each of two processes
+python tests/ranks.py 2 [options of pytest]     runs rank_tests.py and rank_layer_tests.py in two processes
 """
 
 import os
@@ -55,8 +55,8 @@ def _forked(rank: int, work: Callable[[int], int], output: Path) -> int:
 
 
 def in_step(rank: int) -> int:
-    options = ["--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[2:]]
-    return int(pytest.main([*options, str(HERE / "rank_tests.py")]))
+    options = ["--noconftest", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "rank_group", *sys.argv[2:]]
+    return int(pytest.main([*options, *(str(HERE / file) for file in ("rank_tests.py", "rank_layer_tests.py"))]))
 
 
 if __name__ == "__main__":

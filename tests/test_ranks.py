@@ -1,4 +1,5 @@
-"""Several processes that share a model, over gloo on a CPU: `rank_tests.py` in each of them, and one that is killed."""
+"""Several processes that share a model, over gloo on a CPU: `rank_tests.py` and `rank_layer_tests.py` in each, and one
+that is killed."""
 
 import os
 import subprocess
