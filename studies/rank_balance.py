@@ -90,7 +90,7 @@ def rank_balance(options: Options) -> None:
     def show(rows: list[Row]) -> None:
         print(harness.table(rows, ("density", "in_order", "skewed", "dealt")))
 
-    harness.run("rank-balance", Row, options, harness.on_calls(Row, options, judge), show)
+    harness.run("rank_balance", Row, options, harness.on_calls(Row, options, judge), show)
 
 
 if __name__ == "__main__":
