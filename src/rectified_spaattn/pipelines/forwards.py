@@ -56,7 +56,7 @@ class ForwardState:
         assert self.layout.grid is not None
         return self.layout.grid
 
-    @property
+    @cached_property
     def unpadded(self) -> TokenLayout:
         """In which padding takes no part."""
         return replace(self.layout, padding=self.padding) if self.padding else self.layout
