@@ -38,7 +38,9 @@ from rank_group import (
 from rectified_spaattn.layout import TokenLayout
 from rectified_spaattn.pipelines.plans import cp_plan
 
-EVERY = [name for name in CASES if name != REFUSED]
+SLOW = GPU or "RANK_TESTS_SLOW" in os.environ
+COUSINS = ("Wan 2.2 I2V", "HunyuanVideo I2V, latents concatenated", "HunyuanVideo 1.5 T2V", "CogVideoX 1.5 I2V")
+EVERY = [name for name in CASES if name != REFUSED and (SLOW or name not in COUSINS)]
 
 
 @pytest.mark.skipif(COUNT != 2, reason="these models have two heads")
@@ -118,8 +120,10 @@ def test_without_the_places_it_is_another_video(name: str, monkeypatch: pytest.M
         assert_same(cut, alone, apart(forward(model, inputs), dense), dense)
 
 
-@pytest.mark.parametrize("order", ["enable first", "parallelize first", "by diffusers"])
-@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+ORDERS = [("cogvideox", order) for order in ("enable first", "parallelize first", "by diffusers")]
+
+
+@pytest.mark.parametrize(("name", "order"), [("wan", "by diffusers"), *ORDERS])
 def test_enable_and_parallelize_in_any_order(name: str, order: str) -> None:
     """CogVideoX's own processor cannot be cut: after disabling one that can is there."""
     model, inputs = four_heads(name)
@@ -286,7 +290,7 @@ def test_first_block_cache_is_refused() -> None:
 COMPILERS = ["inductor"] if GPU else ["aot_eager"]
 
 
-@pytest.mark.skipif(not GPU and "RANK_TESTS_SLOW" not in os.environ, reason="slow")
+@pytest.mark.skipif(not SLOW, reason="slow")
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize("name", ["wan", "hunyuan", "flux"])
 def test_compiled_blocks(name: str, compiler: str) -> None:
