@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m studies.rank_balance --pairs 4
 
-The demo model has 3 heads a layer. A model of 24 is made up from them: each of its heads is one of the 3 of a layer,
-drawn at random, so that it has their spread, and no order. "skewed" is the worst order there is: heads sorted by what
-they compute. Heads are dealt out by what they computed two denoising steps before.
+The demo model has few heads a layer. A model of 24 is made up from them: each of its heads is one of a layer's, drawn
+at random, so that it has their spread, and no order. "skewed" is the worst order there is: heads sorted by what they
+compute. Heads are dealt out by what they computed two denoising steps before.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +30,7 @@ class Options(harness.Options):
     top_p: tuple[float, ...] = option("Least attention mass that kept blocks hold.", (0.0, 0.3, 0.5, 0.7, 0.9))
     ranks: tuple[int, ...] = option("Processes that share the model.", (2, 4, 8))
     block_size: int = option("Tokens a block.", 64)
+    rectify: str = option("The mode.", "row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +67,10 @@ def rank_balance(options: Options) -> None:
 
     def judge(calls: Sequence[AttentionCall]) -> Iterator[Mapping[str, Any]]:
         generator = torch.Generator().manual_seed(0)
+        base = SparseConfig(rectify=options.rectify, block_size=options.block_size)  # type: ignore[arg-type]
         for sparsity in options.sparsity:
             for top_p in options.top_p:
-                config = SparseConfig(sparsity=sparsity, top_p=top_p, block_size=options.block_size)
+                config = base.replace(sparsity=sparsity, top_p=top_p)
                 work = {(call.layer, call.step): of_heads(call, config) for call in calls}
                 for (layer, step), now in work.items():
                     before = work.get((layer, step - 2))
