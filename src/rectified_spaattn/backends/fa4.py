@@ -23,6 +23,8 @@ def why_not(call: Call) -> str | None:
         return f"the GPU is sm_{major}{minor}, its block-sparse forward fits blocks of 128 on Hopper (sm_90){why}"
     if call.block_size != 128:
         return f"block_size {call.block_size}, it takes 128"
+    if call.head_dim > 128:
+        return f"head_dim {call.head_dim}, its tiles of keys fit blocks of 128 up to head_dim 128"
     return None
 
 
@@ -59,7 +61,7 @@ def listed_blocks(inputs: Inputs, prepared: "triton.Prepared") -> "triton.Partia
         block_size=(128, 128),
     )
     out, lse = flash_attn_func(
-        *(x.transpose(1, 2) for x in (tiled.q, tiled.k, tiled.v)),  # [B, rows, H, D]
+        *(x.transpose(1, 2) for x in (tiled.q, tiled.k, tiled.v)),  # [B, rows, H or Hk, D]
         softmax_scale=inputs.scale,
         block_sparse_tensors=blocks,
         return_lse=True,
