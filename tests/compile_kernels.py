@@ -27,7 +27,7 @@ from rectified_spaattn.backends.triton.plan import (
 from rectified_spaattn.backends.triton.slope import _mass_kernel, _slope_kernel
 from rectified_spaattn.backends.triton.tile import _tail_kernel, _tile_kernel
 
-SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "TAIL", "RESIDUAL")
+SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "TAIL", "RESIDUAL", "IDLE")
 TAILS = ((False, False), (True, False), (True, True))  # tail, slope
 RANK = 8  # of the directions in which errors are told
 
@@ -213,7 +213,15 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         return "*i64"
     if argument in ("from_ptr", "to_ptr", "count_ptr", "index_ptr", "end_ptr", "places_ptr", "turn_ptr"):
         return "*i32"
-    if argument in ("critical_ptr", "compensated_ptr", "neighbours_ptr", "first_frame_ptr", "worth_ptr", "valid_ptr"):
+    if argument in (
+        "critical_ptr",
+        "compensated_ptr",
+        "neighbours_ptr",
+        "first_frame_ptr",
+        "worth_ptr",
+        "valid_ptr",
+        "idle_ptr",
+    ):
         return "*i1"
     in_model_dtype = {
         "_tile_kernel": (

@@ -10,6 +10,7 @@ from . import ops
 from .backends import BACKENDS, Call, choose
 from .config import SparseConfig
 from .layout import TokenLayout
+from .method.apart import pairs_apart
 from .orders import blocks_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -24,9 +25,9 @@ class SparseStats:
     compensated  bool [B, H, nb, nb], the dropped blocks that got their pooled contribution back
     probability  [B, H, nb, nb + 1], the estimated full attention; the last column is all isolated tokens
     r            [B, H, nb], the full-attention mass that was not compensated
-    density      computed query-key pairs over all pairs of queries and valid keys, isolated ones counted, pooled keys
-                 of a tail not; reading it waits for the device, reading `device_density`, the same as a float32
-                 scalar tensor, does not
+    density      computed query-key pairs over all pairs of full attention, queries with the valid keys that they see,
+                 isolated ones counted, pooled keys of a tail not; reading it waits for the device, reading
+                 `device_density`, the same as a float32 scalar tensor, does not
     backend      name of what attended
     sorting      name of what sorted the tokens: "triton" or "torch"; empty where nothing did
     token_order  int64 [B, Hk, nb * b], places in the sequence of the tiled tokens, block after block, where every key
@@ -250,21 +251,27 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> tor
 def density(
     block_mask: torch.Tensor, layout: TokenLayout, config: SparseConfig, text_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Computed query-key pairs over all pairs of the S queries and the valid keys; a float32 scalar tensor, no sync.
+    """Computed query-key pairs over all pairs of full attention; a float32 scalar tensor, no sync.
 
     block_mask: bool [B, H, nb, nb]; text_mask: bool [B, text] or None.
     """
     batch, heads, nb, _ = block_mask.shape
     tiled = nb * config.block_size
-    leftover, alone = layout.video - tiled, layout.sequence - tiled
+    leftover = layout.video - tiled
     if text_mask is None:
         text = torch.full((batch,), layout.text, dtype=torch.float32, device=block_mask.device)
     else:
         text = text_mask.sum(1).float()
     keys = tiled + leftover + text  # [B] valid ones
     kept = block_mask.sum((1, 2, 3)).float() / max(1, heads * nb) * config.block_size  # [B] tiled keys a tiled query
-    tiled_share = tiled / layout.sequence
-    return (tiled_share * (kept + leftover + text) / keys + alone / layout.sequence).mean()
+    saved = tiled * (keys - kept - leftover - text)  # [B] pairs
+    blocks = blocks_of(layout, config).on(block_mask.device)
+    if not blocks.apart.numel():
+        return (1 - saved / (layout.sequence * keys)).mean()
+    if text_mask is None:
+        text_mask = torch.ones(batch, layout.text, dtype=torch.bool, device=block_mask.device)
+    apart = pairs_apart(blocks, text_mask[:, blocks.apart - leftover])
+    return (1 - saved / ((layout.sequence - blocks.apart.numel()) * keys + apart)).mean()
 
 
 def _checked(

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..method.apart import attend_apart
 from ..method.inputs import Inputs
 from . import triton
 from .calls import Backend, Call, installed_version
@@ -33,14 +34,16 @@ def run(inputs: Inputs, prepared: "triton.Prepared") -> torch.Tensor:
     from .triton.attend import attend
 
     if not inputs.blocks.num_blocks:
-        return attend(inputs, prepared)[0]
+        return triton.run(inputs, prepared)
     partial = listed_blocks(inputs, prepared)
     # the tiled keys have done their work: their memory serves the output, whoever still holds them
     tiled = prepared.tiled
     for x in (tiled.k, tiled.v):
         x.untyped_storage().resize_(0)
     nothing = tiled.k.new_empty(0, tiled.k.shape[-1])
-    return attend(inputs, prepared._replace(tiled=tiled._replace(k=nothing, v=nothing)), partial)[0]
+    out, _ = attend(inputs, prepared._replace(tiled=tiled._replace(k=nothing, v=nothing)), partial)
+    attend_apart(inputs, out)
+    return out
 
 
 def listed_blocks(inputs: Inputs, prepared: "triton.Prepared") -> "triton.Partial":

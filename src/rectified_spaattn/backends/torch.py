@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..method.apart import attend_apart
 from ..method.arrange import content_order
 from ..method.inputs import Inputs
 from ..method.plan import Choices, decide
@@ -56,7 +57,7 @@ def plan(inputs: Inputs) -> tuple[Choices, list[Sample]]:
 def attend(inputs: Inputs, samples: list[Sample]) -> torch.Tensor:
     """out [B, S, H, D]."""
     out = torch.empty(inputs.q.shape, dtype=inputs.q.dtype, device=inputs.q.device)
-    isolated = inputs.blocks.isolated
+    isolated = inputs.blocks.isolated[inputs.blocks.attending]
     for i, sample in enumerate(samples):
         _attend(sample, inputs.scale, out[i])
         if isolated.numel():
@@ -66,6 +67,7 @@ def attend(inputs: Inputs, samples: list[Sample]) -> torch.Tensor:
             of_keys = q.reshape(1, k.shape[1], -1, q.shape[2])  # the queries that share a key head, one after the other
             dense = scaled_dot_product_attention(of_keys, k, v, scale=inputs.scale)
             out[i].index_copy_(0, isolated, dense.view(q.shape).transpose(0, 1))
+    attend_apart(inputs, out)
     return out
 
 

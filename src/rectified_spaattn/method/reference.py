@@ -91,6 +91,10 @@ def reference(inputs: "Inputs") -> Reference:
 
             every_k, every_v = torch.cat([kt.flatten(0, 1), k_alone]), torch.cat([vt.flatten(0, 1), v_alone])
             out[i, isolated, h] = (scale * (q[i, isolated, h] @ every_k.T)).softmax(-1) @ every_v
+            for at in blocks.apart.tolist():
+                others = [t for t in blocks.apart.tolist() if valid[t] and (t <= at or not blocks.causal)]
+                seen, query = isolated[others], q[i, isolated[at], h]
+                out[i, isolated[at], h] = (scale * (k[i, seen, of_k] @ query)).softmax(-1) @ v[i, seen, of_k]
 
     plan = (critical, compensated, probability, r)
     return Reference(out.to(device), *(x.to(device) for x in plan))

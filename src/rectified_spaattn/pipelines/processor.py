@@ -55,7 +55,7 @@ def layer_attention(
     handle: torch.Tensor,
     scale: float | None,
 ) -> torch.Tensor:
-    """q: [B, S, H, D]; k, v: [B, S, Hk, D]; mask: of keys, or None; handle: int64 scalar on the CPU. Returns q's shape."""
+    """q: [B, S, H, D]; k, v: [B, S, Hk, D]; mask: of keys, or None; handle: int64 scalar on the CPU. Returns out."""
     return _layer_of(handle).attend(q, k, v, mask, scale).contiguous()
 
 

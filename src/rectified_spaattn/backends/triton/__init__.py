@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ...method.apart import attend_apart
 from ...method.inputs import Inputs
 from ...method.plan import Choices
 from ...method.rectify import Rectification
@@ -23,7 +24,8 @@ OLDEST_TRITON = (3, 4)  # the first with host-side tensor descriptors
 
 
 class BlockLists(NamedTuple):
-    """The key blocks of every query block, sorted. Blocks of isolated queries come last and list every key block.
+    """The key blocks of every query block, sorted. Blocks of isolated queries come last and list every key block, or
+    none where all of their queries attend to each other only.
 
     counts: int32 [B, H, rows / b]; indices: int32 [B, H, rows / b, nb], of which the first `counts` are set.
     """
@@ -81,7 +83,9 @@ def run(inputs: Inputs, prepared: Prepared) -> torch.Tensor:
     """
     from .attend import attend
 
-    return attend(inputs, prepared)[0]
+    out, _ = attend(inputs, prepared)
+    attend_apart(inputs, out)
+    return out
 
 
 def why_not(call: Call) -> str | None:

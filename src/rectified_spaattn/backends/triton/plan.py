@@ -112,11 +112,11 @@ def select(
     _select_kernel[(lists.counts.shape[2], batch * heads)](
         choices.probability, choices.block_mask, choices.compensated, choices.r, bias, lists.counts, lists.indices,
         blocks.neighbours, blocks.first_frame, residual, None if residual is None else edge(residual, top_k * nb),
-        nb, top_k, config.top_p,
+        blocks.idle, nb, top_k, config.top_p,
         WIDTH=width, GIVEN=inputs.block_mask is not None, TOP_P=config.top_p > 0,
         NEIGHBOURS=config.neighbours, FIRST_FRAME=config.first_frame,
         COMPENSATE=config.rule.gate != "none", GAIN=config.rule.gate == "gain", TAIL=config.rule.tail,
-        RESIDUAL=residual is not None, num_warps=_warps_of(width),
+        RESIDUAL=residual is not None, IDLE=blocks.idle is not None, num_warps=_warps_of(width),
     )  # fmt: skip
 
 
@@ -258,11 +258,11 @@ def _leaders_kernel(logits_ptr, residual_ptr, num_blocks, WIDTH: tl.constexpr):
 @triton.jit
 def _select_kernel(
     logits_ptr, critical_ptr, compensated_ptr, r_ptr, bias_ptr, count_ptr, index_ptr,
-    neighbours_ptr, first_frame_ptr, residual_ptr, residual_edge_ptr,
+    neighbours_ptr, first_frame_ptr, residual_ptr, residual_edge_ptr, idle_ptr,
     num_blocks, top_k, top_p,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, TOP_P: tl.constexpr,
     NEIGHBOURS: tl.constexpr, FIRST_FRAME: tl.constexpr,
-    COMPENSATE: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr, RESIDUAL: tl.constexpr,
+    COMPENSATE: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr, RESIDUAL: tl.constexpr, IDLE: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # [WIDTH]
@@ -270,7 +270,10 @@ def _select_kernel(
     inside = m < num_blocks
     listed = head * tl.num_programs(0) + n
     if n >= num_blocks:
-        tl.store(count_ptr + listed, num_blocks)
+        count = num_blocks
+        if IDLE:
+            count = tl.where(tl.load(idle_ptr + n) != 0, 0, num_blocks)
+        tl.store(count_ptr + listed, count)
         tl.store(index_ptr + listed * num_blocks + m, m, mask=inside)
         return
     row = head * num_blocks + n
