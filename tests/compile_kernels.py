@@ -63,6 +63,7 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield from of_wide_heads(arch)
     if arch == "hip":
         yield directions_kernel(128, True)
+        yield directions_kernel(256, True)
         yield halve_kernel(8192, 16)
         yield kernel("tail", _tail_kernel, {"BLOCK": 128})
         yield select_kernel(8192, False, *SELECT_FLAGS)
@@ -76,7 +77,6 @@ def of_wide_heads(arch: str) -> Iterator[Kernel]:
     yield slope_kernel(128, 256)
     yield tile_kernel(128, 256, True, True, RANK)
     yield project_kernel(256)
-    yield directions_kernel(256, True)
 
 
 def every_variant() -> Iterator[Kernel]:
@@ -99,11 +99,7 @@ def every_variant() -> Iterator[Kernel]:
     yield attend_kernel("90", 128, 96, False, *TAILS[-1])
     yield attend_kernel("90", 128, 96, True, *TAILS[-1])
     yield attend_kernel("90", 64, 256, False, *TAILS[-1])
-    yield slope_kernel(128, 96)
-    yield tile_kernel(128, 96, True, True, RANK)
-    yield compensate_kernel(96)
-    yield project_kernel(96)
-    yield directions_kernel(96, True)
+    yield tile_kernel(128, 96, True, True, RANK)  # all else is of as many columns as heads of 128
     yield from of_wide_heads("90")
     yield directions_kernel(64, False)
     yield directions_kernel(128, True)  # of head_dim 64: smaller tiles of the same, and the second slowest to compile

@@ -4,10 +4,15 @@ import pytest
 import torch
 
 import rectified_spaattn as rsa
+from attention_calls import smooth_call
 from cases import MODES, Call, kernel_budget, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends.triton.plan import decide
 from rectified_spaattn.backends.triton.tile import tile
+from rectified_spaattn.lab.calls.capture import arrange
+from rectified_spaattn.lab.calls.error import full_attention
+from rectified_spaattn.lab.calls.maps import one_head
+from studies import groups
 from test_kernels import CASES, EXACT, call, error_of, run, staged
 
 LAYOUT = TokenLayout.build((3, 8, 11), text=7)  # 8 blocks of 32 and 8 leftover tokens
@@ -92,6 +97,29 @@ def test_head_dims_that_are_multiples_of_16(head_dim: int, dtype: torch.dtype) -
     want = rectified_attention(*call.arguments, **options)
     budget = kernel_budget(call.qkv, call.layout, call.options["text_mask"])
     assert (out.double() - want).abs().max() <= budget * want.abs().max()
+
+
+def test_the_study_makes_groups_of_calls() -> None:
+    call = smooth_call(heads=3)
+    one = groups.grouped(call, (0, 2), "first")
+    assert (one.q.shape[2], one.k.shape[2], one.v.shape[2]) == (2, 1, 1)
+    torch.testing.assert_close(full_attention(one)[:, :, 0], full_attention(call)[:, :, 0])
+    rows = list(groups.measured([call], groups.Options(sparsity=(0.75,), block_size=32)))
+    assert len(rows) == len(groups.GROUPS) * len(groups.KEYS) * len(groups.MODES) * len(groups.WAYS)
+    assert all(0 < row["error"] < 1 for row in rows)
+
+
+def test_one_head_of_a_captured_call_has_its_key_head() -> None:
+    call = groups.grouped(smooth_call(heads=3), (0, 1, 2), "mean")
+    alone = one_head(call, 2)
+    torch.testing.assert_close(full_attention(alone)[:, :, 0], full_attention(call)[:, :, 2])
+    config = SparseConfig(block_size=32, sparsity=0.5)
+    out, stats = call.sparse(config)
+    sorted_call = call.in_order(config)
+    again, _ = sorted_call.sparse(config)
+    assert stats.token_order is not None
+    moved = arrange(out, call.blocks(config).tiled, stats.token_order)
+    torch.testing.assert_close(moved, again, rtol=1e-4, atol=1e-5)
 
 
 KERNELS = [(3, 1, "ragged", "ipar+gapr"), (2, 1, "96", "row+slope"), (4, 2, "long text", "pooled")]
