@@ -265,13 +265,13 @@ def density(
     keys = tiled + leftover + text  # [B] valid ones
     kept = block_mask.sum((1, 2, 3)).float() / max(1, heads * nb) * config.block_size  # [B] tiled keys a tiled query
     saved = tiled * (keys - kept - leftover - text)  # [B] pairs
-    blocks = blocks_of(layout, config).on(block_mask.device)
-    if not blocks.apart.numel():
+    if not layout.apart:
         return (1 - saved / (layout.sequence * keys)).mean()
     if text_mask is None:
         text_mask = torch.ones(batch, layout.text, dtype=torch.bool, device=block_mask.device)
-    apart = pairs_apart(blocks, text_mask[:, blocks.apart - leftover])
-    return (1 - saved / ((layout.sequence - blocks.apart.numel()) * keys + apart)).mean()
+    apart = torch.cat([text_mask[:, first:last] for first, last in layout.apart_text], dim=1)  # [B, A]
+    others = layout.sequence - apart.shape[1]
+    return (1 - saved / (others * keys + pairs_apart(apart, layout.causal))).mean()
 
 
 def _checked(

@@ -124,7 +124,7 @@ class TokenLayout:
     @cached_property
     def video_places(self) -> torch.Tensor:
         """int64 [N]: places of the tokens that can be tiled, ascending; on the CPU."""
-        return torch.tensor(_places(self.spans), dtype=torch.int64, device="cpu")
+        return places_of(self.spans)
 
     @cached_property
     def text_places(self) -> torch.Tensor:
@@ -133,14 +133,13 @@ class TokenLayout:
         alone[self.video_places] = False
         return alone.nonzero().flatten()
 
-    @cached_property
-    def apart_text(self) -> torch.Tensor:
-        """int64 [A]: which of `text_places` attend to each other only; on the CPU."""
-        return (
-            torch.isin(self.text_places, torch.tensor(_places(self.apart), dtype=torch.int64, device="cpu"))
-            .nonzero()
-            .flatten()
-        )
+    @property
+    def apart_text(self) -> tuple[Span, ...]:
+        """`apart` as places among the tokens that stand alone."""
+        return tuple((self._alone_before(first), self._alone_before(last)) for first, last in self.apart)
+
+    def _alone_before(self, place: int) -> int:
+        return place - sum(max(0, min(last, place) - first) for first, last in self.spans)
 
     def __str__(self) -> str:
         video = f"{self.video} tokens" if self.grid is None else "{}*{}*{} video".format(*self.grid)
@@ -158,6 +157,11 @@ def _check_spans(name: str, spans: tuple[Span, ...], start: int, end: int, seque
             f"{name}: got {spans}; allowed: half-open, ascending, apart from each other, within places {start} to "
             f"{end} of {sequence} tokens."
         )
+
+
+def places_of(spans: Iterable[Span]) -> torch.Tensor:
+    """int64 [n]: the places that half-open spans hold, in their order; on the CPU."""
+    return torch.tensor(_places(spans), dtype=torch.int64, device="cpu")
 
 
 def _places(spans: Iterable[Span]) -> list[int]:

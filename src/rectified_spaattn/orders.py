@@ -11,7 +11,7 @@ from itertools import product
 import torch
 
 from .config import SparseConfig
-from .layout import TokenLayout
+from .layout import TokenLayout, places_of
 
 Vector = tuple[int, int, int]
 
@@ -133,7 +133,7 @@ def _blocks(layout: TokenLayout, order: str, block_size: int) -> Blocks:
         by_content=order not in CURVES,
         tiled=tiled,
         isolated=torch.cat([leftover, layout.text_places]),
-        apart=len(leftover) + layout.apart_text,
+        apart=len(leftover) + places_of(layout.apart_text),
         causal=layout.causal,
         neighbours=neighbours,
         first_frame=first_frame,

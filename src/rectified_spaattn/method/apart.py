@@ -29,10 +29,10 @@ def seen_apart(blocks: Blocks, valid: torch.Tensor) -> torch.Tensor:
     return sees.tril() if blocks.causal else sees
 
 
-def pairs_apart(blocks: Blocks, valid: torch.Tensor) -> torch.Tensor:
+def pairs_apart(valid: torch.Tensor, causal: bool) -> torch.Tensor:
     """float32 [B]: how many pairs that are. valid: bool [B, A]."""
     count = valid.shape[1]
     queries = torch.full((count,), count, device=valid.device)  # that attend to each key
-    if blocks.causal:
+    if causal:
         queries = torch.arange(count, 0, -1, device=valid.device)
     return (valid * queries).sum(1).float()
