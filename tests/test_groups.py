@@ -115,7 +115,7 @@ def test_compiled_and_under_autocast_it_is_the_same() -> None:
 
 
 def test_the_study_makes_groups_of_calls() -> None:
-    call = smooth_call(heads=3)
+    call = smooth_call(heads=4)
     one = groups.grouped(call, (0, 2), "first")
     assert (one.q.shape[2], one.k.shape[2], one.v.shape[2]) == (2, 1, 1)
     torch.testing.assert_close(full_attention(one)[:, :, 0], full_attention(call)[:, :, 0])
@@ -125,7 +125,7 @@ def test_the_study_makes_groups_of_calls() -> None:
 
 
 def test_one_head_of_a_captured_call_has_its_key_head() -> None:
-    call = groups.grouped(smooth_call(heads=3), (0, 1, 2), "mean")
+    call = groups.grouped(smooth_call(heads=4), (0, 1, 2), "mean")
     alone = one_head(call, 2)
     torch.testing.assert_close(full_attention(alone)[:, :, 0], full_attention(call)[:, :, 2])
     config = SparseConfig(block_size=32, sparsity=0.5)
