@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from numbers import Integral
+from typing import Literal, get_args
 
 import torch
 
 Grid = tuple[int, int, int]
 Span = tuple[int, int]
+TextSees = Literal["all", "text", "causal text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,9 @@ class TokenLayout:
     padding     how many tokens at the end take no part: no keys, and zeros as output
     pieces      half-open spans of all these places in the order in which they lie in q, k, v, where the sequence was
                 cut in pieces; empty: as they are
+    apart       places, like `spans`, of tokens that stand alone and attend to each other only; all others, and so all
+                that can be tiled, attend to every token
+    causal      tokens apart attend to those before them and to themselves only
 
     Make one with `build` or `of`. Raises ValueError for spans or pieces out of order or out of range.
     """
@@ -36,19 +41,20 @@ class TokenLayout:
     grid_start: int = 0
     padding: int = 0
     pieces: tuple[Span, ...] = ()
+    apart: tuple[Span, ...] = ()
+    causal: bool = False
     key: str = field(init=False, repr=False, compare=False)  # the fields, as the operator's schema carries them
 
     def __post_init__(self) -> None:
         start, end = 0, self.sequence - self.padding
         if self.grid is not None:
             start, end = self.grid_start, self.grid_start + math.prod(self.grid)
-        edges = [edge for span in self.spans for edge in span]
-        inside = not edges or (start <= edges[0] and edges[-1] <= end <= self.sequence - self.padding)
-        filled = all(first < last for first, last in self.spans)
-        if not inside or not filled or edges != sorted(set(edges)):
+        _check_spans("spans", self.spans, start, end, self.sequence - self.padding)
+        _check_spans("apart", self.apart, 0, self.sequence - self.padding, self.sequence)
+        both = set(_places(self.spans)) & set(_places(self.apart)) if self.apart else set()
+        if both:
             raise ValueError(
-                f"spans: got {self.spans}; allowed: half-open, ascending, apart from each other, within places {start} "
-                f"to {end} of {self.sequence} tokens."
+                f"apart: got {self.apart}, of which {len(both)} can be tiled; allowed: tokens that stand alone."
             )
         ends = [0, *(last for _, last in sorted(self.pieces))]
         starts = [first for first, _ in sorted(self.pieces)] + [self.sequence]
@@ -57,10 +63,13 @@ class TokenLayout:
         object.__setattr__(self, "key", repr([getattr(self, name) for name in _KEPT]))
 
     @staticmethod
-    def build(grid: Grid, text: int = 0, text_first: bool = False) -> "TokenLayout":
+    def build(grid: Grid, text: int = 0, text_first: bool = False, text_sees: TextSees = "all") -> "TokenLayout":
         """N = T*H*W video tokens in raster order with `text` tokens, padding included, behind or before them.
 
-        Raises TypeError or ValueError for a grid that is not three positive integers or a negative text length.
+        text_sees: what text tokens attend to: "all" tokens, "text" only, or "causal text", those before them and
+        themselves. Video tokens attend to all.
+        Raises TypeError or ValueError for a grid that is not three positive integers, a negative text length or another
+        word.
         """
         if not isinstance(grid, tuple | list) or len(grid) != 3 or not all(_is_int(side) for side in grid):
             raise TypeError(f"grid: got {grid!r}; allowed: (T, H, W), three integers counted in tokens.")
@@ -72,9 +81,19 @@ class TokenLayout:
             raise ValueError(f"text: got {text}; allowed: 0 or more.")
         if not isinstance(text_first, bool):
             raise TypeError(f"text_first: got {text_first!r}; allowed: True or False.")
+        if text_sees not in get_args(TextSees):
+            raise ValueError(f"text_sees: got {text_sees!r}; allowed: one of {list(get_args(TextSees))}.")
         sides = (int(grid[0]), int(grid[1]), int(grid[2]))
         video, start = math.prod(sides), int(text) if text_first else 0
-        return TokenLayout(sequence=video + int(text), spans=((start, start + video),), grid=sides, grid_start=start)
+        words = (0, start) if text_first else (video, video + int(text))
+        return TokenLayout(
+            sequence=video + int(text),
+            spans=((start, start + video),),
+            grid=sides,
+            grid_start=start,
+            apart=(words,) if text and text_sees != "all" else (),
+            causal=bool(text) and text_sees == "causal text",
+        )
 
     @staticmethod
     def of(sequence: int, tiled: Iterable[Span] | torch.Tensor) -> "TokenLayout":
@@ -97,6 +116,11 @@ class TokenLayout:
         """
         return _cut(self, tuple(streams), ranks)
 
+    def padded(self, padding: int) -> "TokenLayout":
+        """The same layout in which so many tokens at the end take no part."""
+        kept = (at for at in _places(self.apart) if at < self.sequence - padding)
+        return replace(self, padding=padding, apart=_spans(kept))
+
     @staticmethod
     @lru_cache(maxsize=256)
     def from_key(key: str) -> "TokenLayout":
@@ -116,7 +140,7 @@ class TokenLayout:
     @cached_property
     def video_tokens(self) -> torch.Tensor:
         """int64 [N]: which tokens can be tiled, ascending; on the CPU."""
-        return torch.tensor(_places(self.spans), dtype=torch.int64, device="cpu")
+        return places_of(self.spans)
 
     @cached_property
     def text_tokens(self) -> torch.Tensor:
@@ -133,7 +157,7 @@ class TokenLayout:
     @cached_property
     def token(self) -> torch.Tensor:
         """int64 [S]: which token lies in every place of q, k, v; on the CPU."""
-        return torch.tensor(_places(self.pieces or ((0, self.sequence),)), dtype=torch.int64, device="cpu")
+        return places_of(self.pieces or ((0, self.sequence),))
 
     @cached_property
     def video_places(self) -> torch.Tensor:
@@ -145,9 +169,35 @@ class TokenLayout:
         """int64 [text]: where in q, k, v the tokens that stand alone lie, token after token; on the CPU."""
         return self.place[self.text_tokens]
 
+    @property
+    def apart_text(self) -> tuple[Span, ...]:
+        """`apart` as places among the tokens that stand alone."""
+        return tuple((self._alone_before(first), self._alone_before(last)) for first, last in self.apart)
+
+    def _alone_before(self, place: int) -> int:
+        return place - sum(max(0, min(last, place) - first) for first, last in self.spans)
+
     def __str__(self) -> str:
         video = f"{self.video} tokens" if self.grid is None else "{}*{}*{} video".format(*self.grid)
-        return f"{video} + {self.text} that stand alone = {self.sequence}"
+        among = sum(last - first for first, last in self.apart)
+        only = f" ({among} of them attend {'causally ' if self.causal else ''}to each other only)" if among else ""
+        return f"{video} + {self.text} that stand alone{only} = {self.sequence}"
+
+
+def _check_spans(name: str, spans: tuple[Span, ...], start: int, end: int, sequence: int) -> None:
+    edges = [edge for span in spans for edge in span]
+    inside = not edges or (start <= edges[0] and edges[-1] <= end <= sequence)
+    filled = all(first < last for first, last in spans)
+    if not inside or not filled or edges != sorted(set(edges)):
+        raise ValueError(
+            f"{name}: got {spans}; allowed: half-open, ascending, apart from each other, within places {start} to "
+            f"{end} of {sequence} tokens."
+        )
+
+
+def places_of(spans: Iterable[Span]) -> torch.Tensor:
+    """int64 [n]: the places that half-open spans hold, in their order; on the CPU."""
+    return torch.tensor(_places(spans), dtype=torch.int64, device="cpu")
 
 
 _KEPT = tuple(each.name for each in fields(TokenLayout) if each.init)

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import FrameType
 from typing import Any
@@ -59,7 +59,7 @@ class ForwardState:
     @cached_property
     def unpadded(self) -> TokenLayout:
         """In which padding takes no part."""
-        return replace(self.layout, padding=self.padding) if self.padding else self.layout
+        return self.layout.padded(self.padding) if self.padding else self.layout
 
 
 class RunningForwards(threading.local):

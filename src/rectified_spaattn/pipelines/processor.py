@@ -72,7 +72,7 @@ def layer_attention(
     handle: torch.Tensor,
     scale: float | None,
 ) -> torch.Tensor:
-    """q, k, v: [B, S, H, D]; mask: of keys, or None; handle: int64 scalar on the CPU. Returns [B, S, H, D]."""
+    """q: [B, S, H, D]; k, v: [B, S, Hk, D]; mask: of keys, or None; handle: int64 scalar on the CPU. Returns out."""
     return _layer_of(handle).attend(q, k, v, mask, scale).contiguous()
 
 
@@ -124,14 +124,19 @@ def _backend(
         if not torch.compiler.is_compiling():
             _layer_of(handle).called = True
         return value  # perturbed attention guidance: what the dense dispatch gives inside this mode
-    if dropout_p or is_causal or enable_gqa:
+    if dropout_p or is_causal:
         raise ValueError(
-            f"rectified attention: got dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}; allowed: "
-            "0, False, False. Disable it on this model."
+            f"rectified attention: got dropout_p={dropout_p}, is_causal={is_causal}; allowed: 0, False. Disable it on "
+            "this model."
         )
     query, key, value = (_autocast(x) for x in (query, key, value))
     if _parallel_config is None:
         return _attend(query, key, value, attn_mask, handle, scale)
+    if key.shape[2] != query.shape[2]:
+        raise RuntimeError(
+            f"rectified attention: got {key.shape[2]} key heads for {query.shape[2]} query heads in a model that is cut "
+            "over processes; allowed: as many, since diffusers' exchange of heads takes no others. Run it in one process."
+        )
 
     # q, k, v there: all tokens of this rank's heads. The mask stays as it came: our layer knows which tokens it is of.
     def attend_to_all(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any, **more: Any) -> Any:
