@@ -134,8 +134,8 @@ def _backend(
         return _attend(query, key, value, attn_mask, handle, scale)
     if key.shape[2] != query.shape[2]:
         raise RuntimeError(
-            f"rectified attention: got {key.shape[2]} key heads for {query.shape[2]} query heads in a model that is cut "
-            "over processes; allowed: as many, since diffusers' exchange of heads takes no others. Run it in one process."
+            f"rectified attention: got {key.shape[2]} key heads for {query.shape[2]} query heads in a model cut "
+            "over processes; allowed: as many, since diffusers exchanges no others. Run it in one process."
         )
 
     # q, k, v there: all tokens of this rank's heads. The mask stays as it came: our layer knows which tokens it is of.
