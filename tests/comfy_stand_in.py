@@ -1,4 +1,4 @@
-"""ComfyUI's calling contract without ComfyUI: a model patcher, a sampler, and models that ask for attention as its do."""
+"""ComfyUI's calling contract without ComfyUI: a model patcher, a sampler, and models that call attention as its do."""
 
 import copy
 import itertools

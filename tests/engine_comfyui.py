@@ -6,8 +6,10 @@ FOLDER is a checkout of ComfyUI; the python is one that can run it and has this 
 Prints a line a model and check; exits with 1 at the first check that fails.
 """
 
+import asyncio
 import dataclasses
 import importlib
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -331,6 +333,26 @@ def check_composed(model: Any, case: Case, dense: torch.Tensor) -> str:
 CHECKS = (check_full, check_places, check_sparse, check_untouched, check_cancelled, check_composed)
 
 
+def check_nodes() -> str:
+    """ComfyUI's loader takes the folder, and knows every node, input and output of the example workflows."""
+    import nodes
+
+    folder = Path(__file__).parents[1] / "comfyui"
+    assert asyncio.run(nodes.load_custom_node(str(folder)))
+    asyncio.run(nodes.init_builtin_extra_nodes())
+    count = 0
+    for path in sorted((folder / "workflows").glob("*.json")):
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        kinds = {node["id"]: nodes.NODE_CLASS_MAPPINGS[node["type"]] for node in workflow["nodes"]}
+        entries = {node["id"]: node["inputs"] for node in workflow["nodes"]}
+        for _, source, slot, target, entry, kind in workflow["links"]:
+            assert kinds[source].RETURN_TYPES[slot] == kind
+            required = kinds[target].INPUT_TYPES()["required"]
+            assert required[entries[target][entry]["name"]][0] == kind
+            count += 1
+    return f"{count} links of the example workflows fit"
+
+
 def main() -> None:
     folder, names = Path(sys.argv[1]).resolve(), sys.argv[2:] or list(CASES)
     sys.argv = ["main.py", "--cpu", "--use-pytorch-cross-attention"]
@@ -341,7 +363,7 @@ def main() -> None:
     import comfyui_version
 
     torch.set_num_threads(1)
-    print(f"ComfyUI {comfyui_version.__version__}")
+    print(f"ComfyUI {comfyui_version.__version__}: {check_nodes()}")
     for name in names:
         case = CASES[name]
         if not hasattr(importlib.import_module("comfy.supported_models"), case.family):

@@ -1,6 +1,10 @@
 """ComfyUI's nodes on a stand-in for its calling contract; tests/engine_comfyui.py runs them in a real one."""
 
+import importlib.util
 import itertools
+import json
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,3 +284,39 @@ def test_nodes_patch_and_report():
     assert 0 <= float(image.min()) < float(image.max()) <= 1
     with pytest.raises(ValueError, match="without Rectified Attention"):
         report.report(model, LATENT)
+
+
+FOLDER = Path(__file__).parents[1] / "comfyui"
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_the_example_workflows_use_the_nodes_as_they_are(path):
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for number, source, slot, target, entry, kind in workflow["links"]:
+        assert number in nodes[source]["outputs"][slot]["links"]
+        assert nodes[target]["inputs"][entry] == {
+            "name": nodes[target]["inputs"][entry]["name"],
+            "type": kind,
+            "link": number,
+        }
+    ours = [node for node in nodes.values() if node["type"] in NODE_CLASS_MAPPINGS]
+    assert {node["type"] for node in ours} == set(NODE_CLASS_MAPPINGS)
+    for node in ours:
+        kind = NODE_CLASS_MAPPINGS[node["type"]]
+        inputs = kind.INPUT_TYPES()["required"]
+        linked = [each["name"] for each in node["inputs"]]
+        assert [each["type"] for each in node["outputs"]] == list(kind.RETURN_TYPES)
+        assert [name for name in inputs if name in linked] == linked
+        widgets = [name for name in inputs if name not in linked]
+        assert len(widgets) == len(node["widgets_values"])
+        if widgets:
+            config_of(**dict(zip(widgets, node["widgets_values"], strict=True)))
+
+
+def test_the_folder_of_custom_nodes_gives_the_nodes():
+    spec = importlib.util.spec_from_file_location("custom_nodes_of_ours", FOLDER / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert set(module.NODE_CLASS_MAPPINGS) == set(module.NODE_DISPLAY_NAME_MAPPINGS)
+    assert tomllib.loads((FOLDER / "pyproject.toml").read_text())["tool"]["comfy"]["DisplayName"]

@@ -13,7 +13,7 @@ from .record import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where in a run a call stands: the index and the name of its layer, the step, the number of steps; None: unknown."""
+    """Where in a run a call stands: index and name of its layer, the step, the number of steps; None: unknown."""
 
     layer: int | None
     name: str

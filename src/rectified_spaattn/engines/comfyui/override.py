@@ -28,9 +28,9 @@ ELSE = "of other tokens than the video's"
 class Override:
     """Sparse attention for one patched model. previous: the override that was there before; dense calls go through it.
 
-    A run's figures stay in `seam.record` until the next run; nothing else outlives a forward, by whatever exit. Clones of
-    the patched model, as every later node makes them, share it: ModelPatcher.clone copies its options deeply, and the
-    wrappers not.
+    A run's figures stay in `seam.record` until the next run; nothing else outlives a forward, by whatever exit. Clones
+    of the patched model, as every later node makes them, share it: ModelPatcher.clone copies its options deeply, and
+    the wrappers not.
     """
 
     def __init__(self, config: SparseConfig, previous: Callable[..., Any] | None = None) -> None:
