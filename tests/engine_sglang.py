@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import pytest
 import torch
 
 import rectified_spaattn as rsa
@@ -85,9 +86,9 @@ def attention(prefix: str = "blocks.3.attn1", config: Any = ASKED, component: st
     from sglang.multimodal_gen.runtime.layers.attention.layer import USPAttention
     from sglang.multimodal_gen.runtime.layers.attention.selector import component_attn_backend_context_manager
 
-    with asking({} if config is None else {"rectified_spaattn": config}):
-        with component_attn_backend_context_manager(None, component_name=component):
-            return USPAttention(num_heads=HEADS, head_size=SIZE, prefix=prefix, **more)
+    asked = asking({} if config is None else {"rectified_spaattn": config})
+    with asked, component_attn_backend_context_manager(None, component_name=component):
+        return USPAttention(num_heads=HEADS, head_size=SIZE, prefix=prefix, **more)
 
 
 class Request:
@@ -134,25 +135,17 @@ def check_selection() -> str:
             SIZE, torch.float32, selected_attention_backend=AttentionBackendEnum.SPARGE_ATTN
         )
         assert again is ours
-        others = (
-            {"is_cross_attention": True},
-            {"selected_attention_backend": AttentionBackendEnum.TORCH_SDPA},
-            {"attention_requirements": AttentionRequirements(packed_varlen=True)},
-        )
-        for more in others:
-            try:
-                assert "Rectified" not in selector.get_attn_backend(SIZE, torch.float32, **more).__name__
-            except ValueError as error:  # the CPU has no packed attention at all
-                assert "packed" in str(error)
+        for more in ({"is_cross_attention": True}, {"selected_attention_backend": AttentionBackendEnum.TORCH_SDPA}):
+            assert selector.get_attn_backend(SIZE, torch.float32, **more) is plain
+        with pytest.raises(ValueError, match="packed"):  # as without us: the CPU has none
+            selector.get_attn_backend(
+                SIZE, torch.float32, attention_requirements=AttentionRequirements(packed_varlen=True)
+            )
         with selector.component_attn_backend_context_manager(None, component_name="text_encoder"):
             assert selector.get_attn_backend(SIZE, torch.float32) is plain
     for wrong in ("0.8", {"sparsty": 0.8}):
-        try:
+        with pytest.raises(TypeError, match="allowed"):
             attention(config=wrong, component=f"transformer {wrong}")
-        except TypeError as error:
-            assert "allowed" in str(error)
-        else:
-            raise AssertionError("a wrong configuration was taken")
     return "where it was asked for, and nowhere else"
 
 
