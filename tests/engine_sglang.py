@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import itertools
+import logging
 import os
 import sys
 import tempfile
@@ -135,12 +136,13 @@ def check_selection() -> str:
             SIZE, torch.float32, selected_attention_backend=AttentionBackendEnum.SPARGE_ATTN
         )
         assert again is ours
-        for more in ({"is_cross_attention": True}, {"selected_attention_backend": AttentionBackendEnum.TORCH_SDPA}):
+        others = (
+            {"is_cross_attention": True},
+            {"selected_attention_backend": AttentionBackendEnum.TORCH_SDPA},
+            {"attention_requirements": AttentionRequirements(packed_varlen=True)},
+        )
+        for more in others:
             assert selector.get_attn_backend(SIZE, torch.float32, **more) is plain
-        with pytest.raises(ValueError, match="packed"):  # as without us: the CPU has none
-            selector.get_attn_backend(
-                SIZE, torch.float32, attention_requirements=AttentionRequirements(packed_varlen=True)
-            )
         with selector.component_attn_backend_context_manager(None, component_name="text_encoder"):
             assert selector.get_attn_backend(SIZE, torch.float32) is plain
     for wrong in ("0.8", {"sparsty": 0.8}):
@@ -262,7 +264,27 @@ def check_ulysses() -> str:
     return f"{ranks} processes give what one gives"
 
 
-CHECKS = (check_selection, check_steps, check_experts, check_text, check_masks, check_others, check_ulysses)
+def check_log() -> str:
+    """What the denoising loop writes when it is done."""
+    from sglang.multimodal_gen.runtime.pipelines_core.stages.denoising import DenoisingStage
+
+    hook = DenoisingStage.forward.__closure__
+    plugin = next(cell.cell_contents.__self__ for cell in hook if hasattr(cell.cell_contents, "__self__"))
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda entry: lines.append(entry.getMessage())
+    logger = logging.getLogger("rectified_spaattn.engines.sglang")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)  # as the server's --log-level sets the root
+    assert plugin.denoise(lambda: "result") == "result"
+    logger.removeHandler(handler)
+    assert len(lines) == len(plugin.components)
+    line = next(line for line in lines if line.startswith("transformer of steps"))
+    assert "sparse: 2 calls" in line
+    return line
+
+
+CHECKS = (check_selection, check_steps, check_experts, check_text, check_masks, check_others, check_log, check_ulysses)
 
 
 def main() -> None:
