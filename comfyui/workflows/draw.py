@@ -45,14 +45,18 @@ def draw(workflow: dict, path: Path) -> None:
 def box(axes: pyplot.Axes, node: dict) -> None:
     (x, y), (width, height) = node["pos"], node["size"]
     colour = OURS if node["type"].startswith("Rectified") else THEIRS
-    shape = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=8", fc=colour, ec="#555", zorder=2)
+    shape = FancyBboxPatch(
+        (x, y), width, height, boxstyle="round,pad=0,rounding_size=8", fc=colour, ec="#555", zorder=2
+    )
     axes.add_patch(shape)
     axes.text(x + 10, y + 5, node.get("title", node["type"]), va="top", fontsize=8.5, weight="bold", zorder=3)
     for index, each in enumerate(node["inputs"]):
         axes.text(x + 10, place(node, index)[1], each["name"], va="center", fontsize=7.5, color="#333", zorder=3)
     for index, each in enumerate(node["outputs"]):
         height_of = place(node, index)[1]
-        axes.text(x + width - 10, height_of, each["name"], va="center", ha="right", fontsize=7.5, color="#333", zorder=3)
+        axes.text(
+            x + width - 10, height_of, each["name"], va="center", ha="right", fontsize=7.5, color="#333", zorder=3
+        )
     line = max(len(node["inputs"]), len(node["outputs"]))
     for value in named(node):
         for part in textwrap.wrap(str(value), int(width / 8)) or [""]:

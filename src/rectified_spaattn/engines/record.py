@@ -34,7 +34,7 @@ class Record:
     cells     calls of the video's self-attention, by layer and step
     others    calls that are none of the video's self-attention, by reason; they run dense
     backends  names of what attended
-    forwards  calls of the model; skipped: those without any call of the video's self-attention
+    forwards  calls of the model, 0 where nobody counts them; skipped: those without the video's self-attention
     """
 
     def __init__(self) -> None:
@@ -102,13 +102,14 @@ class Record:
         return "\n".join([f"Rectified SpaAttn: {settings}", *self._lines()])
 
     def _lines(self) -> Iterator[str]:
-        if not self.cells and not self.others:
+        if not self.cells and not self.others and not self.forwards:
             yield "  nothing has run yet"
             return
         dense = self.dense_reasons
         calls = self.sparse + sum(dense.values())
         skipped = f" ({self.skipped} without attention, as a cache skips it)" if self.skipped else ""
-        yield f"  last run: {len(self.steps)} steps, {self.forwards} forwards{skipped}, {calls} self-attention calls"
+        forwards = f"{self.forwards} forwards{skipped}, " if self.forwards else ""
+        yield f"  last run: {len(self.steps)} steps, {forwards}{calls} self-attention calls"
         if self.sparse:
             names = ", ".join(sorted(self.backends))
             yield f"  sparse: {self.sparse} calls, density {self.density:.1%}, backend {names}"
