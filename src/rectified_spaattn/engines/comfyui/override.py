@@ -51,20 +51,31 @@ class Override:
 
     def forward(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around one forward of the model: args are its own, the latent, the timestep and the text first."""
-        thread = threading.get_ident()
-        before = self._running.get(thread)
-        running = self._running[thread] = _forward_of(executor.class_obj, args, kwargs)
-        undo = running.watch()
+        running, end = self._begin(executor.class_obj, args, kwargs)
         try:
             out = executor(*args, **kwargs)
         finally:
+            end()
+        self.seam.record.note_forward(running.calls)
+        return out
+
+    @torch.compiler.disable
+    def _begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Forward, Callable[[], None]]:
+        """The forward that begins, and what ends it."""
+        thread = threading.get_ident()
+        before = self._running.get(thread)
+        running = self._running[thread] = _forward_of(model, args, kwargs)
+        undo = running.watch()
+
+        @torch.compiler.disable
+        def end() -> None:
             for remove in undo:
                 remove()
             del self._running[thread]
             if before is not None:
                 self._running[thread] = before
-        self.seam.record.note_forward(running.calls)
-        return out
+
+        return running, end
 
     @torch.compiler.disable
     def __call__(
