@@ -25,6 +25,7 @@ import pytest
 import torch
 
 import rectified_spaattn as rsa
+from rectified_spaattn.engines.sglang import Plugin
 
 HEADS, SIZE, STEPS = 4, 16, 3
 LATENT = (1, 16, 3, 12, 16)  # 144 tokens
@@ -145,6 +146,9 @@ def check_selection() -> str:
             assert selector.get_attn_backend(SIZE, torch.float32, **more) is plain
         with selector.component_attn_backend_context_manager(None, component_name="text_encoder"):
             assert selector.get_attn_backend(SIZE, torch.float32) is plain
+        sparse = SimpleNamespace(get_enum=lambda: AttentionBackendEnum.SLIDING_TILE_ATTN)
+        with pytest.raises(ValueError, match="sparse itself"):
+            Plugin().select(lambda *rest, **more: sparse, SIZE, torch.float32)
     for wrong in ("0.8", {"sparsty": 0.8}):
         with pytest.raises(TypeError, match="allowed"):
             attention(config=wrong, component=f"transformer {wrong}")

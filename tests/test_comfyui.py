@@ -217,6 +217,8 @@ def test_calls_that_are_not_understood_run_dense_and_are_counted():
         patched = patch(model, FULL)
         torch.testing.assert_close(run(patched), run(model), rtol=1e-5, atol=1e-5)
         assert record_of(patched).sparse == 8  # its patch size gives the tokens
+        run(patched, reference=REFERENCE)
+        assert record_of(patched).dense_reasons == {"Strange, whose 48 tokens beside the latent's are unknown": 8}
         del model.model.patch_size
         assert torch.equal(run(patched), run(model))
         assert record_of(patched).dense_reasons == {"Strange, whose tokens are unknown": 8}

@@ -88,6 +88,11 @@ class Plugin:
         if getattr(requirements, "packed_varlen", False) or any(word in name for word in _OTHERS):
             return original(*args, **kwargs)
         dense = original(*args, **(kwargs | {"selected_attention_backend": None} if borrowed else kwargs))
+        if dense.get_enum().is_sparse:
+            raise ValueError(
+                f"--attention-backend: got {dense.get_enum()}, which is sparse itself; allowed with {KEY} in "
+                "--attention-backend-config: one that attends densely, such as fa or torch_sdpa."
+            )
         if (dense, name) not in self._backends:
             component = self.components.get(name)
             if component is None:

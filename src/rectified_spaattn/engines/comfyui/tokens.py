@@ -125,6 +125,8 @@ class Forward:
     def _whole(self, sequence: int, grid: Grid | None) -> TokenLayout | str | None:
         """Where text has no part in self-attention."""
         count = self.tokens or _count(grid)
+        if self.row is None and sequence > count:
+            return f"{type(self.model).__name__}, whose {sequence - count} tokens beside the latent's are unknown"
         if sequence != count:
             return None
         if sequence == self.context:
