@@ -52,7 +52,8 @@ def model_of(case: Case) -> Any:
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
 
-def run(model: Any, case: Case, callback: Any = None, prompt: int = 1) -> torch.Tensor:
+def run(model: Any, case: Case, callback: Any = None, prompt: int = 1, **part: int) -> torch.Tensor:
+    """What a sampler makes of noise. part: the first and last of its steps, as for one of two experts."""
     import comfy.sample
 
     generator = torch.Generator().manual_seed(prompt)
@@ -67,7 +68,7 @@ def run(model: Any, case: Case, callback: Any = None, prompt: int = 1) -> torch.
         noise, latent = (
             NestedTensor([x, x.flatten()[: math.prod(case.audio)].view(case.audio)]) for x in (noise, latent)
         )
-    options = {"disable_pbar": True, "seed": 3, "callback": callback}
+    options = {"disable_pbar": True, "seed": 3, "callback": callback, **part}
     settings = (STEPS, case.guidance, "euler", "simple")
     out = comfy.sample.sample(model, noise, *settings, positive, negative, latent, **options)
     return torch.cat([each.flatten() for each in out.unbind()]) if case.audio else out
@@ -127,6 +128,16 @@ def check_places(model: Any, case: Case, dense: torch.Tensor) -> str:
     assert layout == again
     assert torch.equal(changed, layout.text_places[case.padding :]), (changed, layout)
     return f"{layout}, the text from {changed.tolist()[:1]} on"
+
+
+def check_expert(model: Any, case: Case, dense: torch.Tensor) -> str:
+    """A sampler that runs the second half of the steps counts them as its own."""
+    patched = patch(model, SPARSE.replace(dense_steps=0.5))
+    run(patched, case, start_step=STEPS // 2, last_step=STEPS)
+    record = override_of(patched).seam.record
+    assert record.steps == list(range(STEPS // 2))
+    assert record.sparse == sum(record.dense_reasons.values()) > 0
+    return f"an expert's {STEPS // 2} steps, half of them dense"
 
 
 def check_untouched(model: Any, case: Case, dense: torch.Tensor) -> str:
@@ -194,7 +205,7 @@ def check_composed(model: Any, case: Case, dense: torch.Tensor) -> str:
     return f"another override got {len(calls) // 2} dense calls; LoRA; patched twice"
 
 
-CHECKS = (check_full, check_places, check_sparse, check_untouched, check_cancelled, check_composed)
+CHECKS = (check_full, check_places, check_sparse, check_expert, check_untouched, check_cancelled, check_composed)
 
 
 def check_nodes() -> str:
