@@ -72,7 +72,7 @@ class RectifiedAttention:
                     list(MODES),
                     {
                         "default": SparseConfig().rectify,
-                        "tooltip": "row: the default. row+slope: closer to full attention, a little slower. paper: "
+                        "tooltip": "row+slope: the default. row: a little faster, further from full attention. paper: "
                         "arXiv 2511.19835 on blocks in space. none: plain block-sparse.",
                     },
                 ),
