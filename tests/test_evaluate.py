@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn.functional import scaled_dot_product_attention
 
 import tiny
-from clip_runs import LABELS, MODES, PAIRS, command, evaluate, rows
+from clip_runs import LABELS, MODES, PAIRS, PRINTED, command, evaluate, rows
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.clips import evaluate as work
 from rectified_spaattn.lab.clips import metrics
@@ -28,7 +28,16 @@ NO_LPIPS = "torchvision is not installed"
 
 def test_every_file_is_there_and_nothing_else(finished: tuple[Path, str]) -> None:
     out, printed = finished
-    files = {"manifest.json", "clips.csv", "summary.csv", "scores.png", "side-by-side.mp4", "report.html"}
+    files = {
+        "manifest.json",
+        "clips.csv",
+        "summary.csv",
+        "summary.json",
+        "gains.csv",
+        "scores.png",
+        "side-by-side.mp4",
+        "report.html",
+    }
     files |= {MARK, LOCK}
     assert {path.name for path in out.iterdir() if path.is_file()} == files
     for mode in MODES:
@@ -37,7 +46,9 @@ def test_every_file_is_there_and_nothing_else(finished: tuple[Path, str]) -> Non
         assert len(list((out / "clips" / mode).iterdir())) == len(PAIRS)
     assert not list(out.rglob(".partial-*")) + list(out.rglob("*.safetensors"))
     assert iio.imread(next((out / "videos" / "full").iterdir()), plugin="FFMPEG").shape == (8, 32, 32, 3)
-    assert all(label in printed for label in LABELS)
+    tables = [line for line in printed.splitlines() if line.startswith("|")]
+    assert all(sum(line.startswith(f"| {name} ") for line in tables) == 4 for name in PRINTED)  # three scores, the cost
+    assert max(map(len, tables)) <= 80
 
 
 def test_the_table_has_the_reference_the_noise_floor_and_every_configuration(finished: tuple[Path, str]) -> None:
