@@ -10,7 +10,7 @@ import torch
 
 from .contract import Head
 
-CHUNK = 64 * 2**20  # logits at once
+CHUNK = 16 * 2**20  # logits at once
 
 
 class Groups(NamedTuple):

@@ -23,12 +23,12 @@ def ours(head: Head, budget: float, *, config: SparseConfig) -> Answer:
         # scale * q H and H itself are D * D products a token, the choice looks along DIRECTIONS; a pair is 2 * D
         "products": tokens * (dim + 3 * DIRECTIONS / 2 if rule.slope else 0),
     }
-    ragged = nb * size * blocks.leftover + blocks.leftover * (tokens + len(head.k_alone) - len(head.k_alone))
+    ragged = blocks.leftover * (nb * size + tokens)  # of tiled queries with left-over keys, and of left-over queries
     kept = math.floor(head.room(budget, ragged, *fixed.values()) / (nb * size**2))
     if not kept:
         raise NotPossible(f"budget: got {budget:g} of all pairs; allowed: enough for one block a row.")
-    share = (min(kept, nb - 1) + 0.5) / nb  # the half keeps a rounded product from falling below
-    out, stats = head.call.sparse(config.replace(sparsity=max(0.0, 1 - share), top_p=0.0))
+    share = min(1.0, (kept + 0.5) / nb)  # the half keeps a rounded product from falling below
+    out, stats = head.call.sparse(config.replace(sparsity=1 - share, top_p=0.0))
     exact = stats.block_mask.sum().item() * size**2 + ragged + tokens * len(head.k_alone)
     grouping = float(tokens * DIRECTIONS) if config.by_content else 0.0
     return Answer(out=out[0, head.call.video, 0].float(), pairs=Pairs(exact=exact, grouping=grouping, **fixed))

@@ -6,7 +6,7 @@ run it along a curve. One β a head is set here so that the budget is met.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -34,6 +34,7 @@ def sol(head: Head, budget: float, *, curve: Callable[[tuple[int, int, int]], li
     return Answer(out=out, pairs=Pairs(exact=exact, pooled=pooled))  # the scores are means of the pooled logits
 
 
+@lru_cache(maxsize=8)
 def order_along(layout: TokenLayout, curve: Callable[[tuple[int, int, int]], list[int]]) -> torch.Tensor:
     """int64 [N]: the tokens that can be tiled along a curve through the grid."""
     if layout.grid is None:
@@ -53,7 +54,7 @@ def morton(grid: tuple[int, int, int]) -> list[int]:
 
 
 RULES: dict[str, Rule] = {
-    "sol, gilbert": partial(sol, curve=partial(CURVES["gilbert"], block_size=BLOCK)),
-    "sol, morton": partial(sol, curve=morton),
-    "sol, raster": partial(sol, curve=partial(CURVES["raster"], block_size=BLOCK)),
+    "sol-gilbert": partial(sol, curve=partial(CURVES["gilbert"], block_size=BLOCK)),
+    "sol-morton": partial(sol, curve=morton),
+    "sol-raster": partial(sol, curve=partial(CURVES["raster"], block_size=BLOCK)),
 }
