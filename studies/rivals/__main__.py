@@ -30,11 +30,11 @@ from rectified_spaattn.lab.option import option
 from rectified_spaattn.pipelines.adapters import adapter_for
 
 from .. import harness
-from . import ours, sol, sparsepr, svg_ear
+from . import ours, sol, sparsepr, svg2, svg_ear
 from .contract import NotPossible, Rule, head_of, relative_error
 from .groups import exact
 
-OTHERS: dict[str, Rule] = sol.RULES | svg_ear.RULES | sparsepr.RULES
+OTHERS: dict[str, Rule] = sol.RULES | svg2.RULES | svg_ear.RULES | sparsepr.RULES
 NAMES = ("plain", "paper", *OTHERS, "row", "row+slope")
 DEFAULT = "row"
 

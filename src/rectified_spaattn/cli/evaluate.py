@@ -14,7 +14,7 @@ from ..lab.clips.evaluate import Evaluation
 from ..lab.clips.folder import Folder, check_ours
 from ..lab.clips.models import load, source_of
 from ..lab.clips.options import EvaluateOptions
-from ..lab.clips.summary import FRAMES, SCORES, ModeSummary
+from ..lab.clips.summary import FRAMES, GAINS, SCORES, ModeSummary
 from ..lab.machine import device_of
 from ..lab.pages.clips import HEADS, number_text, score_text
 from ..lab.pages.evaluation import write_evaluation
@@ -77,13 +77,14 @@ def fill(pipe: Any, evaluation: Evaluation, folder: Folder, pairs: Sequence[Pair
 def summary_tables(summaries: Sequence[ModeSummary], title: str) -> Iterator[Table]:
     """Markdown tables of at most 80 columns that can be pasted: one a score, then what it took."""
     for name in (each for each in SCORES if each in summaries[0].scores):
-        rows = []
+        worst = {"worst clip": name, "frame": FRAMES.get(name)} if name in GAINS else {}
+        columns, rows = {head: key for head, key in worst.items() if key}, []
         for each in summaries:
-            reference = each.mode.name == FULL and name != "flicker"
-            mean = "reference" if reference else score_text(each.scores[name], name)
-            worst = [each.worst.get(key) if key and not reference else None for key in (name, FRAMES.get(name))]
-            rows.append([_name(each.mode), mean, *("" if x is None else number_text(x, name) for x in worst)])
-        yield markdown_table(("attention", "mean", "clip", "frame"), rows, f"{HEADS[name]}; the worst clip and frame")
+            cells = [score_text(each.scores[name], name), *(number_text(each.worst[x], name) for x in columns.values())]
+            if each.mode.name == FULL and name != "flicker":
+                cells = ["reference", *("" for _ in columns)]
+            rows.append([_name(each.mode), *cells])
+        yield markdown_table(("attention", HEADS[name], *columns), rows)
     rows = [
         [_name(each.mode), percent(each.computed), f"{each.step_seconds:.3f}", f"{each.speedup:.2f}x", each.backend]
         for each in summaries
