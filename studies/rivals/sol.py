@@ -1,8 +1,8 @@
 """Sol-Attn (arXiv 2607.24027): blocks of 64 along a curve, kept above a threshold, a pooled tail without variance.
 
 For query block i the scores of key blocks are scale * q̄_i·k̄_j; kept is what lies above their mean + β deviations, the
-rest joins every query's softmax as one pooled key with log b. The paper has the model's own order ("raster"); others
-run it along a curve. One β a head is set here so that the budget is met.
+rest joins every query's softmax as one pooled key with log b. The method takes tokens in the model's order ("raster");
+community versions run it along a curve. One β a head is set here so that the budget is met.
 """
 
 from collections.abc import Callable
