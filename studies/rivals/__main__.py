@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.calls.capture import AttentionCall, capture_calls
 from rectified_spaattn.lab.calls.maps import one_head
 from rectified_spaattn.lab.clips.clip import Pair
@@ -36,7 +37,7 @@ from .groups import exact
 
 OTHERS: dict[str, Rule] = sol.RULES | svg2.RULES | svg_ear.RULES | sparsepr.RULES
 NAMES = ("plain", "paper", *OTHERS, "row", "row+slope")
-DEFAULT = "row"
+DEFAULT = SparseConfig().rectify  # the rule that the others are compared with
 
 
 @dataclass(frozen=True, kw_only=True)
