@@ -63,6 +63,7 @@ def arguments(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     options = ["--model", weights, "--prompts", prompts, "--seeds", 2, "--height", 32, "--width", 32, "--frames", 8]
     options += ["--steps", 2]
     options += ["--sparsity", 0.5, "--block-size", 32, "--device", "cpu", "--no-lpips"]
+    options += ["--rectify", "none", "--rectify", "row"]
     return ["evaluate", *map(str, options)]
 
 
