@@ -1,4 +1,4 @@
-"""Rectified Attention for ComfyUI. Its nodes are in the package rectified-spaattn, which must be installed beside it."""
+"""Rectified Attention for ComfyUI. The nodes are in the package rectified-spaattn: install that beside this folder."""
 
 from rectified_spaattn.engines.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 
