@@ -12,7 +12,7 @@ from ..lab.clips import single
 from ..lab.clips.clip import OnStep, Pair, full_mode, generate
 from ..lab.clips.evaluate import processes
 from ..lab.clips.folder import Folder, check_ours
-from ..lab.clips.models import Source, call_arguments, dtype_of, load, source_of, with_image
+from ..lab.clips.models import Source, call_arguments, dtype_of, load, source_of, with_pictures
 from ..lab.clips.options import GenerateOptions
 from ..lab.clips.summary import plain
 from ..lab.machine import device_name, device_of
@@ -20,7 +20,7 @@ from ..lab.pages.clips import side_by_side
 from ..lab.pages.video import write_clip
 from ..lab.rows import write_json
 from .console import plain_console, print_wide, progress_bars
-from .evaluate import summary_table, usage_errors
+from .evaluate import summary_tables, usage_errors
 
 _WIDEST = 640  # pixels of one clip in the side-by-side picture
 
@@ -65,7 +65,7 @@ def _make_missing(wanted: Sequence[GenerateOptions], source: Source, device: tor
 
 def _loaded(options: GenerateOptions, source: Source, device: torch.device) -> Any:
     """The pipeline, after what can be wrong with the call was told."""
-    with_image(call_arguments(source, options))
+    with_pictures(call_arguments(source, options))
     dtype = dtype_of(source, options.dtype, device)
     plain_console().print(f"Loading {source.model} ({source.pipeline.__name__}, {dtype})")
     pipe = load(source, options, device)
@@ -80,7 +80,7 @@ def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOpti
     """One clip, its JSON, and where it is asked for the comparison."""
     console, arguments = plain_console(), call_arguments(source, options)
     assert options.prompt is not None
-    call, mode = with_image(arguments), single.mode_of(options, pipe)
+    call, mode = with_pictures(arguments), single.mode_of(options, pipe)
     pair = Pair(prompt=options.prompt, seed=options.seed)
 
     with _bar("rectified attention") as on_step:
@@ -117,7 +117,8 @@ def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOpti
     }
     write_json(outputs.json, plain(record))
     where = f"{height} x {width} x {frames}, {len(full.steps)} steps, {device_name(device)}"
-    print_wide(console, summary_table(rows, where))
+    for table in summary_tables(rows, where):
+        print_wide(console, table)
     console.print(f"Side by side: {outputs.side_by_side}")
 
 

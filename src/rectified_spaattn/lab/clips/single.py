@@ -13,10 +13,10 @@ import torch
 from ...pipelines.adapters import default_configs
 from ..machine import machine
 from .clip import Clip, Mode
-from .evaluate import read_prompts
 from .folder import file_name
 from .models import Source, call_defaults, file_hash
 from .options import ClipError, GenerateOptions
+from .prompts import read_prompts
 from .summary import ModeSummary, after_the_first, measure, summarise
 
 
@@ -67,10 +67,15 @@ def outputs_of(options: GenerateOptions, source: Source) -> Outputs:
 def each_prompt(options: GenerateOptions, source: Source) -> list[GenerateOptions]:
     """The same for every prompt of the file, each with a clip of its own in the folder."""
     assert options.out is not None
-    suffix = ".mp4" if source.makes_video else ".png"
-    prompts = read_prompts(options.prompts, source)
-    names = {prompt: f"{file_name(prompt)}-{options.seed}{suffix}" for prompt in prompts}
-    return [replace(options, prompt=each, prompts=None, out=options.out / names[each]) for each in prompts]
+    assert options.prompts is not None
+    suffix, rows = ".mp4" if source.makes_video else ".png", read_prompts(options.prompts)
+    if any(rows.values()):
+        raise ValueError(
+            f"{options.prompts}: got a table with pictures; allowed: prompts alone, and --image for all. Run "
+            "`evaluate`, or one command a picture."
+        )
+    names = {prompt: f"{file_name(prompt)}-{options.seed}{suffix}" for prompt in rows}
+    return [replace(options, prompt=each, prompts=None, out=options.out / names[each]) for each in rows]
 
 
 def is_finished(options: GenerateOptions, source: Source) -> bool | None:
@@ -136,6 +141,7 @@ def describe(
         "request": asdict(options),
         "call": call_defaults(source) | dict(arguments),
         "image_sha256": file_hash(options.image),
+        "last_image_sha256": file_hash(options.last_image),
         "dtypes": {name: part.dtype for name, part in parts.items()},
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": dict(pipe.scheduler.config)},
     }
