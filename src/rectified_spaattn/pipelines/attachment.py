@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapter
+from .budgets import Budgets
 from .forwards import RunningForwards
 from .hooks import Hooks, remove_hooks
 from .processor import dense_backend, original, wrap
@@ -80,6 +81,7 @@ class Attachment:
         """Put the model back as it was, but for processors that somebody replaced since. Safe to call twice."""
         self.state.active = False
         for layer in self.state.layers:
+            layer.record.budgets = Budgets()
             module = layer.module()
             if module is not None and getattr(module.processor, "rectified_layer", None) is layer:
                 module.set_processor(original(module.processor))

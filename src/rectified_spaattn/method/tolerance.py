@@ -1,0 +1,34 @@
+"""The controller of a tolerance: how many blocks a head keeps next, by what its probe rows measured."""
+
+import math
+
+import torch
+
+LOW = 0.8  # a head keeps fewer blocks only where its error is below this share of the tolerance
+FIRST, LATER = (1.0, 4.0), (0.5, 2.0)  # gain, and the largest factor of one step: first measurement, all others
+
+
+def next_top_k(
+    top_k: torch.Tensor, kept: torch.Tensor, error: torch.Tensor, *, tolerance: float, highest: float, first: bool
+) -> torch.Tensor:
+    """Blocks a row that every head shall keep at its next call: float [B, H], from 1 to highest.
+
+    top_k: what it should keep at this one; kept: what it kept, blocks a row on average, which is more where top_p or
+    neighbours ask for more; error: what its probe rows measured. All float [B, H], none read by the host. highest: most
+    blocks a row. first: nothing was measured before, and top_k is a guess.
+
+    Above the tolerance it grows by the factor (error / tolerance)^gain, below LOW of the tolerance it shrinks by (error
+    / (LOW * tolerance))^gain, between them it stays. Errors fall about as the 0.7th power of the blocks, so a gain of 1
+    nearly corrects a guess at once, and a gain of 0.5 evens out what a few rows measure. It stays where an error is not
+    finite, and never falls below half of what was kept, from where no measured error could raise it soon.
+    """
+    gain, most = FIRST if first else LATER
+    off = (error / tolerance).log()
+    off = off.clamp(min=0) + (off - math.log(LOW)).clamp(max=0)
+    factor = (gain * off).exp().clamp(1 / most, most).where(error.isfinite(), 1.0)
+    return (top_k * factor).maximum(kept / 2).clamp(1.0, highest)
+
+
+def highest_top_k(max_density: float, num_blocks: int) -> float:
+    """The most blocks a row that a head may keep, one at least."""
+    return max(1.0, max_density * num_blocks)
