@@ -5,7 +5,8 @@ import math
 import torch
 
 LOW = 0.8  # a head keeps fewer blocks only where its error is below this share of the tolerance
-FIRST, LATER = (1.0, 4.0), (0.5, 2.0)  # gain, and the largest factor of one step: first measurement, all others
+# gain, and the factors that one step may change by: for the first measurement, and for all others
+FIRST, LATER = (1.0, 1 / 4, 4.0), (0.5, 1 / 1.5, 2.0)
 
 
 def next_top_k(
@@ -19,13 +20,14 @@ def next_top_k(
 
     Above the tolerance it grows by the factor (error / tolerance)^gain, below LOW of the tolerance it shrinks by (error
     / (LOW * tolerance))^gain, between them it stays. Errors fall about as the 0.7th power of the blocks, so a gain of 1
-    nearly corrects a guess at once, and a gain of 0.5 evens out what a few rows measure. It stays where an error is not
-    finite, and never falls below half of what was kept, from where no measured error could raise it soon.
+    nearly corrects a guess at once, and a gain of 0.5 evens out what a few rows measure. Near all blocks the power is
+    several times as large, hence small steps down. It stays where an error is not finite, and never falls below half of
+    what was kept, from where no measured error could raise it soon.
     """
-    gain, most = FIRST if first else LATER
+    gain, down, up = FIRST if first else LATER
     off = (error / tolerance).log()
     off = off.clamp(min=0) + (off - math.log(LOW)).clamp(max=0)
-    factor = (gain * off).exp().clamp(1 / most, most).where(error.isfinite(), 1.0)
+    factor = (gain * off).exp().clamp(down, up).where(error.isfinite(), 1.0)
     return (top_k * factor).maximum(kept / 2).clamp(1.0, highest)
 
 

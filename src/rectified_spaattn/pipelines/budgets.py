@@ -34,23 +34,20 @@ class Budgets:
         guess = min(top_k_of(config, place.num_blocks), highest_top_k(config.max_density, place.num_blocks))
         return torch.full((place.batch, place.heads), float(guess), device=place.device)
 
-    def learn(self, place: Place, top_k: torch.Tensor, stats: SparseStats, config: SparseConfig) -> None:
-        """Take what a call with `top_k` measured."""
+    def learn(self, place: Place, top_k: torch.Tensor, stats: SparseStats, config: SparseConfig) -> torch.Tensor:
+        """Take what a call with `top_k` measured. Returns bool [B, H]: was as much asked for as max_density allows?"""
         if config.tolerance is None or stats.probe is None:
             raise ValueError("learn: got a call without a tolerance or without probe rows; allowed: both.")
+        highest = highest_top_k(config.max_density, place.num_blocks)
         self._learnt[place] = next_top_k(
             top_k,
-            kept_blocks(stats.block_mask),
+            stats.block_mask.sum((2, 3)) / place.num_blocks,
             stats.probe.error,
             tolerance=config.tolerance,
-            highest=highest_top_k(config.max_density, place.num_blocks),
+            highest=highest,
             first=place not in self._learnt,
         )
+        return top_k >= highest
 
     def __len__(self) -> int:
         return len(self._learnt)
-
-
-def kept_blocks(block_mask: torch.Tensor) -> torch.Tensor:
-    """Blocks a row, on average: float32 [B, H]. block_mask: bool [B, H, nb, nb]."""
-    return block_mask.sum((2, 3)).float() / block_mask.shape[2]

@@ -13,7 +13,7 @@ import torch
 from ..attention import rectified_attention
 from ..config import SparseConfig
 from ..layout import TokenLayout
-from .budgets import Budgets, Place, kept_blocks
+from .budgets import Budgets, Place
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .masks import key_mask, masked_layout
@@ -151,7 +151,7 @@ class Record:
     """Calls of one layer in one run. Tensors stay on the device: no synchronisation.
 
     density  a running sum
-    probes   of the last calls: the error of every head, and how many blocks a row it kept, as a share; [B, H] each
+    probes   of the last calls: the error of every head, and whether it kept all that max_density allows; [B, H] each
     budgets  what a tolerance learnt
     """
 
@@ -253,11 +253,11 @@ class LayerState:
         out, stats = rectified_attention(q, k, v, layout, config, return_stats=True, **options)
         density = stats.device_density
         with state.lock:
-            if config.tolerance is not None:
-                budgets.learn(place, options["top_k"], stats, config)
             if stats.probe is not None:
-                share = kept_blocks(stats.block_mask) / stats.block_mask.shape[3]
-                self.record.probes.append((stats.probe.error, share))
+                full = torch.zeros_like(stats.probe.error, dtype=torch.bool)
+                if config.tolerance is not None:
+                    full = budgets.learn(place, options["top_k"], stats, config)
+                self.record.probes.append((stats.probe.error, full))
             self.record.sparse += 1
             self.record.density = self.record.density + density
             self.record.backends.add(stats.backend)

@@ -79,11 +79,10 @@ def run_stats(states: Sequence[TransformerState]) -> RunStats:
                 density_sum += total
                 reasons.update(record.dense)
                 backends |= record.backends
-                errors, shares = _probed(record)
+                errors, full = _probed(record)
                 probed.append(errors)
                 if state.config.tolerance is not None:
-                    most = shares >= 0.99 * state.config.max_density
-                    unheld += int((most & (errors > state.config.tolerance)).sum())
+                    unheld += int((full & (errors > state.config.tolerance)).sum())
                 error, error_p99 = _percentiles(errors)
                 layers.append(
                     LayerStats(
@@ -119,11 +118,11 @@ def run_stats(states: Sequence[TransformerState]) -> RunStats:
 
 
 def _probed(record: Record) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all calls and heads that were probed: errors and shares of kept blocks, [n] each, on the CPU."""
+    """Of all calls and heads that were probed, what `Record.probes` holds, [n] each, on the CPU."""
     if not record.probes:
-        return torch.zeros(0), torch.zeros(0)
-    errors, shares = (torch.cat([x.flatten() for x in of]).cpu() for of in zip(*record.probes, strict=True))
-    return errors, shares
+        return torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+    errors, full = (torch.cat([x.flatten() for x in of]).cpu() for of in zip(*record.probes, strict=True))
+    return errors, full
 
 
 def _percentiles(errors: torch.Tensor) -> tuple[float, float]:
