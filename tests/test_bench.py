@@ -94,7 +94,8 @@ def test_rows_are_complete_and_consistent() -> None:
         assert (row.repeats, row.input_sets) == (2, 2)
     blocks = 256 // 32
     for row, kept in zip(measured[1:], (4, 2), strict=True):
-        assert row.density == pytest.approx((blocks * kept * 32**2 + 256 * 10 + 10 * 266) / 266**2)
+        pooled = 256 * (blocks - kept)  # one key a dropped block and query
+        assert row.density == pytest.approx((blocks * kept * 32**2 + pooled + 256 * 10 + 10 * 266) / 266**2)
         ran = SparseConfig(sparsity=row.sparsity, block_size=32, top_p=0.0)  # the package's defaults but for top_p
         assert SparseConfig.from_dict(json.loads(row.config)) == ran
         assert (row.rectify, row.order) == (ran.rectify, ran.order)
