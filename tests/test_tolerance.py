@@ -134,6 +134,20 @@ def test_a_tolerance_is_refused_where_nothing_is_learnt() -> None:
             SparseConfig(**{name: value})
 
 
+def test_files_and_the_command_line_take_it(tmp_path) -> None:
+    from rectified_spaattn.lab.clips.options import GenerateOptions
+
+    (tmp_path / "held.yaml").write_text("tolerance: 0.05\nmax_density: 0.25\nprobes: 32\n")
+    config = SparseConfig.from_yaml(tmp_path / "held.yaml")
+    assert (config.tolerance, config.max_density, config.probe_rows) == (0.05, 0.25, 32)
+    assert config.replace(probes=None).probe_rows == 64
+    assert SparseConfig().probe_rows == 0
+    options = GenerateOptions(model="m", prompt="p", config=(tmp_path / "held.yaml",), tolerance=0.1)
+    assert options.configs() == (config.replace(tolerance=0.1),)
+    with pytest.raises(ValueError, match="tolerance"):
+        GenerateOptions(model="m", prompt="p", tolerance=1.5)
+
+
 # --- the controller
 
 
