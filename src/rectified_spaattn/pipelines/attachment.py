@@ -81,13 +81,13 @@ class Attachment:
         """Put the model back as it was, but for processors that somebody replaced since. Safe to call twice."""
         self.state.active = False
         for layer in self.state.layers:
-            layer.record.budgets = Budgets()
             module = layer.module()
             if module is not None and getattr(module.processor, "rectified_layer", None) is layer:
                 module.set_processor(original(module.processor))
         for module in [each() for each in self.modules]:
             if module is not None:
                 remove_hooks(module, self)
+        self.state.budgets = Budgets()
         self.state.forwards = RunningForwards()  # what an interrupted forward left there leads to the model
 
 

@@ -38,6 +38,7 @@ class TransformerState:
     first_step  the step at which this transformer's share of the run began
     last_step   of the forward before, the `turn`-th of its step
     count       forwards of the run; skipped: those in which a cache left out every block
+    budgets     what a tolerance learnt in the run
     completed   whether any forward ever came to its end
     """
 
@@ -61,6 +62,7 @@ class TransformerState:
     steps_seen: set[int] = field(default_factory=set)
     count: int = 0
     skipped: int = 0
+    budgets: Budgets = field(default_factory=Budgets)
     completed: bool = False
     said_outside: bool = False
 
@@ -132,6 +134,7 @@ class TransformerState:
                 return
             self.run, self.first_step, self.steps_seen, self.last_step = self.clock.run, None, set(), None
             self.count = self.skipped = 0
+            self.budgets = Budgets()
             for layer in self.layers:
                 layer.record = Record()
 
@@ -152,7 +155,6 @@ class Record:
 
     density  a running sum
     probes   of the last calls: the error of every head, and whether it kept all that max_density allows; [B, H] each
-    budgets  what a tolerance learnt
     """
 
     sparse: int = 0
@@ -160,7 +162,6 @@ class Record:
     dense: Counter[str] = field(default_factory=Counter)
     backends: set[str] = field(default_factory=set)
     probes: deque[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=lambda: deque(maxlen=_PROBED))
-    budgets: Budgets = field(default_factory=Budgets)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -246,9 +247,9 @@ class LayerState:
         if forward.padding:
             q, k, v = (x[:, : layout.sequence] for x in (q, k, v))
         options: dict[str, Any] = {"text_mask": text_mask, "scale": scale, "backend": state.backend}
-        budgets, config = self.record.budgets, state.config
+        budgets, config = state.budgets, state.config
         if config.tolerance is not None:
-            place = Place(forward.turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
+            place = Place(self.index, forward.turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
             options["top_k"] = budgets.top_k(place, config)
         out, stats = rectified_attention(q, k, v, layout, config, return_stats=True, **options)
         density = stats.device_density
@@ -256,7 +257,7 @@ class LayerState:
             if stats.probe is not None:
                 full = torch.zeros_like(stats.probe.error, dtype=torch.bool)
                 if config.tolerance is not None:
-                    full = budgets.learn(place, options["top_k"], stats, config)
+                    full = budgets.learn(place, forward.step, options["top_k"], stats, config)
                 self.record.probes.append((stats.probe.error, full))
             self.record.sparse += 1
             self.record.density = self.record.density + density
