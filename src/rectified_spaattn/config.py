@@ -70,9 +70,9 @@ class SparseConfig:
     dense_steps       full attention in the first denoising steps: a count, or a fraction of all steps below 1
     dense_last_steps  full attention in the last denoising steps, likewise
     dense_layers      indices of the layers that keep full attention
-    tolerance         the output error that every call shall have, |out - full| / |full|, in (0, 1), in place of a
-                      guessed sparsity: how many blocks are kept follows the error that probe rows measure, step by
-                      step, from what `sparsity` says on; None: as many as `sparsity` says
+    tolerance         in place of a guessed sparsity the output error that heads shall have, |out - full| / |full|, root
+                      mean square over those of a step, in (0, 1): how many blocks each keeps follows what probe rows
+                      measure, step by step, from what `sparsity` says on; None: as many as `sparsity` says
     max_density       the largest share of a head's blocks that a tolerance keeps, in (0, 1]
     probes            query rows a head that are also computed exactly, to measure the error; None: 64 with a tolerance,
                       else 0
