@@ -75,3 +75,18 @@ def test_a_run_under_a_tolerance_waits_for_nothing() -> None:
         stats = handle.stats()
     assert (stats.sparse_calls, stats.probed) == (18, 18 * 2 * 2)
     assert stats.error < 0.5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_tolerance_with_offloading(compiled: bool, fresh_compiler: None) -> None:
+    pipeline = tiny.wan_pipeline()
+    with rsa.enable(pipeline, **tiny.SPARSE, backend="torch", probes=8, tolerance=0.1) as handle:
+        if compiled:
+            pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+        pipeline.enable_model_cpu_offload()
+        latents = tiny.run_wan(pipeline, steps=4)
+        (state,) = handle._watch.states
+        assert {place.device.type for place in state.budgets._learnt} == {"cuda"}
+        assert handle.stats().probed == 3 * 4 * 2 * 2  # layers, steps, guidance calls, heads
+    assert latents.isfinite().all()
+    assert len(state.budgets) == 0
