@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
     block_mask   bool [B, H, nb, nb], contiguous: critical blocks in place of stage 3; None: to be chosen
     token_order  int [B, H, nb*b], places of the tiled tokens where every head has an order of its own; None: they are
                  those of blocks.tiled
-    top_k        float [B, H], how many blocks a row stage 3 keeps at least, in place of what the sparsity says; None
+    top_k        float [B, H], how many blocks a row stage 3 keeps at least; None: what the sparsity says
     """
 
     q: torch.Tensor
