@@ -82,7 +82,8 @@ def probe(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two norms of `method.probe.Probe` for the output of `attention`; token_order: as that gave it, or None."""
     blocks = blocks_of(TokenLayout.from_key(layout), SparseConfig.from_key(config)).on(q.device)
-    order = blocks.tiled.expand(len(q), q.shape[2], -1) if token_order is None else token_order
+    order = blocks.tiled.expand(len(q), k.shape[2], -1) if token_order is None else token_order
+    order = order.repeat_interleave(q.shape[2] // k.shape[2], dim=1)  # query heads that share keys share their order
     valid = None
     if text_mask is not None:
         valid = text_mask.new_ones(q.shape[:2])
@@ -133,7 +134,7 @@ def _outputs(
 
 
 @attention.register_fake
-def _attention_fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+def _attention_fake(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
     *_, layout, config, _, backend = rest
     tokens, settings = TokenLayout.from_key(layout), SparseConfig.from_key(config)
     exact = torch.float64 if backend == "reference" else None
@@ -145,7 +146,9 @@ def _attention_fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
         q.new_empty(square, dtype=torch.bool),
         q.new_empty((*square[:3], nb + 1), dtype=exact or torch.float32),
         q.new_empty(square[:3], dtype=exact or torch.float32),
-        q.new_empty((*square[:2], nb * settings.block_size) if settings.by_content else (0,), dtype=torch.int64),
+        q.new_empty(
+            (k.shape[0], k.shape[2], nb * settings.block_size) if settings.by_content else (0,), dtype=torch.int64
+        ),
     )
 
 

@@ -51,9 +51,7 @@ class ForwardState:
     @property
     def unpadded(self) -> TokenLayout:
         """Of all tokens but the padding."""
-        if not self.padding:
-            return self.layout
-        return TokenLayout.build(self.grid, self.layout.text - self.padding, self.layout.grid_start > 0)
+        return self.layout.first(self.layout.sequence - self.padding) if self.padding else self.layout
 
 
 class RunningForwards(threading.local):
