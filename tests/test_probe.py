@@ -123,3 +123,13 @@ def test_probe_rows_in_one_compiled_graph(fresh_compiler: None) -> None:
 
     for got, want in zip(torch.compile(run, backend="aot_eager", fullgraph=True)(*QKV), run(*QKV), strict=True):
         assert torch.equal(got, want)
+
+
+def test_probe_rows_of_heads_that_share_keys() -> None:
+    q, k, v = QKV[0], QKV[1][:, :, :1], QKV[2][:, :, :1]
+    out, stats = rectified_attention(q, k, v, LAYOUT, CONFIG, text_mask=MASK, return_stats=True)
+    order = stats.token_order.expand(-1, 2, -1)
+    full = dense(q, k.expand_as(q), v.expand_as(q), sees=VALID[:, None, None])
+    at = probe_places(order, 12)[..., None].expand(-1, -1, -1, 8)
+    wrong, exact = (x.transpose(1, 2).gather(2, at).norm(dim=(2, 3)) for x in (out.double() - full, full))
+    torch.testing.assert_close(stats.probe.error.double(), wrong / exact, rtol=1e-4, atol=1e-5)
