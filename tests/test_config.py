@@ -193,7 +193,25 @@ TABLE = {
 
 
 def test_there_are_no_other_presets() -> None:
-    assert list(PRESETS) == [*TABLE, *(f"{name}-paper" for name in TABLE)]
+    assert list(PRESETS) == [*TABLE, *(f"{name}-paper" for name in TABLE), *WARM_UPS]
+
+
+# Dense first steps of so many, as others publish them.
+WARM_UPS = {
+    "hunyuan-video-t2v-sol": (10, 50),
+    "hunyuan-video-t2v-svg": (5, 50),
+    "wan2.1-t2v-sol": (10, 50),
+    "wan2.1-t2v-svg": (10, 50),
+    "wan2.1-i2v-svg": (14, 40),
+}
+
+
+@pytest.mark.parametrize("name", WARM_UPS)
+def test_a_warm_up_of_others_is_all_that_differs_from_the_models_preset(name: str) -> None:
+    [config], [own] = preset(name), preset(name.rpartition("-")[0])
+    dense, steps = WARM_UPS[name]
+    assert (config.dense_step_count(steps), config.dense_layers) == (dense, (0,))
+    assert config == own.replace(dense_steps=config.dense_steps, dense_layers=(0,))
 
 
 @pytest.mark.parametrize("name", TABLE)
