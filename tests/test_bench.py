@@ -287,7 +287,7 @@ def test_command_prints_unsqueezed_tables_and_writes_files_that_can_be_read_back
             shown = [line for line in lines if line.startswith(f"| {'dense ' * (row.kind == 'dense')}{row.name} ")]
             assert any(f" {row.ms:.3f} " in line and line.endswith(f" {row.ratio:.2f}x |") for line in shown)
     assert any("results checked before timing" in line for line in lines)
-    assert sum("stages of torch, row, content, at" in line for line in lines) == 2
+    assert sum("stages of torch, row+slope, content, at" in line for line in lines) == 2
     assert "speed-up over sdpa" in result.output
 
 
