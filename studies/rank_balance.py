@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 
 from rectified_spaattn import SparseConfig
-from rectified_spaattn.attention import density
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.option import option
+from rectified_spaattn.method.density import density
 from rectified_spaattn.pipelines.balance import dealt_out
 
 from . import harness

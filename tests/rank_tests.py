@@ -198,7 +198,7 @@ def test_statistics_are_of_all_ranks_and_on_every_one() -> None:
     assert max(stats.rank_densities) / stats.density - 1 <= stats.imbalance + 1e-6
     told: list[Any] = [None] * COUNT
     dist.all_gather_object(told, stats)
-    assert all(each == stats for each in told)
+    assert {repr(each) for each in told} == {repr(stats)}  # NaN is what was not measured
 
 
 # TeaCache: every rank leaves out the same steps, those that one process does

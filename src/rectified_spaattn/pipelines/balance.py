@@ -4,6 +4,8 @@ Where `top_p` keeps more blocks of some heads than of others, all ranks wait in 
 that had much to do before have much to do again, so they are dealt out by what they computed in the forward before.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 TOLERATED = 0.05
@@ -21,3 +23,28 @@ def dealt_out(work: torch.Tensor, ranks: int) -> torch.Tensor:
     rows = rows.flip(2).where(back[:, None], rows)
     heads = rows.transpose(1, 2).flatten(1)
     return torch.stack([heads, heads.argsort(dim=1)], dim=1)
+
+
+@dataclass
+class RankRecord:
+    """Calls of all layers in one run, by the processes that share them; sums that stay on the device.
+
+    densities  float32 [ranks], of each rank's heads; densest: of the rank that had most to do in each call
+    """
+
+    forwards: int = 0
+    calls: int = 0
+    densities: torch.Tensor | None = None
+    densest: torch.Tensor | float = 0.0
+
+    def imbalance(self) -> float:
+        """By how much the rank that has most in a call exceeds the mean, mean over calls. Waits for the device."""
+        assert self.densities is not None
+        return float(self.densest / self.densities.mean()) - 1
+
+    def add(self, densities: torch.Tensor) -> None:
+        """densities: [ranks, calls] of a forward"""
+        self.forwards += 1
+        self.calls += densities.shape[1]
+        self.densities = densities.sum(1) if self.densities is None else self.densities + densities.sum(1)
+        self.densest = self.densest + densities.amax(0).sum()

@@ -26,6 +26,7 @@ class ForwardState:
     padding      how many of them, at the end of the sequence, are padding in all rows
     ranks        the processes that share it, and streams, the lengths of what was cut between them; None: one process
     step, total  the denoising step and the number of steps; None where nobody knows
+    turn         how many forwards this step had before: guidance calls come in the same order at every step
     problem      why the step is unknown
     why_dense    why every call in it is dense; None where calls may be sparse
     shared       sparse calls that other ranks have a part in: the layer; of this rank's heads the density, and how many
@@ -39,6 +40,7 @@ class ForwardState:
     streams: tuple[int, ...] = ()
     step: int | None = None
     total: int | None = None
+    turn: int = 0
     problem: str = ""
     why_dense: str | None = None
     calls: int = 0

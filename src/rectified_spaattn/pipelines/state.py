@@ -4,7 +4,7 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from ..attention import rectified_attention
 from ..config import SparseConfig
 from ..layout import TokenLayout
-from .balance import TOLERATED, dealt_out
+from .balance import TOLERATED, RankRecord, dealt_out
+from .budgets import Budgets, Place
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .masks import key_mask, masked_layout
@@ -23,6 +24,8 @@ from .tokens import Grid
 OUTSIDE = "a call outside of the transformer's forward"
 
 _handles = itertools.count()
+_TURNS = 100  # forwards of one step that are told apart
+_PROBED = 1000  # calls of a layer whose errors are kept
 
 
 @dataclass(kw_only=True, eq=False)
@@ -35,7 +38,9 @@ class TransformerState:
     forwards    the ones that are running
     run         number of the run that the figures below are of
     first_step  the step at which this transformer's share of the run began
+    last_step   of the forward before, the `turn`-th of its step
     count       forwards of the run; skipped: those in which a cache left out every block
+    budgets     what a tolerance learnt in the run
     completed   whether any forward ever came to its end
     ranks       what the processes that share the forwards computed
     balanced    whether their heads are dealt out anew after every forward
@@ -56,11 +61,14 @@ class TransformerState:
     run: int = -1
     first_step: int | None = None
     last_total: int | None = None
+    last_step: int | None = None
+    turn: int = 0
     steps_seen: set[int] = field(default_factory=set)
     count: int = 0
     skipped: int = 0
+    budgets: Budgets = field(default_factory=Budgets)
     completed: bool = False
-    ranks: "RankRecord" = field(default_factory=lambda: RankRecord())
+    ranks: RankRecord = field(default_factory=RankRecord)
     balanced: bool = False
     said_outside: bool = False
 
@@ -89,7 +97,8 @@ class TransformerState:
 
         text: number of text tokens in joint attention; padding: how many of them, at the end, are padding in all rows.
         ranks: the processes that share the forward.
-        Raises RuntimeError where the step decides what is dense and two pipelines or threads share it.
+        Raises RuntimeError where the step decides what is dense and two pipelines or threads share it, and where there
+        is a tolerance and nobody knows the step.
         """
         with self.lock:
             step, total = self.clock.read(timestep, exact=self.needs_steps)
@@ -100,7 +109,15 @@ class TransformerState:
                     "should be dense. Enable without dense steps, or give each pipeline a transformer of its own "
                     "(copy.deepcopy(transformer) shares no state) and enable each."
                 )
+            if step is None and self.config.tolerance is not None:
+                raise RuntimeError(
+                    f"{self.name}: tolerance={self.config.tolerance} needs the denoising step, to tell guidance calls "
+                    f"and runs apart, but {problem}. Enable on the pipeline you call, tell each step with "
+                    "handle.set_step(step, total), or give a sparsity without a tolerance."
+                )
             self.catch_up()
+            self.turn = min(self.turn + 1, _TURNS) if step == self.last_step else 0
+            self.last_step = step
             if self.first_step is None:
                 self.first_step = 0 if self.is_first and self.clock.is_told else step
             if step is not None:
@@ -116,6 +133,7 @@ class TransformerState:
                 streams=streams,
                 step=step,
                 total=total,
+                turn=self.turn,
                 problem=problem,
                 why_dense=self._scheduled(step, total),
             )
@@ -127,8 +145,9 @@ class TransformerState:
         with self.lock:
             if self.run == self.clock.run:
                 return
-            self.run, self.first_step, self.steps_seen = self.clock.run, None, set()
+            self.run, self.first_step, self.steps_seen, self.last_step = self.clock.run, None, set(), None
             self.count, self.skipped, self.ranks = 0, 0, RankRecord()
+            self.budgets = Budgets()
             for layer in self.layers:
                 layer.record = Record()
 
@@ -154,6 +173,8 @@ class TransformerState:
 
     def _deal_out(self, layers: tuple["LayerState", ...], work: torch.Tensor, ranks: int) -> None:
         """Of the heads of every layer, by what they had to do: work [calls, H], place after place."""
+        if self.config.tolerance is not None:  # what it learnt is of the heads that a rank has
+            return
         if not self.balanced and self.ranks.forwards == 1:  # waits for the device, once a run
             self.balanced = self.ranks.imbalance() > TOLERATED
         if not self.balanced:
@@ -183,42 +204,22 @@ def streams_of(layout: TokenLayout) -> tuple[int, ...]:
 
 @dataclass
 class Record:
-    """Calls of one layer in one run. `density` is a running sum that stays on the device: no synchronisation."""
+    """Calls of one layer in one run. Tensors stay on the device: no synchronisation.
+
+    density  a running sum
+    probes   of the last calls: the error of every head, and whether it kept all that max_density allows; [B, H] each
+    """
 
     sparse: int = 0
     density: torch.Tensor | float = 0.0
     dense: Counter[str] = field(default_factory=Counter)
     backends: set[str] = field(default_factory=set)
+    probes: deque[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=lambda: deque(maxlen=_PROBED))
 
     def add(self, density: torch.Tensor) -> None:
         """A sparse call."""
         self.sparse += 1
         self.density = self.density + density
-
-
-@dataclass
-class RankRecord:
-    """Calls of all layers in one run, by the processes that share them; sums that stay on the device.
-
-    densities  float32 [ranks], of each rank's heads; densest: of the rank that had most to do in each call
-    """
-
-    forwards: int = 0
-    calls: int = 0
-    densities: torch.Tensor | None = None
-    densest: torch.Tensor | float = 0.0
-
-    def imbalance(self) -> float:
-        """By how much the rank that has most in a call exceeds the mean, mean over calls. Waits for the device."""
-        assert self.densities is not None
-        return float(self.densest / self.densities.mean()) - 1
-
-    def add(self, densities: torch.Tensor) -> None:
-        """densities: [ranks, calls] of a forward"""
-        self.forwards += 1
-        self.calls += densities.shape[1]
-        self.densities = densities.sum(1) if self.densities is None else self.densities + densities.sum(1)
-        self.densest = self.densest + densities.amax(0).sum()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -266,10 +267,11 @@ class LayerState:
             self._count_dense(OUTSIDE)
             return self._dense(q, k, v, mask, scale)
         self._check_sequence(forward, q.shape[1])
-        if self.owner.needs_steps and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        varied = self.owner.steps_wanted or ("" if self.owner.config.tolerance is None else "tolerance")
+        if varied and q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{self.name}: a CUDA graph is being captured, in which every step would do what this one does, but "
-                f"{self.owner.steps_wanted} asks for others. Compile in the default mode, or enable without them."
+                f"{varied} asks for others. Compile in the default mode, or enable without them."
             )
         forward.calls += 1
         reason = self.why_dense(forward)
@@ -302,11 +304,19 @@ class LayerState:
                 block_size = state.config.block_size
                 self._count_dense(f"its mask leaves {layout.video} tokens, less than one block of {block_size}")
                 return self._dense(q, k, v, mask, scale)
-        out, stats = rectified_attention(
-            q, k, v, layout, state.config, text_mask=text_mask, scale=scale, backend=state.backend, return_stats=True
-        )
+        options: dict[str, Any] = {"text_mask": text_mask, "scale": scale, "backend": state.backend}
+        budgets, config = state.budgets, state.config
+        if config.tolerance is not None:
+            place = Place(self.index, forward.turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
+            options["top_k"] = budgets.top_k(place, config)
+        out, stats = rectified_attention(q, k, v, layout, config, return_stats=True, **options)
         density = stats.device_density
         with state.lock:
+            if stats.probe is not None:
+                full = torch.zeros_like(stats.probe.error, dtype=torch.bool)
+                if config.tolerance is not None:
+                    full = budgets.learn(place, forward.step, options["top_k"], stats, config)
+                self.record.probes.append((stats.probe.error, full))
             if forward.ranks is None:
                 self.record.add(density)
             else:  # of this rank's heads: counted when all ranks are through
