@@ -109,6 +109,11 @@ class TokenLayout:
         alone[self.video_places] = False
         return alone.nonzero().flatten()
 
+    @property
+    def places(self) -> str:
+        """Where the tokens that can be tiled lie, in words."""
+        return f"{self.video} tokens of no grid" if self.grid is None else f"grid {self.grid}"
+
     def __str__(self) -> str:
         video = f"{self.video} tokens" if self.grid is None else "{}*{}*{} video".format(*self.grid)
         return f"{video} + {self.text} that stand alone = {self.sequence}"

@@ -18,15 +18,19 @@ _PUBLISHED: dict[str, tuple[SparseConfig, ...]] = {
     "cogvideox1.5-i2v": (SparseConfig.paper(sparsity=0.75, dense_steps=0.1),),
     "flux.1-dev-4096": (SparseConfig.paper(sparsity=0.90),),
 }
+# Of models for which nothing was published: the default sparsity with the schedule of Wan 2.1 T2V.
+_NEAREST = {"video": (SparseConfig(dense_steps=0.1, dense_layers=(0, 1)),)}
 _OURS = {name: getattr(SparseConfig(), name) for name in ("rectify", "order", "neighbours", "first_frame")}
 
 # Under the name of a model its published sparsity and schedule with the defaults of this package; under NAME-paper all
 # as published.
 PRESETS: dict[str, tuple[SparseConfig, ...]] = {
     **{name: tuple(each.replace(**_OURS) for each in published) for name, published in _PUBLISHED.items()},
+    **_NEAREST,
     **{f"{name}-paper": published for name, published in _PUBLISHED.items()},
 }
-PRESET_NAMES = f"{', '.join(_PUBLISHED)}; each also with -paper behind it"  # for people
+# for people
+PRESET_NAMES = f"{', '.join(_PUBLISHED)}, each also with -paper behind it; {', '.join(_NEAREST)}"
 
 
 def preset(name: str) -> tuple[SparseConfig, ...]:
@@ -34,6 +38,6 @@ def preset(name: str) -> tuple[SparseConfig, ...]:
     if name not in PRESETS:
         raise ValueError(
             f"preset: got {name!r}; allowed: one of {list(_PUBLISHED)}, or one of them with '-paper' behind it for all "
-            "as published."
+            f"as published; or one of {list(_NEAREST)}."
         )
     return PRESETS[name]

@@ -34,9 +34,9 @@ class ForwardHooks(Hooks):
         if not self.alive or not self.state.active:
             return
         inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        text, padding = self.adapter.text(inputs), self.adapter.padding(inputs)
-        grid = self.adapter.grid(model, inputs)
-        forward = self.state.begin_forward(grid, text=text, padding=padding, timestep=inputs.get("timestep"))
+        layouts, padding = self.adapter.layouts(model, inputs), self.adapter.padding(inputs)
+        timestep = inputs.get(self.adapter.timestep)
+        forward = self.state.begin_forward(layouts, padding=padding, timestep=timestep)
         _say(self.watch.complaints(self.state, forward))
 
     @torch.compiler.disable
@@ -82,7 +82,7 @@ class Attachment:
         for layer in self.state.layers:
             module = layer.module()
             if module is not None and getattr(module.processor, "rectified_layer", None) is layer:
-                module.set_processor(original(module.processor))
+                put(module, original(module.processor))
         for module in [each() for each in self.modules]:
             if module is not None:
                 remove_hooks(module, self)
@@ -102,7 +102,15 @@ def attach(
             module=weakref.ref(module),
         )
         state.layers.append(layer)
-        module.set_processor(wrap(module.processor, layer))
+        put(module, wrap(module.processor, layer))
+
+
+def put(module: Any, processor: Any) -> None:
+    """Give an attention module a processor; Mochi's has no method for it."""
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
 
 
 def _say(complaints: list[str]) -> None:

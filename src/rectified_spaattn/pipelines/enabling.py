@@ -72,7 +72,6 @@ def enable(
                 config=each,
                 backend=backend,
                 clock=clock,
-                text_first=adapter.text_first,
                 is_first=not watch.states,
             )
             watch.states.append(state)

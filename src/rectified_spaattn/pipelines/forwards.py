@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -11,7 +11,6 @@ from torch import nn
 
 from ..layout import TokenLayout
 from .masks import MaskedLayouts
-from .tokens import Grid
 
 _MODULE_CODE = nn.Module._call_impl.__code__.co_filename
 
@@ -20,8 +19,8 @@ _MODULE_CODE = nn.Module._call_impl.__code__.co_filename
 class ForwardState:
     """One forward of a transformer.
 
-    layout       of all its tokens, padding included
-    padding      how many of them, at the end of the sequence, are padding in all rows
+    layouts      that its calls may have, told apart by their length, padding included; the first is of most calls
+    padding      how many tokens, at the end of the first, are padding in all rows
     step, total  the denoising step and the number of steps; None where nobody knows
     problem      why the step is unknown
     why_dense    why every call in it is dense; None where calls may be sparse
@@ -29,7 +28,7 @@ class ForwardState:
     masked       what its masks make of the layout
     """
 
-    layout: TokenLayout
+    layouts: tuple[TokenLayout, ...]
     padding: int = 0
     step: int | None = None
     total: int | None = None
@@ -42,16 +41,19 @@ class ForwardState:
     call: FrameType = field(default_factory=lambda: innermost_call())
 
     @property
-    def grid(self) -> Grid:
-        assert self.layout.grid is not None
-        return self.layout.grid
+    def layout(self) -> TokenLayout:
+        """Of most calls."""
+        return self.layouts[0]
 
-    @property
-    def unpadded(self) -> TokenLayout:
-        """Of all tokens but the padding."""
-        if not self.padding:
-            return self.layout
-        return TokenLayout.build(self.grid, self.layout.text - self.padding, self.layout.grid_start > 0)
+    def layout_of(self, sequence: int) -> TokenLayout | None:
+        """Of a call over so many tokens; None where there is none."""
+        return next((layout for layout in self.layouts if layout.sequence == sequence), None)
+
+    def unpadded(self, layout: TokenLayout) -> TokenLayout:
+        """A layout of this forward without the padding."""
+        if not self.padding or layout is not self.layout:
+            return layout
+        return replace(layout, sequence=layout.sequence - self.padding)
 
 
 class RunningForwards(threading.local):

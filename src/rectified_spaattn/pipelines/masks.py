@@ -38,9 +38,8 @@ def masked_layout(
     device. Raises ValueError as `key_mask`.
     """
     valid = key_mask(mask, batch, full.sequence)[:, : layout.sequence]
-    ((start, end),) = layout.spans
-    hidden = (~valid[:, start:end]).any(0).nonzero().flatten() + start
-    masked = layout.without(hidden.tolist()) if len(hidden) else layout
+    hidden = (~valid[:, layout.video_places.to(valid.device)]).any(0).cpu()
+    masked = layout.without(layout.video_places[hidden].tolist()) if hidden.any() else layout
     return masked, valid[:, masked.text_places.to(valid.device)]
 
 

@@ -15,24 +15,15 @@ import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
-from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from torch.overrides import _get_current_function_mode_stack
 
 from ..ops import TAGS
-from .cogvideox import CogVideoXProcessor, FusedCogVideoXProcessor
 from .hooks import refuse_pickling
-from .hunyuan_video15 import HunyuanVideo15Processor
+from .redirect import REDIRECTED, Redirected
+from .stand_ins import STAND_INS
 from .state import LayerState
 
 BACKEND_NAME = "rectified_spaattn"
-
-# Stock processors that attend by themselves, or could not at full size, and ours in their place.
-STAND_INS: dict[Any, Any] = {
-    CogVideoXAttnProcessor2_0: CogVideoXProcessor,
-    FusedCogVideoXAttnProcessor2_0: FusedCogVideoXProcessor,
-    HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor,
-}
 
 _layers: "weakref.WeakValueDictionary[int, LayerState]" = weakref.WeakValueDictionary()
 
@@ -144,6 +135,7 @@ def backend_member() -> AttentionBackendName:
 def _wrapped_class(processor_class: Any) -> Any:
     """A subclass that names its layer while its __call__ runs; modules read its signature, hence wraps."""
     base = STAND_INS.get(processor_class, processor_class)
+    redirected = processor_class in REDIRECTED
 
     @functools.wraps(base.__call__)
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,11 +149,14 @@ def _wrapped_class(processor_class: Any) -> Any:
         before = _caller.handle
         _caller.handle = self.rectified_handle
         try:
-            return base.__call__(self, attn, *args, **kwargs)
+            if not redirected:
+                return base.__call__(self, attn, *args, **kwargs)
+            with Redirected(self._attention_backend, self._parallel_config):
+                return base.__call__(self, attn, *args, **kwargs)
         finally:
             _caller.handle = before
 
-    members = {
+    members: dict[str, Any] = {
         "__call__": call,
         "__module__": __name__,
         "__copy__": _copied,
@@ -172,6 +167,8 @@ def _wrapped_class(processor_class: Any) -> Any:
         "rectified_stock": processor_class,
         "rectified_backend": backend_member(),
     }
+    if redirected:
+        members |= {"_attention_backend": None, "_parallel_config": None}
     wrapped = type(processor_class.__name__, (base,), members)
     AttentionProcessorRegistry._register()  # it fills itself when first asked
     if processor_class in AttentionProcessorRegistry._registry:  # skip-layer guidance looks processors up by class
@@ -232,7 +229,8 @@ def original(processor: Any) -> Any:
 def check_processor(processor: Any, name: str) -> None:
     """Raises TypeError for a processor whose attention cannot be redirected."""
     processor = original(processor)
-    if type(processor) not in STAND_INS and not hasattr(processor, "_attention_backend"):
+    known = type(processor) in STAND_INS or type(processor) in REDIRECTED
+    if not known and not hasattr(processor, "_attention_backend"):
         raise TypeError(
             f"{name}: got a {type(processor).__name__}, which calls its attention itself; allowed: a processor that "
             "uses diffusers' dispatch_attention_fn. Put the model's own processor back, then enable."

@@ -16,7 +16,6 @@ from ..layout import TokenLayout
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .masks import key_mask, masked_layout
-from .tokens import Grid
 
 OUTSIDE = "a call outside of the transformer's forward"
 
@@ -40,7 +39,6 @@ class TransformerState:
     config: SparseConfig
     backend: str
     clock: RunClock
-    text_first: bool
     name: str = "transformer"
     kind: str = ""
     is_first: bool = True
@@ -76,10 +74,12 @@ class TransformerState:
         forward = self.forwards.current()
         return None if forward is None else forward.step
 
-    def begin_forward(self, grid: Grid, *, text: int = 0, padding: int = 0, timestep: Any = None) -> ForwardState:
+    def begin_forward(
+        self, layouts: tuple[TokenLayout, ...], *, padding: int = 0, timestep: Any = None
+    ) -> ForwardState:
         """Called before every forward of the transformer, with the timestep that it gets.
 
-        text: number of text tokens in joint attention; padding: how many of them, at the end, are padding in all rows.
+        layouts, padding: as in ForwardState.
         Raises RuntimeError where the step decides what is dense and two pipelines or threads share it.
         """
         with self.lock:
@@ -99,7 +99,7 @@ class TransformerState:
             self.last_total = total
             self.count += 1
             forward = ForwardState(
-                layout=TokenLayout.build(grid, text, self.text_first and text > 0),
+                layouts=layouts,
                 padding=padding,
                 step=step,
                 total=total,
@@ -160,14 +160,14 @@ class LayerState:
     masks_text_only: bool = False
     called: bool = False
 
-    def why_dense(self, forward: ForwardState) -> str | None:
+    def why_dense(self, forward: ForwardState, layout: TokenLayout) -> str | None:
         if self.index in self.owner.config.dense_layers:
             return "dense_layers"
         if forward.why_dense is not None:
             return forward.why_dense
         block_size = self.owner.config.block_size
-        if forward.layout.video < block_size:
-            return f"grid {forward.grid} is smaller than one block of {block_size}"
+        if layout.video < block_size:
+            return f"{layout.places} is smaller than one block of {block_size}"
         return None
 
     def attend(
@@ -182,14 +182,14 @@ class LayerState:
             self._say_outside()
             self._count_dense(OUTSIDE)
             return self._dense(q, k, v, mask, scale)
-        self._check_sequence(forward, q.shape[1])
+        layout = self._layout_of(forward, q.shape[1])
         if self.owner.needs_steps and q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{self.name}: a CUDA graph is being captured, in which every step would do what this one does, but "
                 f"{self.owner.steps_wanted} asks for others. Compile in the default mode, or enable without them."
             )
         forward.calls += 1
-        reason = self.why_dense(forward)
+        reason = self.why_dense(forward, layout)
         if reason is not None:
             self._count_dense(reason)
             return self._dense(q, k, v, mask, scale)
@@ -198,11 +198,12 @@ class LayerState:
                 f"{self.name}: sparse attention is for inference and has no gradient. Call the model inside "
                 "torch.no_grad(); to train, call disable() first."
             )
-        return self._sparse(forward, q, k, v, mask, scale)
+        return self._sparse(forward, layout, q, k, v, mask, scale)
 
     def _sparse(
         self,
         forward: ForwardState,
+        whole: TokenLayout,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -210,16 +211,17 @@ class LayerState:
         scale: float | None,
     ) -> torch.Tensor:
         state = self.owner
-        layout, text_mask = forward.unpadded, None
+        layout, text_mask = forward.unpadded(whole), None
+        padding = whole.sequence - layout.sequence
         if mask is not None and self.masks_text_only:
             text_mask = key_mask(mask, len(q), q.shape[1])[:, layout.video : layout.sequence]
         elif mask is not None:
-            layout, text_mask = forward.masked.of(mask, layout, forward.layout, len(q))
+            layout, text_mask = forward.masked.of(mask, layout, whole, len(q))
             if layout.video < state.config.block_size:
                 block_size = state.config.block_size
                 self._count_dense(f"its mask leaves {layout.video} tokens, less than one block of {block_size}")
                 return self._dense(q, k, v, mask, scale)
-        if forward.padding:
+        if padding:
             q, k, v = (x[:, : layout.sequence] for x in (q, k, v))
         out, stats = rectified_attention(
             q, k, v, layout, state.config, text_mask=text_mask, scale=scale, backend=state.backend, return_stats=True
@@ -232,7 +234,7 @@ class LayerState:
         forward.sparse += 1
         forward.density = forward.density + density
         out = out.to(q.dtype)
-        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, forward.padding)) if forward.padding else out
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
 
     def _count_dense(self, reason: str) -> None:
         with self.owner.lock:
@@ -261,13 +263,14 @@ class LayerState:
                 stacklevel=2,
             )
 
-    def _check_sequence(self, forward: ForwardState, sequence: int) -> None:
-        if sequence != forward.layout.sequence:
+    def _layout_of(self, forward: ForwardState, sequence: int) -> TokenLayout:
+        layout = forward.layout_of(sequence)
+        if layout is None:
             raise RuntimeError(
-                f"{self.name}: got {sequence} tokens; allowed: {forward.layout.sequence}, a grid of {forward.grid} and "
-                f"{forward.layout.text} of text. Something adds tokens (reference images, keyframes) or drops them "
-                "(token merging); disable one of the two."
+                f"{self.name}: got {sequence} tokens; allowed: {' or '.join(map(str, forward.layouts))}. Something "
+                "adds tokens or drops them (token merging); disable one of the two."
             )
+        return layout
 
     def _layout(self, sequence: int) -> TokenLayout:
         """The layout of the forward that is running, for instruments that look at a call from inside."""
@@ -276,8 +279,7 @@ class LayerState:
             raise RuntimeError(
                 f"{self.name}: attention ran before the transformer's forward. Call the transformer, not its blocks."
             )
-        self._check_sequence(forward, sequence)
-        return forward.layout
+        return self._layout_of(forward, sequence)
 
 
 def key_text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5 with a key mask [B, 1, 1, S]: its stock processor builds [B, 1, S, S], 12 GiB at 720p."""
+"""Joint attention with a key mask [B, 1, 1, S], where the stock processor does it in another way."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 
 class HunyuanVideo15Processor:
-    """Joint attention over video and then text. Padding is never a key; as a query it gives what nobody reads."""
+    """Joint attention over video and then text. Padding is never a key; as a query it gives what nobody reads.
+
+    The stock processor builds a mask [B, 1, S, S], 12 GiB at 720p.
+    """
 
     masks_text_only = True
     _attention_backend: Any = None
@@ -30,8 +33,7 @@ class HunyuanVideo15Processor:
         q, k, v = (self._heads(attn, project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v))
         q, k = attn.norm_q(q), attn.norm_k(k)
         if image_rotary_emb is not None:
-            q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
-            k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
+            q, k = self._rotated(q, image_rotary_emb), self._rotated(k, image_rotary_emb)
 
         projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_q, text_k, text_v = (self._heads(attn, project(encoder_hidden_states)) for project in projections)
@@ -49,8 +51,27 @@ class HunyuanVideo15Processor:
             parallel_config=self._parallel_config,
         )
         out = out.flatten(2)
-        return attn.to_out[1](attn.to_out[0](out[:, :video])), attn.to_add_out(out[:, video:])
+        text = out[:, video:]
+        if hasattr(attn, "to_add_out"):  # not in Mochi's last block
+            text = attn.to_add_out(text)
+        return attn.to_out[1](attn.to_out[0](out[:, :video])), text
+
+    @staticmethod
+    def _rotated(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        rotated: torch.Tensor = apply_rotary_emb(x, rotary, sequence_dim=1)
+        return rotated
 
     @staticmethod
     def _heads(attn: Any, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (attn.heads, -1))
+
+
+class MochiProcessor(HunyuanVideo15Processor):
+    """The stock processor attends sample by sample, each cut to its text."""
+
+    @staticmethod
+    def _rotated(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """x: [B, N, H, D]; rotary: cos and sin [N, H, D / 2], other ones in every head."""
+        cos, sin = rotary
+        even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

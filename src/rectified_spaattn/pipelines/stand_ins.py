@@ -1,0 +1,113 @@
+"""Processors that stand in for stock ones which leave the dispatcher no choice, or ask it for what it must not do."""
+
+from typing import Any
+
+import torch
+from diffusers.models import transformers
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import MochiAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from diffusers.models.transformers.transformer_ideogram4 import Ideogram4AttnProcessor
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
+
+from .text_masked import HunyuanVideo15Processor, MochiProcessor
+
+_SR: Any = getattr(transformers, "transformer_kandinsky6_sr", None)  # None before diffusers 0.42
+
+
+class CosmosProcessor:
+    """Self-attention of Cosmos; the stock processor names no backend."""
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """hidden_states: [B, N, C]. Returns it, attended."""
+        q, k, v = (
+            project(hidden_states).unflatten(2, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        if image_rotary_emb is not None:
+            rotate = {"use_real": True, "use_real_unbind_dim": -2, "sequence_dim": 1}
+            q, k = apply_rotary_emb(q, image_rotary_emb, **rotate), apply_rotary_emb(k, image_rotary_emb, **rotate)
+        out = dispatch_attention_fn(
+            q, k, v, attn_mask=attention_mask, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        attended: torch.Tensor = attn.to_out[1](attn.to_out[0](out.flatten(2).type_as(q)))
+        return attended
+
+
+class Kandinsky5Processor(Kandinsky5AttnProcessor):
+    """Without the model's own sparse attention, NABLA."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        rotary_emb: torch.Tensor | None = None,
+        sparse_params: Any = None,
+    ) -> torch.Tensor:
+        out: torch.Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, rotary_emb)
+        return out
+
+
+class Kandinsky6SRProcessor:
+    """Without the model's own sparse attention, NABLA, for which the stock processor names flex attention."""
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, rotary_emb: torch.Tensor, sparse_params: Any
+    ) -> torch.Tensor:
+        """hidden_states: [B, N, C]. Returns it, attended."""
+        projections = (attn.to_query, attn.to_key, attn.to_value)
+        q, k, v = (project(hidden_states).unflatten(-1, (attn.num_heads, -1)) for project in projections)
+        q, k = attn.query_norm(q.float()).type_as(q), attn.key_norm(k.float()).type_as(k)
+        out = dispatch_attention_fn(
+            _SR.apply_rotary(q, rotary_emb),
+            _SR.apply_rotary(k, rotary_emb),
+            v,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        attended: torch.Tensor = attn.out_layer(out.flatten(2, 3))
+        return attended
+
+
+class Ideogram4Processor(Ideogram4AttnProcessor):
+    """With a key mask [B, 1, 1, S] for [B, 1, S, S]: what the last token, one of the image, attends to.
+
+    All tokens of its document attend to the same; padding, which stands before, gives what nobody reads.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        out: torch.Tensor = super().__call__(attn, hidden_states, attention_mask[:, :, -1:], image_rotary_emb)
+        return out
+
+
+STAND_INS: dict[Any, Any] = {
+    CosmosAttnProcessor2_0: CosmosProcessor,
+    HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor,
+    Ideogram4AttnProcessor: Ideogram4Processor,
+    Kandinsky5AttnProcessor: Kandinsky5Processor,
+    MochiAttnProcessor2_0: MochiProcessor,
+}
+if _SR is not None:
+    STAND_INS[_SR.Kandinsky6SRAttnProcessor] = Kandinsky6SRProcessor
