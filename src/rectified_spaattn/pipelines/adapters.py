@@ -26,6 +26,7 @@ class Adapter:
                 forward arguments; ValueError for tokens that have none
     padding     how many tokens at the end of the first are padding in the whole batch: left out of sparse calls
     timestep    the forward's argument that holds it
+    optional    block lists that a forward may leave out
     preset      name of the preset, read from the transformer and its pipeline (None: transformer alone); None
                 where nothing was published for this model or one of its family
     """
@@ -34,6 +35,7 @@ class Adapter:
     layouts: Layouts
     padding: Callable[[Inputs], int] = tokens.no_text
     timestep: str = "timestep"
+    optional: tuple[str, ...] = ()
     preset: Preset = lambda model, pipeline: None
 
 
@@ -204,6 +206,7 @@ ADAPTERS: dict[str, Adapter] = {
             **{"mode_blocks.image": "attn", "mode_blocks.image_cond": "attn", "single_transformer_blocks": "attn"}
         ),
         layouts=packed.flux3,
+        optional=("mode_blocks.image_cond",),
     ),
     "QwenImageTransformer2DModel": Adapter(attentions=_ATTN, layouts=joint(tokens.shapes_grid, _TEXT, text_first=True)),
     "LongCatImageTransformer2DModel": Adapter(

@@ -1,4 +1,4 @@
-"""Real diffusers video transformers of 2024 to 2026 with random weights, one or two layers, and what forward takes.
+"""Real diffusers video transformers of later years with random weights, two layers, and what their forward takes.
 
 As tiny_models: every video has the grid (4, 6, 8) in tokens, 12 blocks of 16. Output layers that start at zero are
 filled, so that something comes out.
@@ -10,7 +10,7 @@ import diffusers
 import torch
 
 import tiny_models
-from tiny_models import BATCH, HUNYUAN, TEXT, WAN, axes, masked, noise, wan_inputs
+from tiny_models import BATCH, TEXT, WAN, noise, wan_inputs
 
 HEADS = {"num_attention_heads": 2}
 
@@ -30,22 +30,23 @@ def filled(model: torch.nn.Module) -> torch.nn.Module:
 AUDIO = 10  # two channels of 5
 
 
-def minimax_h3(head_dim: int) -> torch.nn.Module:
-    return diffusers.MiniMaxH3Transformer3DModel(
+def minimax_h3(head_dim: int, **overrides: Any) -> torch.nn.Module:
+    settings = {
         **HEADS,
-        attention_head_dim=head_dim,
-        hidden_size=32,
-        num_layers=2,
-        num_refiner_layers=1,
-        ffn_dim=32,
-        in_channels=2,
-        audio_in_channels=4,
-        text_dim=16,
-        freq_dim=16,
-        time_embed_hidden_dim=16,
-        time_embed_dim=16,
-        rope_freq_dim=2,
-    )
+        "attention_head_dim": head_dim,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "ffn_dim": 32,
+        "in_channels": 2,
+        "audio_in_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "time_embed_hidden_dim": 16,
+        "time_embed_dim": 16,
+        "rope_freq_dim": 2,
+    }
+    return diffusers.MiniMaxH3Transformer3DModel(**{**settings, **overrides})
 
 
 def h3_inputs(model: Any, keyframes: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -58,11 +59,47 @@ def h3_inputs(model: Any, keyframes: tuple[str, ...] = ()) -> dict[str, Any]:
     position_ids, token_tags, video, audio, text, conditions, _ = MiniMaxH3PrepareLayoutStep.build_packed_sequence(
         tags, t, 2 * h, 2 * w, AUDIO // 2, (1, 2, 2), 2, 2, 0, keyframes
     )
+    return h3_forward(position_ids, token_tags, video, audio, text, conditions)
+
+
+def h3_reference_inputs(model: Any) -> dict[str, Any]:
+    """A reference video of the same length with its sound, and a picture of 4 tokens, before what is made."""
+    from diffusers.modular_pipelines.minimax_h3 import before_denoise
+    from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference, MiniMaxH3VideoReference
+
+    t, h, w = tiny_models.VIDEO
+    empty = torch.zeros(0)  # only of what kind they are is read
+    references = [MiniMaxH3VideoReference(frames=empty, audio=empty), MiniMaxH3ImageReference(image=empty)]
+    made = before_denoise.MiniMaxH3Ref2VAPrepareLayoutStep.build_ref2va_packed_sequence(
+        torch.ones(TEXT, dtype=torch.long),
+        references,
+        [torch.zeros(1, 2, t, 2 * h, 2 * w), torch.zeros(1, 2, 1, 4, 4)],
+        [torch.zeros(AUDIO, 4)],
+        t,
+        2 * h,
+        2 * w,
+        AUDIO // 2,
+        (1, 2, 2),
+        2,
+        2,
+        0,
+    )
+    return h3_forward(*made[:-1])
+
+
+def h3_forward(
+    position_ids: torch.Tensor,
+    token_tags: torch.Tensor,
+    video: torch.Tensor,
+    audio: torch.Tensor,
+    text: torch.Tensor,
+    conditions: int,
+) -> dict[str, Any]:
     rows = torch.zeros(len(position_ids), dtype=torch.long)
     rows[audio], rows[video[:conditions]] = 1, 2
     return {
         "hidden_states": noise(1, len(video), 8),
-        "audio_hidden_states": noise(1, AUDIO, 4),
+        "audio_hidden_states": noise(1, len(audio), 4),
         "encoder_hidden_states": noise(1, TEXT, 16),
         "timestep": torch.tensor([0.3, 0.5, 0.999]),
         "timestep_indices": rows,
@@ -224,169 +261,51 @@ def cosmos25_inputs(model: Any) -> dict[str, Any]:
     return {**cosmos_inputs(model), "timestep": times, "encoder_hidden_states": context}
 
 
-# --- joint attention
+# --- LTX-2.3 and 2.5: gates, modulated cross-attention, perturbed attention; keyframes behind the video
 
 
-def motif_video(head_dim: int, **overrides: Any) -> torch.nn.Module:
-    settings = {
-        **HEADS,
-        "in_channels": 4,
-        "out_channels": 4,
-        "attention_head_dim": head_dim,
-        "num_layers": 1,
-        "num_single_layers": 2,
-        "num_decoder_layers": 1,
-        "mlp_ratio": 1.0,
-        "text_embed_dim": 16,
-        "image_embed_dim": 8,
-        "rope_axes_dim": axes(head_dim),
-        "enable_text_cross_attention_dual": True,
+def ltx23(head_dim: int, **overrides: Any) -> torch.nn.Module:
+    later = {
+        "gated_attn": True,
+        "cross_attn_mod": True,
+        "audio_gated_attn": True,
+        "audio_cross_attn_mod": True,
+        "perturbed_attn": True,
+        "use_prompt_embeddings": False,
+        "rope_type": "split",
     }
-    return diffusers.MotifVideoTransformer3DModel(**{**settings, **overrides})
+    return tiny_models.ltx2(head_dim, **later, **overrides)
 
 
-def motif_inputs(model: Any, image: bool = False) -> dict[str, Any]:
+def ltx23_inputs(model: Any) -> dict[str, Any]:
+    """Guidance by perturbed attention in the second block, for the second sample."""
+    inputs = tiny_models.ltx2_inputs(model)
+    width = model.config.cross_attention_dim
+    return {
+        **inputs,
+        "encoder_hidden_states": noise(BATCH, TEXT, width),
+        "audio_encoder_hidden_states": noise(BATCH, TEXT, model.config.audio_cross_attention_dim),
+        "sigma": torch.full((BATCH,), 500.0),
+        "spatio_temporal_guidance_blocks": [1],
+        "perturbation_mask": torch.tensor([1.0, 0.0]),
+    }
+
+
+def ltx25(head_dim: int) -> torch.nn.Module:
+    return ltx23(head_dim, use_keyframes_abs_pos_embedding=True, ff_bias=False, audio_ff_bias=False)
+
+
+def ltx25_inputs(model: Any) -> dict[str, Any]:
+    """A keyframe of 48 tokens behind the video, as the pipeline with conditions appends it."""
+    inputs = ltx23_inputs(model)
     t, h, w = tiny_models.VIDEO
+    coords = model.rope.prepare_video_coords(BATCH, t, h, w, "cpu", fps=24.0)
+    frame = coords[:, :, -h * w :] + 1
+    marks = torch.zeros(BATCH, t * h * w + h * w, 1)
+    marks[:, t * h * w :] = 1
     return {
-        "hidden_states": noise(BATCH, 4, t, 2 * h, 2 * w),
-        "timestep": torch.full((BATCH,), 500),
-        "encoder_hidden_states": noise(BATCH, TEXT, 16),
-        "encoder_attention_mask": masked(12, 5),
-        "image_embeds": noise(BATCH, 3, 8) if image else None,
-    }
-
-
-def mochi(head_dim: int) -> torch.nn.Module:
-    model: Any = diffusers.MochiTransformer3DModel(
-        **HEADS,
-        attention_head_dim=head_dim,
-        num_layers=2,
-        pooled_projection_dim=24,
-        in_channels=4,
-        text_embed_dim=16,
-        time_embed_dim=16,
-        max_sequence_length=TEXT,
-    )
-    torch.nn.init.normal_(model.pos_frequencies, generator=torch.Generator().manual_seed(1))
-    return model  # type: ignore[no-any-return]
-
-
-def mochi_inputs(model: Any) -> dict[str, Any]:
-    t, h, w = tiny_models.VIDEO
-    return {
-        "hidden_states": noise(BATCH, 4, t, 2 * h, 2 * w),
-        "encoder_hidden_states": noise(BATCH, TEXT, 16),
-        "timestep": torch.full((BATCH,), 500),
-        "encoder_attention_mask": masked(12, 5),
-    }
-
-
-def allegro(head_dim: int) -> torch.nn.Module:
-    return diffusers.AllegroTransformer3DModel(
-        **HEADS,
-        attention_head_dim=head_dim,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        cross_attention_dim=2 * head_dim,
-        sample_height=12,
-        sample_width=16,
-        sample_frames=4,
-        caption_channels=16,
-    )
-
-
-def allegro_inputs(model: Any) -> dict[str, Any]:
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
-
-    t, h, w = tiny_models.VIDEO
-    *freqs, grid_t, grid_h, grid_w = get_3d_rotary_pos_embed_allegro(
-        embed_dim=model.config.attention_head_dim, crops_coords=((0, 0), (h, w)), grid_size=(h, w), temporal_size=t
-    )
-    grid = torch.cartesian_prod(*(side.long() for side in (grid_t, grid_h, grid_w)))
-    rotary = tuple(freqs), tuple(grid[:, i].view(1, -1) for i in range(3))
-    return {
-        "hidden_states": noise(BATCH, 4, t, 2 * h, 2 * w),
-        "encoder_hidden_states": noise(BATCH, TEXT, 16),
-        "timestep": torch.full((BATCH,), 500),
-        "encoder_attention_mask": masked(12, 5).float(),
-        "image_rotary_emb": rotary,
-    }
-
-
-def easyanimate(head_dim: int) -> torch.nn.Module:
-    return diffusers.EasyAnimateTransformer3DModel(
-        **HEADS,
-        attention_head_dim=head_dim,
-        in_channels=4,
-        out_channels=4,
-        patch_size=2,
-        sample_width=16,
-        sample_height=12,
-        num_layers=2,
-        mmdit_layers=1,
-        time_embed_dim=8,
-        text_embed_dim=16,
-        text_embed_dim_t5=8,
-    )
-
-
-def easyanimate_inputs(model: Any) -> dict[str, Any]:
-    t, h, w = tiny_models.VIDEO
-    return {
-        "hidden_states": noise(BATCH, 4, t, 2 * h, 2 * w),
-        "timestep": torch.full((BATCH,), 500.0),
-        "encoder_hidden_states": noise(BATCH, 7, 16),
-        "encoder_hidden_states_t5": noise(BATCH, 5, 8),
-    }
-
-
-def consisid(head_dim: int) -> torch.nn.Module:
-    return diffusers.ConsisIDTransformer3DModel(
-        **HEADS,
-        attention_head_dim=head_dim,
-        in_channels=4,
-        out_channels=4,
-        time_embed_dim=8,
-        text_embed_dim=16,
-        num_layers=2,
-        sample_width=16,
-        sample_height=12,
-        sample_frames=13,
-        max_text_seq_length=TEXT,
-    )
-
-
-def consisid_inputs(model: Any) -> dict[str, Any]:
-    t, h, w = tiny_models.VIDEO
-    return {
-        "hidden_states": noise(BATCH, t, 4, 2 * h, 2 * w),
-        "encoder_hidden_states": noise(BATCH, TEXT, 16),
-        "timestep": torch.full((BATCH,), 500),
-    }
-
-
-def framepack(head_dim: int) -> torch.nn.Module:
-    settings = {**HUNYUAN, "attention_head_dim": head_dim, "rope_axes_dim": axes(head_dim), "patch_size": 2}
-    return diffusers.HunyuanVideoFramepackTransformer3DModel(
-        **settings, has_image_proj=True, image_proj_dim=8, has_clean_x_embedder=True
-    )
-
-
-def framepack_inputs(model: Any, batch: int = BATCH) -> dict[str, Any]:
-    """160 history tokens and more than half of the video in front of it, at three sizes."""
-    h, w = 12, 16
-    history = {"latents_clean": 2, "latents_history_2x": 2, "latents_history_4x": 16}
-    indices = {f"indices_{name}": torch.arange(frames) for name, frames in history.items()}
-    return {
-        "hidden_states": noise(batch, 4, 4, h, w),
-        "timestep": torch.full((batch,), 500),
-        "encoder_hidden_states": noise(batch, TEXT, 16),
-        "encoder_attention_mask": masked(12, 5)[-batch:],
-        "pooled_projections": noise(batch, 8),
-        "image_embeds": noise(batch, 3, 8),
-        "indices_latents": torch.arange(4),
-        "guidance": torch.full((batch,), 6000.0),
-        **{name: noise(batch, 4, frames, h, w) for name, frames in history.items()},
-        **indices,
+        **inputs,
+        "hidden_states": noise(BATCH, t * h * w + h * w, 4),
+        "video_coords": torch.cat([coords, frame], dim=2),
+        "video_keyframes_mask": marks,
     }
