@@ -95,7 +95,7 @@ def test_a_pipeline_runs_sparse_and_comes_back(task: str, monkeypatch: pytest.Mo
     (layout,) = layouts
     assert layout.video == FRAMES * ROWS + conditions
     assert layout.grid == (None if conditions else (FRAMES, 3, 2))
-    assert stats.density < 0.9  # there are more tokens of sound than of so small a video
+    assert stats.density < 0.95  # there are more tokens of sound than of so small a video
     assert all(torch.equal(again, before) for again, before in zip(run(pipe, arguments), untouched, strict=True))
 
 

@@ -15,15 +15,45 @@ import torch
 from diffusers.hooks._helpers import AttentionProcessorRegistry
 from diffusers.hooks.layer_skip import AttentionScoreSkipFunctionMode
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_processor import (
+    CogVideoXAttnProcessor2_0,
+    FusedCogVideoXAttnProcessor2_0,
+    MochiAttnProcessor2_0,
+)
+from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
+from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from diffusers.models.transformers.transformer_ideogram4 import Ideogram4AttnProcessor
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
 from torch.overrides import _get_current_function_mode_stack
 
 from ..ops import TAGS
+from .cogvideox import CogVideoXProcessor, FusedCogVideoXProcessor
 from .hooks import refuse_pickling
+from .hunyuan_video15 import HunyuanVideo15Processor
 from .redirect import REDIRECTED, Redirected
-from .stand_ins import STAND_INS
+from .stand_ins import (
+    SR,
+    CosmosProcessor,
+    Ideogram4Processor,
+    Kandinsky5Processor,
+    Kandinsky6SRProcessor,
+    MochiProcessor,
+)
 from .state import LayerState
 
 BACKEND_NAME = "rectified_spaattn"
+
+# Stock processors that attend by themselves, or could not at full size, and ours in their place.
+STAND_INS: dict[Any, Any] = {
+    CogVideoXAttnProcessor2_0: CogVideoXProcessor,
+    FusedCogVideoXAttnProcessor2_0: FusedCogVideoXProcessor,
+    HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor,
+    CosmosAttnProcessor2_0: CosmosProcessor,
+    Ideogram4AttnProcessor: Ideogram4Processor,
+    Kandinsky5AttnProcessor: Kandinsky5Processor,
+    MochiAttnProcessor2_0: MochiProcessor,
+    **({SR.Kandinsky6SRAttnProcessor: Kandinsky6SRProcessor} if SR else {}),
+}
 
 _layers: "weakref.WeakValueDictionary[int, LayerState]" = weakref.WeakValueDictionary()
 

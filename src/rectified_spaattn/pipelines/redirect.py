@@ -6,8 +6,6 @@ import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import (
     AllegroAttnProcessor2_0,
-    CogVideoXAttnProcessor2_0,
-    FusedCogVideoXAttnProcessor2_0,
     FusedJointAttnProcessor2_0,
     JointAttnProcessor2_0,
 )
@@ -18,9 +16,7 @@ from torch.overrides import TorchFunctionMode
 REDIRECTED: frozenset[Any] = frozenset(
     {
         AllegroAttnProcessor2_0,
-        CogVideoXAttnProcessor2_0,
         EasyAnimateAttnProcessor2_0,
-        FusedCogVideoXAttnProcessor2_0,
         FusedJointAttnProcessor2_0,
         JointAttnProcessor2_0,
     }

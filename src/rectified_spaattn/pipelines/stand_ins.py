@@ -5,16 +5,13 @@ from typing import Any
 import torch
 from diffusers.models import transformers
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.attention_processor import MochiAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
-from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from diffusers.models.transformers.transformer_ideogram4 import Ideogram4AttnProcessor
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
 
-from .text_masked import HunyuanVideo15Processor, MochiProcessor
+from .hunyuan_video15 import HunyuanVideo15Processor
 
-_SR: Any = getattr(transformers, "transformer_kandinsky6_sr", None)  # None before diffusers 0.42
+SR: Any = getattr(transformers, "transformer_kandinsky6_sr", None)  # with Kandinsky 6 SR: from diffusers 0.42 on
 
 
 class CosmosProcessor:
@@ -75,8 +72,8 @@ class Kandinsky6SRProcessor:
         q, k, v = (project(hidden_states).unflatten(-1, (attn.num_heads, -1)) for project in projections)
         q, k = attn.query_norm(q.float()).type_as(q), attn.key_norm(k.float()).type_as(k)
         out = dispatch_attention_fn(
-            _SR.apply_rotary(q, rotary_emb),
-            _SR.apply_rotary(k, rotary_emb),
+            SR.apply_rotary(q, rotary_emb),
+            SR.apply_rotary(k, rotary_emb),
             v,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
@@ -102,12 +99,12 @@ class Ideogram4Processor(Ideogram4AttnProcessor):
         return out
 
 
-STAND_INS: dict[Any, Any] = {
-    CosmosAttnProcessor2_0: CosmosProcessor,
-    HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor,
-    Ideogram4AttnProcessor: Ideogram4Processor,
-    Kandinsky5AttnProcessor: Kandinsky5Processor,
-    MochiAttnProcessor2_0: MochiProcessor,
-}
-if _SR is not None:
-    STAND_INS[_SR.Kandinsky6SRAttnProcessor] = Kandinsky6SRProcessor
+class MochiProcessor(HunyuanVideo15Processor):
+    """The stock processor attends sample by sample, each cut to its text."""
+
+    @staticmethod
+    def _rotated(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """x: [B, N, H, D]; rotary: cos and sin [N, H, D / 2], other ones in every head."""
+        cos, sin = rotary
+        even, odd = x[..., 0::2].float(), x[..., 1::2].float()
+        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)

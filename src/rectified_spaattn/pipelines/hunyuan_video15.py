@@ -1,4 +1,4 @@
-"""Joint attention with a key mask [B, 1, 1, S], where the stock processor does it in another way."""
+"""HunyuanVideo 1.5 with a key mask [B, 1, 1, S]: its stock processor builds [B, 1, S, S], 12 GiB at 720p."""
 
 from typing import Any
 
@@ -8,10 +8,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 
 
 class HunyuanVideo15Processor:
-    """Joint attention over video and then text. Padding is never a key; as a query it gives what nobody reads.
-
-    The stock processor builds a mask [B, 1, S, S], 12 GiB at 720p.
-    """
+    """Joint attention over video and then text. Padding is never a key; as a query it gives what nobody reads."""
 
     masks_text_only = True
     _attention_backend: Any = None
@@ -64,14 +61,3 @@ class HunyuanVideo15Processor:
     @staticmethod
     def _heads(attn: Any, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(2, (attn.heads, -1))
-
-
-class MochiProcessor(HunyuanVideo15Processor):
-    """The stock processor attends sample by sample, each cut to its text."""
-
-    @staticmethod
-    def _rotated(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """x: [B, N, H, D]; rotary: cos and sin [N, H, D / 2], other ones in every head."""
-        cos, sin = rotary
-        even, odd = x[..., 0::2].float(), x[..., 1::2].float()
-        return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
