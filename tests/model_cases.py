@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from tiny_image_models import (
+    bria,
+    bria_fibo,
+    bria_fibo_inputs,
     ernie,
     ernie_inputs,
     flux3,
@@ -16,10 +19,15 @@ from tiny_image_models import (
     hunyuan_image_inputs,
     ideogram4,
     ideogram4_inputs,
+    joyimage,
+    joyimage_inputs,
+    joyimage_plus,
+    joyimage_plus_inputs,
     krea2,
     krea2_inputs,
     longcat,
     longcat_inputs,
+    ovis,
     sd3,
     sd3_inputs,
     z_image,
@@ -79,6 +87,8 @@ from tiny_video_models import (
     anyflow_inputs,
     chronoedit,
     cosmos,
+    cosmos3,
+    cosmos3_inputs,
     cosmos25_inputs,
     cosmos_inputs,
     h3_inputs,
@@ -306,6 +316,18 @@ later(
     "video",
     words="",
 )
+later(
+    "Cosmos 3",
+    cosmos3,
+    cosmos3_inputs,
+    r"layers\.\d+\.self_attn\.processor",
+    2,
+    "video",
+    TEXT + AUDIO,
+    axes="list",
+    sample="vision_tokens",
+    words="",
+)
 later("Motif-Video", motif_video, motif_inputs, JOINT, 3, "video", TEXT)
 later("Motif-Video I2V", motif_video, lambda model: motif_inputs(model, image=True), JOINT, 3, "video", TEXT + 3)
 later("Mochi", mochi, mochi_inputs, COGVIDEOX, 2, "video", TEXT, words="")
@@ -325,6 +347,22 @@ later(
     TEXT,
 )
 later("LongCat-Image", longcat, longcat_inputs, JOINT, 2, None, TEXT)
+later("Ovis-Image", ovis, longcat_inputs, JOINT, 2, None, TEXT)
+later("Bria 3", bria, longcat_inputs, JOINT, 2, None, TEXT)
+later("Bria FIBO", bria_fibo, bria_fibo_inputs, JOINT, 2, None, TEXT)
+DOUBLE = r"double_blocks\.\d+\.attn\.processor"
+later("JoyImage-Edit", joyimage, joyimage_inputs, DOUBLE, 2, None, TEXT, axes="")
+later(
+    "JoyImage-Edit Plus",
+    joyimage_plus,
+    joyimage_plus_inputs,
+    DOUBLE,
+    2,
+    None,
+    TEXT,
+    axes="",
+    of_video=lambda out: out[:, :128],
+)
 later("HunyuanImage", hunyuan_image, hunyuan_image_inputs, JOINT, 2, None, TEXT, axes="bchw", words="")
 later("ERNIE-Image", ernie, ernie_inputs, LAYERS, 2, None, TEXT, axes="bchw", words="text_bth")
 Z_IMAGE = r"(noise_refiner|layers)\.\d+\.attention\.processor"

@@ -81,13 +81,14 @@ class AttentionCall:
 
     def check(self) -> None:
         """Sparse among the tokens that can be tiled, exact for every valid token that cannot."""
-        video, whole = self.layout.video, self.layout.sequence
-        kept = max(1, int((1 - 0.8) * (video // 16))) / (video // 16)  # blocks of 16; what stands alone is always seen
-        assert kept * (video / whole) ** 2 - 1e-6 <= self.density
-        assert self.density <= 1 - (1 - kept) * ((video - video % 16) / whole) ** 2 + 1e-6
+        whole = self.layout.sequence
         valid = torch.ones(len(self.q), whole, dtype=torch.bool)
         if self.mask is not None:
             valid = self.mask.view(len(self.mask), whole).expand(len(self.q), -1)
+        video = int(valid[:, self.layout.video_places].all(0).sum())  # hidden ones stand alone
+        kept = max(1, int((1 - 0.8) * (video // 16))) / (video // 16)  # blocks of 16; what stands alone is always seen
+        assert kept * (video / whole) ** 2 - 1e-6 <= self.density
+        assert self.density <= 1 - (1 - kept) * ((video - video % 16) / whole) ** 2 + 1e-6
         q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
         exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
         alone = self.layout.text_places
@@ -128,8 +129,8 @@ def changed_tokens(one: torch.Tensor, other: torch.Tensor) -> list[int]:
 
 def poked(case: Case, sample: Any, grid: tuple[int, int, int], token: tuple[int, int, int]) -> Any:
     """The sample with the patch of one token changed."""
-    if case.axes == "list":  # of [C, T, H, W], one a sample
-        return [poked(replace(case, axes="cthw"), each, grid, token) for each in sample]
+    if case.axes == "list":  # of [C, T, H, W] or [1, C, T, H, W], one a sample
+        return [poked(replace(case, axes="bcthw"[-each.ndim :]), each, grid, token) for each in sample]
     sample = sample.clone()
     if sample.ndim == 3:
         start = sample.shape[1] - math.prod(grid) if case.axes == "tail" else 0

@@ -61,6 +61,83 @@ def longcat_inputs(model: Any) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != "pooled_projections"}
 
 
+def ovis(head_dim: int) -> torch.nn.Module:
+    return diffusers.OvisImageTransformer2DModel(
+        **HEADS,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=head_dim,
+        joint_attention_dim=16,
+        axes_dims_rope=axes(head_dim),
+    )
+
+
+def bria(head_dim: int, kind: Any = diffusers.BriaTransformer2DModel, **more: Any) -> torch.nn.Module:
+    return kind(
+        **HEADS,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=head_dim,
+        joint_attention_dim=16,
+        axes_dims_rope=list(axes(head_dim)),
+        **more,
+    )
+
+
+def bria_fibo(head_dim: int) -> torch.nn.Module:
+    return bria(head_dim, diffusers.BriaFiboTransformer2DModel, text_encoder_dim=16)
+
+
+def bria_fibo_inputs(model: Any) -> dict[str, Any]:
+    """The pipeline passes a key mask where a prompt is shorter than another."""
+    words = masked(12, 5)
+    image = torch.ones(BATCH, 192, dtype=torch.bool)
+    return {
+        **longcat_inputs(model),
+        "text_encoder_layers": [noise(BATCH, TEXT, 16), noise(BATCH, TEXT, 16) + 1],
+        "joint_attention_kwargs": {"attention_mask": torch.cat([words, image], dim=1)[:, None, None]},
+    }
+
+
+def joyimage(head_dim: int, kind: Any = diffusers.JoyImageEditTransformer3DModel) -> torch.nn.Module:
+    return kind(
+        patch_size=[1, 2, 2],
+        in_channels=4,
+        hidden_size=2 * head_dim,
+        num_attention_heads=2,
+        text_dim=16,
+        mlp_width_ratio=1.0,
+        num_layers=2,
+        rope_dim_list=list(axes(head_dim)),
+    )
+
+
+def joyimage_inputs(model: Any) -> dict[str, Any]:
+    """A picture and the one that is made."""
+    return {
+        "hidden_states": noise(BATCH, 2, 4, 1, 32, 12),
+        "timestep": torch.full((BATCH,), 500.0),
+        "encoder_hidden_states": noise(BATCH, TEXT, 16),
+    }
+
+
+def joyimage_plus(head_dim: int) -> torch.nn.Module:
+    return joyimage(head_dim, diffusers.JoyImageEditPlusTransformer3DModel)
+
+
+def joyimage_plus_inputs(model: Any) -> dict[str, Any]:
+    """The second sample has one reference fewer: 64 tokens, to which nothing attends, are in their place."""
+    return {
+        **joyimage_inputs(model),
+        "hidden_states": noise(BATCH, 192, 4, 1, 2, 2),
+        "encoder_hidden_states_mask": masked(12, 5).float(),
+        "shape_list": [[(1, 8, 8), (1, 8, 8), (1, 8, 8)], [(1, 8, 8), (1, 8, 8)]],
+    }
+
+
 def hunyuan_image(head_dim: int) -> torch.nn.Module:
     return diffusers.HunyuanImageTransformer2DModel(
         **HEADS,

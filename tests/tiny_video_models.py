@@ -19,7 +19,7 @@ def filled(model: torch.nn.Module) -> torch.nn.Module:
     """The model with random values in what was made zero: gates, modulations and last layers."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        if not parameter.any():
+        if not parameter.is_meta and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     return model
 
@@ -259,6 +259,49 @@ def cosmos25_inputs(model: Any) -> dict[str, Any]:
     times = torch.full((BATCH, 1, 4, 1, 1), 0.5)
     context = (text, noise(BATCH, 4, 8)) if model.config.img_context_dim_in else text
     return {**cosmos_inputs(model), "timestep": times, "encoder_hidden_states": context}
+
+
+def cosmos3(head_dim: int) -> torch.nn.Module:
+    return diffusers.Cosmos3OmniTransformer(
+        head_dim=head_dim,
+        hidden_size=32,
+        intermediate_size=32,
+        latent_channel=4,
+        patch_latent_dim=16,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+        rope_axes_dim=[head_dim // 4, head_dim // 8, head_dim // 8],
+        sound_dim=4,
+        sound_gen=True,
+        vocab_size=32,
+    )
+
+
+def cosmos3_inputs(model: Any) -> dict[str, Any]:
+    """Text, a video of which the first frame is given, and its sound."""
+    t, h, w = tiny_models.VIDEO
+    video, frames = torch.arange(TEXT, TEXT + t * h * w), torch.arange(1, t)
+    sound = torch.arange(TEXT + t * h * w, TEXT + t * h * w + AUDIO)
+    return {
+        "input_ids": torch.arange(TEXT),
+        "text_indexes": torch.arange(TEXT),
+        "position_ids": torch.arange(TEXT + t * h * w + AUDIO).expand(3, -1),
+        "und_len": TEXT,
+        "sequence_length": TEXT + t * h * w + AUDIO,
+        "vision_tokens": [noise(1, 4, t, 2 * h, 2 * w)],
+        "vision_token_shapes": [(t, h, w)],
+        "vision_sequence_indexes": video,
+        "vision_mse_loss_indexes": video[h * w :],
+        "vision_timesteps": torch.full(((t - 1) * h * w,), 500.0),
+        "vision_noisy_frame_indexes": [frames],
+        "sound_tokens": [noise(4, AUDIO)],
+        "sound_token_shapes": [(AUDIO, 1, 1)],
+        "sound_sequence_indexes": sound,
+        "sound_mse_loss_indexes": sound,
+        "sound_timesteps": torch.full((AUDIO,), 500.0),
+        "sound_noisy_frame_indexes": [torch.arange(AUDIO)],
+    }
 
 
 # --- LTX-2.3 and 2.5: gates, modulated cross-attention, perturbed attention; keyframes behind the video

@@ -185,6 +185,12 @@ ADAPTERS: dict[str, Adapter] = {
         preset=_NEAREST,
     ),
     "CosmosTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset=_NEAREST),
+    "Cosmos3OmniTransformer": Adapter(
+        attentions=_attentions_of(layers="self_attn"),
+        layouts=packed.cosmos3,
+        timestep="vision_timesteps",
+        preset=_NEAREST,
+    ),
     "MotifVideoTransformer3DModel": Adapter(attentions=_JOINT, layouts=packed.motif_video, preset=_NEAREST),
     "MochiTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid, _TEXT), preset=_NEAREST),
     "AllegroTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset=_NEAREST),
@@ -211,6 +217,15 @@ ADAPTERS: dict[str, Adapter] = {
     "QwenImageTransformer2DModel": Adapter(attentions=_ATTN, layouts=joint(tokens.shapes_grid, _TEXT, text_first=True)),
     "LongCatImageTransformer2DModel": Adapter(
         attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)
+    ),
+    "OvisImageTransformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
+    "BriaTransformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
+    "BriaFiboTransformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
+    "JoyImageEditTransformer3DModel": Adapter(
+        attentions=_attentions_of(double_blocks="attn"), layouts=joint(tokens.items_grid, _TEXT)
+    ),
+    "JoyImageEditPlusTransformer3DModel": Adapter(
+        attentions=_attentions_of(double_blocks="attn"), layouts=joint(tokens.packed_count, _TEXT)
     ),
     "HunyuanImageTransformer2DModel": Adapter(
         attentions=_JOINT,

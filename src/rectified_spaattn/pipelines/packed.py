@@ -24,6 +24,16 @@ def minimax_h3(model: nn.Module, inputs: Inputs) -> tuple[TokenLayout, ...]:
     return (TokenLayout(sequence=sequence, spans=((start, start + count),), grid=grid, grid_start=start),)
 
 
+def cosmos3(model: nn.Module, inputs: Inputs) -> tuple[TokenLayout, ...]:
+    """Text and then videos and pictures, which can be tiled; sound and actions stand alone."""
+    sequence, video = int(inputs["sequence_length"]), inputs["vision_sequence_indexes"].cpu()
+    shapes, start = inputs["vision_token_shapes"], int(video[0])
+    if len(shapes) > 1 or int(video[-1]) - start != len(video) - 1:
+        return (TokenLayout.of(sequence, video),)
+    t, h, w = shapes[0]
+    return (TokenLayout(sequence=sequence, spans=((start, start + len(video)),), grid=(t, h, w), grid_start=start),)
+
+
 def ideogram4(model: nn.Module, inputs: Inputs) -> tuple[TokenLayout, ...]:
     """Padding, text and then an image. Raises ValueError for several documents in one sequence."""
     image, documents = (inputs["indicator"] == IDEOGRAM_IMAGE).cpu(), inputs["segment_ids"].cpu()

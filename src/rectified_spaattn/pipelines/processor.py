@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import (
     MochiAttnProcessor2_0,
 )
 from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
+from diffusers.models.transformers.transformer_cosmos3 import Cosmos3AttnProcessor
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
 from diffusers.models.transformers.transformer_ideogram4 import Ideogram4AttnProcessor
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
@@ -33,6 +34,7 @@ from .hunyuan_video15 import HunyuanVideo15Processor
 from .redirect import REDIRECTED, Redirected
 from .stand_ins import (
     SR,
+    Cosmos3Processor,
     CosmosProcessor,
     Ideogram4Processor,
     Kandinsky5Processor,
@@ -49,6 +51,7 @@ STAND_INS: dict[Any, Any] = {
     FusedCogVideoXAttnProcessor2_0: FusedCogVideoXProcessor,
     HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor,
     CosmosAttnProcessor2_0: CosmosProcessor,
+    Cosmos3AttnProcessor: Cosmos3Processor,
     Ideogram4AttnProcessor: Ideogram4Processor,
     Kandinsky5AttnProcessor: Kandinsky5Processor,
     MochiAttnProcessor2_0: MochiProcessor,

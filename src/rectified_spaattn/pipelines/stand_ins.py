@@ -43,6 +43,55 @@ class CosmosProcessor:
         return attended
 
 
+class Cosmos3Processor:
+    """Text attends causally to itself; what is made attends to all, the text among it.
+
+    One call of as many queries as keys in place of the stock processor's one of fewer: text is a query there, too, and
+    nobody reads what that gives.
+    """
+
+    _attention_backend: Any = None
+    _parallel_config: Any = None
+
+    def __call__(
+        self, attn: Any, und_seq: torch.Tensor, gen_seq: torch.Tensor, rotary_emb: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """und_seq: text [L, C]; gen_seq: video and sound [N, C]. Returns both, attended."""
+        text, (of_text, of_made) = len(und_seq), (rotary_emb[:2], rotary_emb[2:])
+        q, k, v = (self._heads(attn, project(und_seq)) for project in (attn.to_q, attn.to_k, attn.to_v))
+        q, k = attn.norm_q(q), attn.norm_k(k)
+        seen = k if attn.k_norm_und_for_gen is None else attn.k_norm_und_for_gen(k)
+        q, k, seen = (self._rotated(x, *of_text) for x in (q, k, seen))
+        projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        made_q, made_k, made_v = (self._heads(attn, project(gen_seq)) for project in projections)
+        made_q = self._rotated(attn.norm_added_q(made_q), *of_made)
+        made_k = self._rotated(attn.norm_added_k(made_k), *of_made)
+
+        heads_first = [x[None].transpose(1, 2) for x in (q, k, v)]
+        causal = torch.nn.functional.scaled_dot_product_attention(
+            heads_first[0], heads_first[1], heads_first[2], is_causal=True, enable_gqa=True
+        )
+        groups = attn.num_key_value_groups
+        out = dispatch_attention_fn(
+            torch.cat([q, made_q])[None],
+            torch.cat([seen, made_k])[None].repeat_interleave(groups, dim=2),
+            torch.cat([v, made_v])[None].repeat_interleave(groups, dim=2),
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        return attn.to_out(causal[0].transpose(0, 1).flatten(1)), attn.to_add_out(out[0, text:].flatten(1))
+
+    @staticmethod
+    def _heads(attn: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, attn.head_dim))
+
+    @staticmethod
+    def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x: [L, H, D]; cos, sin: [L, D]."""
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+
+
 class Kandinsky5Processor(Kandinsky5AttnProcessor):
     """Without the model's own sparse attention, NABLA."""
 

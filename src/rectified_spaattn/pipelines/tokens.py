@@ -70,6 +70,18 @@ def picture_grid(model: nn.Module, inputs: Inputs) -> Grid:
     return _patched(model, sides if len(sides) == 3 else (1, *sides))
 
 
+def items_grid(model: nn.Module, inputs: Inputs) -> Grid | int:
+    """video_grid, or of several pictures [B, N, C, T, H, W] the number of their tokens."""
+    sizes = inputs["hidden_states"].shape
+    grid = _patched(model, sizes[-3:])
+    return grid if len(sizes) == 5 else int(sizes[1]) * math.prod(grid)
+
+
+def packed_count(model: nn.Module, inputs: Inputs) -> int:
+    """How many tokens of pictures [B, N, ...] there are, filled up to the longest sample, which the mask tells."""
+    return int(inputs["hidden_states"].shape[1])
+
+
 def fractal_grid(model: nn.Module, inputs: Inputs) -> Grid | int:
     """As channels_last_grid, where Kandinsky 5 does not reorder tokens for its own sparse attention, NABLA."""
     grid = channels_last_grid(model, inputs)
