@@ -180,10 +180,12 @@ def test_the_preset_is_found_or_asked_for(name: str) -> None:
         with pytest.raises(ValueError, match=r"no settings were published.*sparsity=.*preset="):
             rsa.enable(model)
         assert all(not hasattr(p, "rectified_layer") for p in processors(model).values())
-        assert "sparsity 0.7," in rsa.enable(model, sparsity=0.7).summary()
+        with rsa.enable(model, sparsity=0.7) as handle:
+            assert "sparsity 0.7," in handle.summary()
     else:
         chosen = rsa.preset(preset)[0]
-        assert f"sparsity {chosen.sparsity:g}," in rsa.enable(model, dense_layers=(), dense_steps=0).summary()
+        with rsa.enable(model, dense_layers=(), dense_steps=0) as handle:
+            assert f"sparsity {chosen.sparsity:g}," in handle.summary()
 
 
 PAPER = ["Wan 2.1 I2V", "Wan 2.2 TI2V", "HunyuanVideo T2V", "CogVideoX 1.5 T2V", "CogVideoX 1.5 I2V", "Flux.1"]
