@@ -258,7 +258,9 @@ case("LTX-Video", ltx, ltx_inputs, COGVIDEOX, 2, "video", head_dims=(16, 64))
 case("LTX-2", ltx2, ltx2_inputs, COGVIDEOX, 2, "video")
 case("LTX-Video, conditions", ltx, ltx_coordinates, COGVIDEOX, 2, "video", head_dims=(16, 64))
 
-# of later years, one head size, that of the kernels where a model is nearly the same as one above
+FIRST = tuple(CASES)  # what tests of matters that are the same for all models go over
+
+# of later years, of one head size
 
 VISUAL = r"visual_transformer_blocks\.\d+\.self_attention\.processor"
 LAYERS = r"layers\.\d+\.(self_)?attention\.processor"
