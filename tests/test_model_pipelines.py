@@ -29,7 +29,7 @@ def grids_of(handle: rsa.Handle) -> list[tuple[int, int, int]]:
         def note(*_: Any, state: Any = item.state) -> None:
             forward = state.forwards.current()
             if forward is not None:  # not once it is disabled
-                grids.append(forward.grid)
+                grids.append(forward.layout.grid)
 
         model.register_forward_pre_hook(note)
     return grids

@@ -14,6 +14,7 @@ from diffusers.models import transformers
 
 import rectified_spaattn as rsa
 from model_cases import CASES
+from model_tables import PAGE, page
 from rectified_spaattn.pipelines.adapters import ADAPTERS
 from rectified_spaattn.pipelines.refused import REFUSED
 
@@ -50,3 +51,7 @@ def test_a_class_without_a_row_is_refused_with_the_reason(name: str) -> None:
     torch.nn.Module.__init__(model)
     with pytest.raises(TypeError, match=re.escape(f"got a {name} ({REFUSED[name]}); allowed: ")):
         rsa.enable(model)
+
+
+def test_the_tables_of_the_documentation_are_those_of_now() -> None:
+    assert PAGE.read_text() == page(), "python tests/model_tables.py"
