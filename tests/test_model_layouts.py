@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rectified_spaattn as rsa
+import tiny_models
 from model_cases import CASES, build
 from rectified_spaattn.lab.calls.capture import capture_attention
 from rectified_spaattn.pipelines import state
@@ -82,6 +83,29 @@ def test_shapes_outside_a_list_are_understood() -> None:
     with rsa.enable(model, sparsity=0.8, **PLAIN) as handle:
         forward(model, inputs)
         assert handle.stats().sparse_calls == 2
+
+
+# --- models with a sparse attention, or layers, of which a forward may do without
+
+
+def test_kandinsky_runs_without_its_own_sparse_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_models, "VIDEO", (3, 8, 8))  # squares of 8 x 8 are its blocks
+    model, inputs = build("Kandinsky 5", 16)
+    own = {"sparse_params": {"sta_mask": torch.zeros(1, 1, 3, 3, dtype=torch.bool), "P": 0.2, "to_fractal": True}}
+    dense = forward(model, inputs)
+    with rsa.enable(model, sparsity=0.0, **PLAIN):
+        torch.testing.assert_close(forward(model, {**inputs, **own}), dense, rtol=1e-4, atol=1e-5)
+    with rsa.enable(model, **{**PLAIN, "order": "gilbert"}), pytest.raises(ValueError, match="that lie in no grid"):
+        forward(model, {**inputs, **own})
+
+
+def test_layers_for_references_need_not_be_called() -> None:
+    model, inputs = build("Flux.3", 16)
+    with rsa.enable(model, sparsity=0.8, **PLAIN) as handle:
+        for _ in range(2):  # a warning would come with the second
+            forward(model, inputs)
+        assert "NOT CALLED" not in handle.summary()
+        assert handle.stats().sparse_calls == 2 * 2
 
 
 # --- processors

@@ -23,7 +23,7 @@ class Pipeline:
     arguments: Callable[[], dict[str, Any]]
     calls: int
     preset: str | None
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int] | None
 
 
 PIPELINES: dict[str, Pipeline] = {}
