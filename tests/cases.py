@@ -17,17 +17,26 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def video_like(
-    seed: int, batch: int, sequence: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32
+    seed: int,
+    batch: int,
+    sequence: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    key_heads: int | None = None,
 ) -> Tensors:
-    """q, k, v [B, S, H, D] with runs of similar tokens, so that some blocks are worth compensating and some are not."""
+    """q, k, v [B, S, H, D] with runs of similar tokens, so that some blocks are worth compensating and some are not.
+
+    key_heads: of k and v, as many as `heads` where None.
+    """
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(noise: float) -> torch.Tensor:
+    def draw(noise: float, heads: int = key_heads or heads) -> torch.Tensor:
         runs = torch.randn(batch, -(-sequence // 16), heads, head_dim, generator=generator)
         smooth = runs.repeat_interleave(16, dim=1)[:, :sequence]
         return (smooth + noise * torch.randn(batch, sequence, heads, head_dim, generator=generator)).to(dtype)
 
-    return draw(0.3), draw(0.3), draw(1.0)
+    return draw(0.3, heads), draw(0.3), draw(1.0)
 
 
 def seen(layout: TokenLayout, text_valid: torch.Tensor) -> torch.Tensor:
@@ -41,7 +50,8 @@ def kernel_budget(qkv: Sequence[torch.Tensor], layout: TokenLayout, text_valid: 
     """What a kernel may be off, over the largest exact output: twice what SDPA is on these tensors in their dtype, one
     rounding more for R * sparse + C in that dtype, and planning, which is right to 16 bits.
     """
-    heads_first, mask = [x.transpose(1, 2) for x in qkv], seen(layout, text_valid)
+    group, mask = qkv[0].shape[2] // qkv[1].shape[2], seen(layout, text_valid)
+    heads_first = [qkv[0].transpose(1, 2), *(x.repeat_interleave(group, 2).transpose(1, 2) for x in qkv[1:])]
     exact = scaled_dot_product_attention(*(x.double() for x in heads_first), attn_mask=mask)
     own = scaled_dot_product_attention(*heads_first, attn_mask=mask).double() - exact
     error = (own.abs().max() / exact.abs().max()).item()
@@ -74,6 +84,7 @@ class Call:
 
 
 GRIDS = ((4, 4, 8), (2, 8, 8), (3, 5, 7), (1, 11, 13), (7, 5, 5), (3, 8, 8), (1, 8, 16), (2, 7, 11), (11, 4, 5))
+HEADS = ((1, 1), (2, 2), (3, 3), (2, 1), (4, 2), (3, 1))  # of queries and of keys
 GRIDS += ((1, 1, 67), (5, 6, 7), (1, 1, 1), (1, 3, 4))  # the last two hold no block
 
 
@@ -94,13 +105,13 @@ def calls(draw: Callable[..., Any], modes: tuple[str, ...] = MODES, min_blocks: 
         neighbours=draw(st.sampled_from((False, False, True))),
         first_frame=draw(st.sampled_from((False, False, True))),
     )
-    batch, heads = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((1, 2, 3)))
+    batch, (heads, key_heads) = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from(HEADS))
     head_dim, seed = draw(st.sampled_from((4, 8, 20))), draw(st.integers(0, 2**20))
     options: dict[str, Any] = {"scale": draw(st.sampled_from((None, None, 0.1, 1.0)))}
     kept = draw(st.sampled_from((None, 1.0, 0.5, 0.0)))
     if kept is not None:  # any pattern of valid tokens, not only a prefix
         options["text_mask"] = torch.rand(batch, text, generator=torch.Generator().manual_seed(seed)) < kept
-    return Call(layout, config, video_like(seed, batch, layout.sequence, heads, head_dim), options)
+    return Call(layout, config, video_like(seed, batch, layout.sequence, heads, head_dim, key_heads=key_heads), options)
 
 
 def _packed(x: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,14 @@ import json
 import sys
 from collections.abc import Iterator
 from itertools import product
+from math import gcd
 from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rectified_spaattn.backends.triton import columns_of
 from rectified_spaattn.backends.triton.arrange import _directions_kernel, _halve_kernel, _project_kernel
 from rectified_spaattn.backends.triton.attend import _attend_kernel, tiling_of
 from rectified_spaattn.backends.triton.plan import (
@@ -25,7 +27,7 @@ from rectified_spaattn.backends.triton.plan import (
 from rectified_spaattn.backends.triton.slope import _mass_kernel, _slope_kernel
 from rectified_spaattn.backends.triton.tile import _tail_kernel, _tile_kernel
 
-SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "TAIL", "RESIDUAL")
+SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "TAIL", "RESIDUAL", "IDLE")
 TAILS = ((False, False), (True, False), (True, True))  # tail, slope
 RANK = 8  # of the directions in which errors are told
 
@@ -47,6 +49,7 @@ def kernels(arch: str) -> Iterator[Kernel]:
     others  what multiplies on tensor cores, which every generation does in its own way: to NVIDIA's the other kernels
             are the same instructions and the same shared memory
     attend  everywhere at its largest, with a tail and a slope: its tiling follows the architecture
+    256     a head of 256 everywhere: tiles are twice as large, and where they fit follows the architecture
     """
     if arch == "90":
         yield from every_variant()
@@ -57,13 +60,23 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield slope_kernel(128, 128)
     yield tile_kernel(128, 128, True, True, RANK)
     yield project_kernel(128)
+    yield from of_wide_heads(arch)
     if arch == "hip":
         yield directions_kernel(128, True)
+        yield directions_kernel(256, True)
         yield halve_kernel(8192, 16)
         yield kernel("tail", _tail_kernel, {"BLOCK": 128})
         yield select_kernel(8192, False, *SELECT_FLAGS)
         yield leaders_kernel(8192)
         yield mass_kernel()
+
+
+def of_wide_heads(arch: str) -> Iterator[Kernel]:
+    yield attend_kernel(arch, 128, 256, False, *TAILS[-1])
+    yield compensate_kernel(256)
+    yield slope_kernel(128, 256)
+    yield tile_kernel(128, 256, True, True, RANK)
+    yield project_kernel(256)
 
 
 def every_variant() -> Iterator[Kernel]:
@@ -83,6 +96,11 @@ def every_variant() -> Iterator[Kernel]:
         yield scores_kernel(head_dim, False, True, RANK)
         yield compensate_kernel(head_dim)
         yield project_kernel(head_dim)
+    yield attend_kernel("90", 128, 96, False, *TAILS[-1])
+    yield attend_kernel("90", 128, 96, True, *TAILS[-1])
+    yield attend_kernel("90", 64, 256, False, *TAILS[-1])
+    yield tile_kernel(128, 96, True, True, RANK)  # all else is of as many columns as heads of 128
+    yield from of_wide_heads("90")
     yield directions_kernel(64, False)
     yield directions_kernel(128, True)  # of head_dim 64: smaller tiles of the same, and the second slowest to compile
     for chunk, warps in ((8192, 16), (2048, 8), (128, 2)):
@@ -100,8 +118,9 @@ def every_variant() -> Iterator[Kernel]:
 
 def tile_kernel(block: int, head_dim: int, gain: bool, tail: bool, rank: int = 0) -> Kernel:
     constants = {"BLOCK": block, "HEAD_DIM": head_dim, "GAIN": gain, "TAIL": tail, "q_sd": 1, "k_sd": 1, "v_sd": 1}
-    constants |= {"RANK": rank, "WIDTH": 16}
-    return kernel(f"tile {block}x{head_dim} gain={gain} tail={tail} rank={rank}", _tile_kernel, constants)
+    constants |= {"COLUMNS": columns_of(head_dim), "RANK": rank, "WIDTH": 16}
+    name = f"tile {block}x{head_dim} gain={gain} tail={tail} rank={rank}"
+    return kernel(name, _tile_kernel, constants, num_warps=4 if head_dim <= 128 else 8)
 
 
 def scores_kernel(head_dim: int, gain: bool, tail: bool, rank: int = 0) -> Kernel:
@@ -118,24 +137,28 @@ def mass_kernel() -> Kernel:
 
 
 def slope_kernel(block: int, head_dim: int) -> Kernel:
-    constants = {"BLOCK": block, "ROWS": 64, "HEAD_DIM": head_dim}
+    columns = columns_of(head_dim)
+    constants = {"BLOCK": block, "ROWS": 32 if columns > 128 else 64, "HEAD_DIM": head_dim, "COLUMNS": columns}
+    constants["AT_ONCE"] = min(columns, 128)
     return kernel(f"slope {block}x{head_dim}", _slope_kernel, constants, num_warps=8)
 
 
 def compensate_kernel(head_dim: int) -> Kernel:
-    return kernel(f"compensate {head_dim}", _compensate_kernel, {"HEAD_DIM": head_dim, "BLOCK": 64, "BLOCK_K": 16})
+    constants = {"HEAD_DIM": head_dim, "COLUMNS": columns_of(head_dim), "BLOCK": 64, "BLOCK_K": 16}
+    return kernel(f"compensate {head_dim}", _compensate_kernel, constants)
 
 
 def project_kernel(head_dim: int) -> Kernel:
-    constants = {"HEAD_DIM": head_dim, "BLOCK": 64, "WIDTH": 16, "q_sd": 1, "k_sd": 1}
+    constants = {"HEAD_DIM": head_dim, "COLUMNS": columns_of(head_dim), "BLOCK": 64, "WIDTH": 16, "q_sd": 1, "k_sd": 1}
     return kernel(f"project {head_dim}", _project_kernel, constants)
 
 
 def directions_kernel(head_dim: int, both: bool) -> Kernel:
     """both: of queries and keys together, as sorting needs them."""
-    constants = {"RANK": RANK, "WIDTH": 16, "DIM": head_dim * (2 if both else 1), "CHUNK": 32, "ROUNDS": 10}
-    constants |= {"STRETCH": both}
-    return kernel(f"directions {constants['DIM']}", _directions_kernel, constants, num_warps=8)
+    dim = head_dim * (2 if both else 1)
+    constants = {"RANK": RANK, "WIDTH": 16, "DIM": dim, "COLUMNS": columns_of(dim), "ROUNDS": 10, "STRETCH": both}
+    constants["CHUNK"] = 32 if dim < 512 else 16
+    return kernel(f"directions {dim}", _directions_kernel, constants, num_warps=8)
 
 
 def halve_kernel(chunk: int, warps: int) -> Kernel:
@@ -152,6 +175,7 @@ def select_kernel(width: int, given: bool, *flags: str) -> Kernel:
 def attend_kernel(arch: str, block: int, head_dim: int, resume: bool, tail: bool, slope: bool) -> Kernel:
     tiling = tiling_of(arch, block, head_dim, resume)
     constants = {"BLOCK": block, "HEAD_DIM": head_dim, "RESUME": resume, "TAIL": tail, "SLOPE": slope}
+    constants |= {"COLUMNS": columns_of(head_dim), "PART": gcd(tiling.block_n, head_dim)}
     constants["TURNS"] = slope and not resume
     constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "TAIL_STAGES": tiling.tail_stages}
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
@@ -173,8 +197,8 @@ def kernel(name: str, function: Any, constants: dict[str, Any], **options: Any) 
 def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
     x = "bf16"
     if argument.endswith("_desc"):
-        rows = constants["BLOCK_M" if argument.startswith("q_") else "BLOCK_N"]
-        columns = constants["BLOCK_N" if argument == "q_part_desc" else "HEAD_DIM"]
+        rows = constants["BLOCK_M" if argument.startswith("q_") else "PART" if argument == "slope_desc" else "BLOCK_N"]
+        columns = constants["PART" if argument == "q_part_desc" else "COLUMNS"]
         return f"tensordesc<{x}[{rows},{columns}]>"
     if argument in ("scale", "log_b", "tail_log_b", "top_p", "cap"):
         return "fp32"
@@ -185,7 +209,15 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         return "*i64"
     if argument in ("from_ptr", "to_ptr", "count_ptr", "index_ptr", "end_ptr", "places_ptr", "turn_ptr"):
         return "*i32"
-    if argument in ("critical_ptr", "compensated_ptr", "neighbours_ptr", "first_frame_ptr", "worth_ptr", "valid_ptr"):
+    if argument in (
+        "critical_ptr",
+        "compensated_ptr",
+        "neighbours_ptr",
+        "first_frame_ptr",
+        "worth_ptr",
+        "valid_ptr",
+        "idle_ptr",
+    ):
         return "*i1"
     in_model_dtype = {
         "_tile_kernel": (

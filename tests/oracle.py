@@ -108,8 +108,12 @@ def oracle(
     block_mask: torch.Tensor | None = None,
     compensated: torch.Tensor | None = None,
 ) -> Truth:
-    """q, k, v: [B, S, H, D]. `block_mask` and `compensated` replace stages 3 and 4 where selection could flip."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))  # [B, H, S, D]
+    """q: [B, S, H, D]; k, v: [B, S, Hk, D], whose heads serve H / Hk of q each. `block_mask` and `compensated` replace
+    stages 3 and 4 where selection could flip.
+    """
+    group = q.shape[2] // k.shape[2]
+    q = q.double().transpose(1, 2)  # [B, H, S, D]
+    k, v = (x.double().transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))
     batch, _, sequence, head_dim = q.shape
     scale = head_dim**-0.5 if scale is None else scale
     b, member = config.block_size, membership(layout, config)  # [S, nb]
@@ -149,7 +153,7 @@ def oracle(
     critical, residual = block_mask, None
     if block_mask is None:
         if config.rectify == "row+slope":
-            residual = _residual(p_blocks, half_variance, q_block, k, v, member_b, tiled, scale)
+            residual = _residual(p_blocks, half_variance, q_block, k, v, member_b, tiled, scale, group)
         critical = choose_blocks(probability, layout, config, residual)
     worth = torch.einsum("bhnd,bhmd->bhnm", qm, km).abs()
     error = torch.einsum("bhnd,bhmd->bhnm", dq, km).abs() + torch.einsum("bhnd,bhmd->bhnm", qm, dk).abs()
@@ -235,16 +239,18 @@ def _residual(
     member_b: torch.Tensor,
     tiled: torch.Tensor,
     scale: float,
+    group: int,
 ) -> torch.Tensor:
     """P σ |scale q H_m|, H_m projected on the 8 main generalised eigenvectors of M_q and the covariance of keys, over
-    all tiled tokens (fewer than the 2048 of a sample). q, k, v: [B, H, S, D].
+    all tiled tokens (fewer than the 2048 of a sample) of the `group` heads that share keys. q, k, v: [B, H, S, D].
     """
     if not tiled.sum() > q.shape[3]:  # one block at most: there is nothing to choose
         return torch.zeros_like(half_variance)
     some_q, some_k = q[:, :, tiled], k[:, :, tiled]
     covariance = (some_k - some_k.mean(2, keepdim=True)).transpose(-1, -2) @ some_k / tiled.sum()
     lower = torch.linalg.cholesky(covariance)
-    seen = scale**2 * lower.transpose(-1, -2) @ some_q.transpose(-1, -2) @ some_q @ lower
+    square = (some_q.transpose(-1, -2) @ some_q).unflatten(1, (-1, group)).sum(2).repeat_interleave(group, 1)
+    seen = scale**2 * lower.transpose(-1, -2) @ square @ lower
     main = torch.linalg.eigh(seen)[1][..., -8:]  # u = L⁻ᵀ z
     projector = lower @ main @ main.transpose(-1, -2) @ torch.linalg.inv(lower)  # C U Uᵀ, for q from the left
     km, vm = (torch.einsum("bhsd,sn->bhnd", x, member_b) for x in (k, v))
@@ -274,8 +280,8 @@ def _pooled_columns(
 def dense(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sees: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
-    """Full attention in float64, [B, S, H, D]; sees: bool, broadcastable to [B, H, S, S]."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    """Full attention in float64, [B, S, H, D]; sees: bool, broadcastable to [B, H, S, S]; k, v maybe of fewer heads."""
+    q, k, v = (x.double().repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
     logits = (q.shape[-1] ** -0.5 if scale is None else scale) * q @ k.transpose(-1, -2)
     if sees is not None:
         logits = logits.masked_fill(~sees, -torch.inf)
@@ -285,7 +291,7 @@ def dense(
 def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, sees: torch.Tensor | None = None, scale: float | None = None
 ) -> torch.Tensor:
-    """PyTorch's own attention on [B, S, H, D], in the dtype of the inputs."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    """PyTorch's own attention on [B, S, H, D], in the dtype of the inputs; k, v: maybe of fewer heads."""
+    q, k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale)
     return out.transpose(1, 2)

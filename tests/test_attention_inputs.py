@@ -7,6 +7,8 @@ import sys
 import diffusers
 import pytest
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers import transformer_flux
 from torch.utils.checkpoint import checkpoint
 
 import rectified_spaattn as rsa
@@ -102,6 +104,24 @@ def test_every_key_mask_that_dense_attention_takes(flux, name, quiet):
     want = forward(model, inputs)
     with rsa.enable(model, **FULL):
         torch.testing.assert_close(forward(model, inputs), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["content", "gilbert"])
+def test_key_heads_that_query_heads_share(flux, order, monkeypatch, quiet):
+    """As dense attention does it, in dense layers, too."""
+    model, inputs = flux
+    ungrouped = forward(model, inputs)
+
+    def grouped(q, k, v, **options):
+        return dispatch_attention_fn(q, k[:, :, :1], v[:, :, :1], enable_gqa=True, **options)
+
+    monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", grouped)
+    want = forward(model, inputs)
+    assert (want - ungrouped).abs().max() > 1e-3
+    with rsa.enable(model, order=order, **{**FULL, "dense_layers": (1,)}) as handle:
+        got = forward(model, inputs)
+        assert (handle.stats().sparse_calls, handle.stats().dense_calls) == (2, 1)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 REFUSED = {

@@ -120,6 +120,18 @@ def test_rows_are_complete_and_consistent() -> None:
         assert {row.whole_ms for row in stages} == {whole}
 
 
+@pytest.mark.parametrize(("rectify", "order"), [("row+slope", "content"), ("ipar+gapr", "gilbert")])
+def test_heads_that_share_keys_pass_the_checks(rectify: str, order: str) -> None:
+    result = run(sparsity=(0.5,), backend=("torch",), kv_heads=1, rectify=rectify, order=order)
+    assert {row.shape for row in result.rows} == {"tiny with 1 heads of keys"}
+    assert "isolated queries" in {each.what for each in result.checks}
+
+
+def test_heads_of_keys_that_do_not_divide_those_of_queries() -> None:
+    with pytest.raises(ValueError, match="kv_heads: got 3; allowed for tiny: what divides its 2 heads"):
+        run(kv_heads=3)
+
+
 @pytest.mark.parametrize(
     ("dtype", "rectify", "order"),
     [

@@ -33,6 +33,7 @@ def fresh_compiler() -> Iterator[None]:
 def arguments(
     layout: TokenLayout = LAYOUT,
     strides: str | None = None,
+    key_heads: int = HEADS,
     dtype: torch.dtype = torch.float32,
     text_mask: torch.Tensor | None = None,
     block_mask: torch.Tensor | None = None,
@@ -40,7 +41,7 @@ def arguments(
     backend: str = "torch",
     **settings: Any,
 ) -> tuple[Any, ...]:
-    q, k, v = video_like(0, 2, layout.sequence, HEADS, HEAD_DIM, dtype)
+    q, k, v = video_like(0, 2, layout.sequence, HEADS, HEAD_DIM, dtype, key_heads)
     if strides:
         q, k, v = (STRIDED[strides](x) for x in (q, k, v))
     return q, k, v, text_mask, block_mask, token_order, layout.key, SMALL.replace(**settings).key, 0.3, backend
@@ -59,6 +60,8 @@ CASES: dict[str, dict[str, Any]] = {
     "no block": {"layout": TokenLayout.build((1, 3, 3), TEXT)},
     "one block": {"layout": TokenLayout.build((1, 2, 8))},
     "content": {"order": "content", "rectify": "row"},
+    "one key head": {"key_heads": 1, "rectify": "row"},
+    "content, one key head": {"key_heads": 1, "order": "content", "rectify": "row+slope"},
     "content, no block": {"order": "content", "layout": TokenLayout.build((1, 3, 3), TEXT)},
     "content, no grid": {"order": "content", "layout": TokenLayout.of(90, [(3, 40), (45, 80)])},
     "token_order": {"order": "content", "token_order": ORDER},

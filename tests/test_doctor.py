@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.backends import BACKENDS, Call, choose
+from rectified_spaattn.backends.triton import HEAD_DIMS
 from rectified_spaattn.cli.app import app
 from rectified_spaattn.lab.bench import doctor as bench_doctor
 from rectified_spaattn.lab.bench.doctor import check, healthy
@@ -59,7 +60,7 @@ def test_json_holds_the_same_as_the_backends_say_of_the_default_config() -> None
     assert got["versions"]["torch"] == torch.__version__
     assert got["device"]["type"] == "cpu"
     assert SparseConfig.from_dict(got["config"]) == SparseConfig()
-    assert len(got["calls"]) == 3 * 2
+    assert len(got["calls"]) == 3 * len(HEAD_DIMS)
     for each in got["calls"]:
         call = Call(CPU, getattr(torch, each["dtype"]), each["head_dim"], each["block_size"])
         assert call.block_size == SparseConfig().block_size

@@ -65,7 +65,6 @@ def test_one_bad_tensor(name: str, value: object, kind: type[Exception], got: st
     ("value", "kind", "got"),
     [
         (torch.zeros(2, 35, 3, 4), ValueError, "(2, 35, 3, 4)"),
-        (torch.zeros(2, 35, 1, 8), ValueError, "(2, 35, 1, 8)"),
         (torch.zeros(1, 35, 3, 8), ValueError, "(1, 35, 3, 8)"),
         (torch.zeros(2, 36, 3, 8), ValueError, "(2, 36, 3, 8)"),
         (torch.zeros(SHAPE, dtype=torch.float16), TypeError, "torch.float16"),
@@ -74,6 +73,12 @@ def test_one_bad_tensor(name: str, value: object, kind: type[Exception], got: st
 )
 def test_q_k_and_v_that_differ(name: str, value: torch.Tensor, kind: type[Exception], got: str) -> None:
     refused(kind, got, "q's" if kind is TypeError else "that of q", call, **{name: value})
+
+
+@pytest.mark.parametrize(("of_k", "of_v"), [(2, 2), (4, 4), (6, 6), (1, 3), (3, 1)])
+def test_heads_that_do_not_make_groups(of_k: int, of_v: int) -> None:
+    k, v = (torch.zeros(2, 35, heads, 8) for heads in (of_k, of_v))
+    refused(ValueError, f"{of_k} and {of_v} heads for 3 of q", "a number that divides 3", call, k=k, v=v)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA GPU")
 
 NAMES = ("triton", "fa4")
 FP16, BF16 = torch.float16, torch.bfloat16
-# grid, text, text first, block size, head_dim, batch
+# grid, text, text first, block size, head_dim, batch; "grouped": a key head for 2 of queries; "apart": causal text
 CASES = {
     "64x64": ((4, 17, 16), 40, False, 64, 64, 2),  # no leftover tokens
     "64x128": ((9, 10, 13), 17, True, 64, 128, 2),  # 18 of them
@@ -28,6 +28,11 @@ CASES = {
     "128x128": ((7, 13, 29), 300, False, 128, 128, 2),
     "128x128 alone": ((3, 24, 32), 0, False, 128, 128, 1),  # nothing is isolated
     "128x128 long": ((9, 30, 52), 130, False, 128, 128, 1),  # 109 blocks
+    "128x96": ((7, 13, 29), 300, False, 128, 96, 2),
+    "128x256": ((7, 13, 29), 300, False, 128, 256, 1),
+    "64x256": ((4, 17, 16), 40, False, 64, 256, 1),
+    "128x128 grouped": ((7, 13, 29), 300, False, 128, 128, 2),
+    "128x128 grouped, apart": ((7, 13, 29), 300, True, 128, 128, 2),
 }
 TRITON = [
     *(("128x128", BF16, mode) for mode in ("none", "pooled", "ipar", "ipar+gapr", "row")),
@@ -39,20 +44,33 @@ TRITON = [
     *(("128x128 long", BF16, mode) for mode in ("ipar+gapr", "row")),
     *(("128x128 long", BF16, "row+slope"), ("128x128 alone", FP16, "row+slope"), ("64x64", BF16, "row+slope")),
     *(("64x128", FP16, "row+slope"), ("128x64", BF16, "row+slope")),
+    *(("128x96", BF16, "row"), ("128x96", FP16, "ipar+gapr"), ("128x96", BF16, "row+slope")),
+    *(
+        ("128x256", BF16, "row"),
+        ("128x256", FP16, "ipar+gapr"),
+        ("128x256", BF16, "row+slope"),
+        ("64x256", BF16, "row"),
+    ),
+    *(("128x128 grouped", BF16, mode) for mode in ("pooled", "ipar+gapr", "row", "row+slope")),
+    *(("128x128 grouped, apart", BF16, "row"), ("128x128 grouped, apart", FP16, "ipar+gapr")),
 ]
 FA4 = [
     *(("128x128", BF16, mode) for mode in ("none", "ipar+gapr", "row")),
     *(("128x128", FP16, "row"), ("128x64", BF16, "row"), ("128x64", FP16, "ipar+gapr")),
     *(("128x128 alone", BF16, "row"), ("128x128 long", BF16, "row"), ("64x64", BF16, "row")),
     *(("128x128", FP16, "row+slope"), ("128x128 long", BF16, "row+slope"), ("128x64", BF16, "row+slope")),
+    *(("128x96", BF16, "row"), ("128x96", BF16, "row+slope"), ("128x256", BF16, "row")),
+    *(("128x128 grouped", BF16, mode) for mode in ("ipar+gapr", "row", "row+slope")),
+    *(("128x128 grouped, apart", BF16, "row"), ("128x128 grouped, apart", FP16, "ipar+gapr")),
 ]
 
 
 def call_of(case, dtype, mode="ipar+gapr", order="gilbert", heads=3, **settings):
     grid, text, text_first, block_size, head_dim, batch = CASES[case]
-    layout = TokenLayout.build(grid, text, text_first)
+    heads, key_heads = (4, 2) if "grouped" in case else (heads, heads)
+    layout = TokenLayout.build(grid, text, text_first, text_sees="causal text" if "apart" in case else "all")
     config = SparseConfig(sparsity=0.7, rectify=mode, order=order, block_size=block_size, **settings)
-    qkv = [x.cuda() for x in video_like(0, batch, layout.sequence, heads, head_dim, dtype)]
+    qkv = [x.cuda() for x in video_like(0, batch, layout.sequence, heads, head_dim, dtype, key_heads)]
     valid = torch.rand(batch, layout.text, generator=torch.Generator().manual_seed(1)) < 0.6
     valid[0] = True
     return Call(layout, config, qkv, {"text_mask": valid.cuda()})
@@ -103,7 +121,7 @@ def test_error_is_at_most_twice_that_of_sdpa(name, case, dtype, mode):
     [
         *(("triton", case, "row") for case in CASES),
         *(("triton", "128x128", "none"), ("triton", "64x64", "ipar")),
-        *(("fa4", "128x128", "row"), ("fa4", "128x128 alone", "none")),
+        *(("fa4", "128x128", "row"), ("fa4", "128x128 alone", "none"), ("fa4", "128x128 grouped", "row")),
         *((name, "128x128 long", "row+slope") for name in NAMES),
     ],
 )
@@ -170,7 +188,7 @@ def test_tensors_need_not_be_on_the_current_gpu(case, name):
     ("mode", "order"), [("ipar+gapr", "gilbert"), ("ipar+gapr", "content"), ("row+slope", "content")]
 )
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", ["128x128"])
+@pytest.mark.parametrize("case", ["128x128", "128x128 grouped, apart"])
 def test_a_call_is_one_cuda_graph_and_copies_nothing_to_the_host(case, name, mode, order):
     call = call_of(case, BF16, mode, order)
     require(name, call)
@@ -226,6 +244,28 @@ def test_memory_at_hunyuan_videos_shape(name, mode, order):
     print(f"\n{name}, {mode}, {order}: {extra / 2**30:.2f} GiB")
     assert extra <= 3.0 * 2**30
     assert torch.equal(first, second)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("order", ["gilbert", "content"])
+@pytest.mark.parametrize("name", NAMES)
+def test_shared_key_heads_are_not_repeated_in_memory(name, order):
+    """Of sorted keys and values a quarter is left where 4 query heads share a key head."""
+    call, extra = video_call(1, 32, 0.9, order), {}
+    q, k, v = call.qkv
+    require(name, call)
+    shared = (q, k[:, :, ::4].contiguous(), v[:, :, ::4].contiguous())
+    for which, qkv in (("repeated", (q, k, v)), ("shared", shared)):
+        arguments = (*qkv, *call.arguments[3:])
+        rectified_attention(*arguments, backend=name)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        rectified_attention(*arguments, backend=name)
+        torch.cuda.synchronize()
+        extra[which] = torch.cuda.max_memory_allocated() - before
+    print(f"\n{name}, {order}: " + ", ".join(f"{which} {size / 2**30:.2f} GiB" for which, size in extra.items()))
+    assert extra["repeated"] - extra["shared"] >= 0.6 * 2 * k.nbytes
 
 
 @pytest.mark.large

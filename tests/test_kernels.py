@@ -38,7 +38,10 @@ RAGGED = ((2, 7, 11), 17, True, 64, 64)
 LONG_TEXT = ((3, 5, 26), 70, False, 128, 64)  # with the leftover tokens more than a block
 ALONE = ((2, 8, 8), 0, False, 64, 128)  # nothing is isolated
 NO_BLOCK = ((2, 3, 5), 12, False, 64, 64)
+NARROW = ((2, 7, 11), 17, True, 64, 96)  # tiles of 128 columns, of which some hold nothing
+WIDE = ((1, 10, 20), 5, False, 64, 256)
 CASES = {"plain": PLAIN, "ragged": RAGGED, "long text": LONG_TEXT, "alone": ALONE, "no block": NO_BLOCK}
+CASES |= {"96": NARROW, "256": WIDE}
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +50,12 @@ def gated_tail(monkeypatch):
     monkeypatch.setitem(RECTIFY, "gated tail", Rule(gate="gain", tail=True))
 
 
-def call(case, dtype=EXACT, batch=2, heads=2, scale=0.15, **settings):
+def call(case, dtype=EXACT, batch=2, heads=2, scale=0.15, key_heads=None, **settings):
     """Some valid text of one sample is scattered, all of the other's is valid."""
     grid, text, text_first, block_size, head_dim = case
     layout = TokenLayout.build(grid, text, text_first)
     config = SparseConfig(block_size=block_size, **{"order": "gilbert", "sparsity": 0.6, **settings})
-    qkv = [x.to(DEVICE) for x in video_like(0, batch, layout.sequence, heads, head_dim, dtype)]
+    qkv = [x.to(DEVICE) for x in video_like(0, batch, layout.sequence, heads, head_dim, dtype, key_heads)]
     valid = torch.ones(batch, text, dtype=torch.bool)
     valid[-1, ::3] = False
     valid[-1, text // 2 :] = False
@@ -82,7 +85,7 @@ def staged(inputs):
 
 
 # every shape, and every set of statistics that a rule asks for
-POOLED = [(case, "row+slope") for case in ("plain", "long text")]
+POOLED = [(case, "row+slope") for case in ("plain", "long text", "96", "256")]
 POOLED += [
     ("ragged", "gated tail"),
     ("alone", "ipar+gapr"),
@@ -146,7 +149,8 @@ def test_any_strides(stride):
 
 # every shape with pooled text and with all that a rule may want, every mode with one shape
 PLANS = [("plain", "none"), ("ragged", "ipar"), ("long text", "ipar+gapr"), ("ragged", "row")]
-PLANS += [(case, "row+slope") for case in ("ragged", "long text", "alone")]
+PLANS += [(case, "row+slope") for case in ("ragged", "long text", "alone", "96")]
+PLANS += [("96", "ipar+gapr"), ("256", "gated tail")]
 PLANS += [(case, mode) for case in ("plain", "ragged", "long text", "alone") for mode in ("pooled", "gated tail")]
 
 
@@ -268,6 +272,9 @@ def error_of(out, want):
         *(("plain", "ipar+gapr", 0), ("plain", "row", 1), ("ragged", "row", 0), ("ragged", "ipar+gapr", 1)),
         *(("long text", "ipar+gapr", 0), ("long text", "row", 1), ("alone", "row", 0), ("no block", "row", 1)),
         *(
+            ("96", "ipar+gapr", 0),
+            ("96", "row+slope", 1),
+            ("256", "row+slope", 0),
             ("plain", "row+slope", 0),
             ("ragged", "row+slope", 1),
             ("alone", "row+slope", 0),
@@ -359,7 +366,7 @@ def test_why_not():
     takes = Call(DEVICE, EXACT, 64, 64)
     assert why_not(takes) is None
     for changed, told in (
-        ({"head_dim": 80}, "head_dim 80"),
+        ({"head_dim": 80}, "head_dim 80, the kernels take 64, 96, 128 and 256"),
         ({"block_size": 96}, "block_size 96"),
         ({"dtype": torch.float64}, "float64"),
         ({"num_blocks": 10**5}, "100000 blocks"),

@@ -120,7 +120,8 @@ def test_output_is_an_average_of_values(call: Call) -> None:
     """The effective weights are not negative and sum to 1: constant values come back, and a shift shifts."""
     q, k, v = call.qkv
     ones = torch.ones_like(v)
-    torch.testing.assert_close(rectified_attention(q, k, ones, call.layout, call.config, **call.options), ones, **CLOSE)
+    out = rectified_attention(q, k, ones, call.layout, call.config, **call.options)
+    torch.testing.assert_close(out, torch.ones_like(q), **CLOSE)
     shift = torch.arange(float(v.shape[-1])) - 2
     same(exact(call, v=v.double() + shift), exact(call) + shift)
     same(exact(call, v=-3 * v.double()), -3 * exact(call))
@@ -135,8 +136,11 @@ def test_output_is_an_average_of_values(call: Call) -> None:
 def test_batch_entries_and_heads_do_not_mix(call: Call, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     batch, _, heads, _ = call.qkv[0].shape
-    rows, columns = (torch.randperm(n, generator=generator) for n in (batch, heads))
-    moved = {name: x[rows][:, :, columns] for name, x in zip("qkv", call.qkv, strict=True)}
+    key_heads = call.qkv[1].shape[2]
+    rows, groups = (torch.randperm(n, generator=generator) for n in (batch, key_heads))
+    columns = torch.arange(heads).view(key_heads, -1)[groups].flatten()  # heads that share keys stay together
+    places = {"q": columns, "k": groups, "v": groups}
+    moved = {name: x[rows][:, :, places[name]] for name, x in zip("qkv", call.qkv, strict=True)}
     if "text_mask" in call.options:
         moved["text_mask"] = call.options["text_mask"][rows]
     want = exact(call)

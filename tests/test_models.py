@@ -90,7 +90,9 @@ class AttentionCall:
         assert kept * (video / whole) ** 2 - 1e-6 <= self.density
         assert self.density <= 1 - (1 - kept) * ((video - video % 16) / whole) ** 2 + 1e-6
         q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
-        exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None])
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=valid[:, None, None], enable_gqa=q.shape[1] != k.shape[1]
+        )
         alone = self.layout.text_places
         for row in range(len(q)):
             places = alone[valid[row, alone]]

@@ -8,7 +8,7 @@ from rectified_spaattn import rectified_attention
 from rectified_spaattn.backends import BACKENDS
 from rectified_spaattn.backends.triton import arrange as kernels
 from rectified_spaattn.method import arrange
-from test_kernels import ALONE, DEVICE, FEW, RAGGED, call
+from test_kernels import ALONE, DEVICE, FEW, NARROW, RAGGED, call
 
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 
@@ -29,7 +29,7 @@ def test_the_tree_is_that_of_the_stage(blocks, block_size, kind):
     assert torch.equal(got.long(), arrange.k_d_order(points, block_size))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
 def test_directions_are_those_of_the_stage(head_dim):
     generator = torch.Generator().manual_seed(0)
     long = torch.linspace(3, 0.3, head_dim)  # a spectrum whose directions are far apart
@@ -56,16 +56,17 @@ def test_projections_are_those_of_the_stage(stride):
     torch.testing.assert_close(got.double(), want, rtol=2.0**-7, atol=1e-3)  # the interpreter cuts bfloat16 off
 
 
-@pytest.mark.parametrize("case", [RAGGED, ALONE])
-def test_order_content_is_the_reference(case):
+@pytest.mark.parametrize(("case", "group"), [(RAGGED, 1), (ALONE, 1), (NARROW, 3)])
+def test_order_content_is_the_reference(case, group):
     """Sorted once; with that order every mode."""
-    layout, inputs = call(case, heads=FEW, order="content", scale=case[-1] ** -0.5)
+    options = {"heads": group, "key_heads": 1, "batch": 1} if group > 1 else {"heads": FEW}
+    layout, inputs = call(case, order="content", scale=case[-1] ** -0.5, **options)
     order = BACKENDS["triton"].sort(inputs)
     assert torch.equal(order.sort(-1).values, inputs.blocks.tiled.sort().values.expand_as(order))
     # in half precision rounding decides some cuts
     assert inputs.q.dtype != torch.float32 or torch.equal(order, BACKENDS["torch"].sort(inputs))
     options = {"text_mask": inputs.text_mask, "return_stats": True}
-    for mode in MODES:
+    for mode in MODES if group == 1 else ("row",):
         config = inputs.config.replace(rectify=mode)
         given = options if mode == "row" else {**options, "token_order": order}
         out, stats = rectified_attention(*inputs[:3], layout, config, backend="triton", **given)
@@ -76,6 +77,6 @@ def test_order_content_is_the_reference(case):
         same = (stats.compensated == exact.compensated).all(-1)
         assert same.all() or mode == "ipar+gapr"
         error = (out.double() - want).abs().amax(-1).transpose(1, 2)  # [B, H, S]
-        tiled = error.gather(2, order)[same.repeat_interleave(inputs.blocks.block_size, -1)]
+        tiled = error.gather(2, order.repeat_interleave(group, 1))[same.repeat_interleave(inputs.blocks.block_size, -1)]
         worst = torch.cat([tiled, error[..., inputs.blocks.isolated].flatten()]).max()
         assert worst <= kernel_budget(inputs[:3], layout, inputs.text_mask) * want.abs().max()

@@ -10,6 +10,7 @@ from . import ops
 from .backends import BACKENDS, Call, choose
 from .config import SparseConfig
 from .layout import TokenLayout
+from .method.apart import pairs_apart
 from .orders import blocks_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -24,13 +25,14 @@ class SparseStats:
     compensated  bool [B, H, nb, nb], the dropped blocks that got their pooled contribution back
     probability  [B, H, nb, nb + 1], the estimated full attention; the last column is all isolated tokens
     r            [B, H, nb], the full-attention mass that was not compensated
-    density      computed query-key pairs over all pairs of queries and valid keys, isolated ones counted, pooled keys
-                 of a tail not; reading it waits for the device, reading `device_density`, the same as a float32
-                 scalar tensor, does not
+    density      computed query-key pairs over all pairs of full attention, queries with the valid keys that they see,
+                 isolated ones counted, pooled keys of a tail not; reading it waits for the device, reading
+                 `device_density`, the same as a float32 scalar tensor, does not
     backend      name of what attended
     sorting      name of what sorted the tokens: "triton" or "torch"; empty where nothing did
-    token_order  int64 [B, H, nb * b], places in the sequence of the tiled tokens, block after block, where every head
-                 has an order of its own (order "content"); None where `blocks_of(layout, config).tiled` holds for all
+    token_order  int64 [B, Hk, nb * b], places in the sequence of the tiled tokens, block after block, where every key
+                 head has an order of its own, which the query heads that share it share (order "content"); None where
+                 `blocks_of(layout, config).tiled` holds for all
     """
 
     block_mask: torch.Tensor
@@ -53,8 +55,8 @@ class Plan:
 
     kept         int16 or int32 [B, H, nb, K]: the critical blocks of every query block, ascending, -1 behind them; K is
                  the most that any query block keeps
-    token_order  int32 [B, H, nb * b], as in SparseStats, or None
-    shape        (B, S, H, D) of the queries
+    token_order  int32 [B, Hk, nb * b], as in SparseStats, or None
+    shape        (B, S, H, D) of the queries; key_heads: Hk
     text_mask, scale, backend: as rectified_attention took them
 
     Pooled keys and values, gain, R and C are no part of it: `attend` takes them anew.
@@ -65,6 +67,7 @@ class Plan:
     kept: torch.Tensor
     token_order: torch.Tensor | None
     shape: tuple[int, ...]
+    key_heads: int
     text_mask: torch.Tensor | None
     scale: float
     backend: str
@@ -135,14 +138,15 @@ def rectified_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStats]:
     """Block-sparse attention over video tokens, rectified (arXiv 2511.19835). Tokens stay in the model's order.
 
-    q, k, v: [B, S, H, D], any strides, float16, bfloat16 or float32 (backend="reference" takes float64 too). Under
-    autocast they are cast to its dtype, as scaled_dot_product_attention casts them.
+    q: [B, S, H, D]; k, v: [B, S, Hk, D], H a multiple of Hk: head h of q attends to head h // (H // Hk) of k and v. Any
+    strides, float16, bfloat16 or float32 (backend="reference" takes float64 too). Under autocast they are cast to its
+    dtype, as scaled_dot_product_attention casts them.
     layout: which of the S tokens can be tiled, and which stand alone. config: how; SparseConfig() by default.
     text_mask: bool [B, text], True where a token that stands alone is valid, in the order of the sequence; None: all
     are. Invalid ones are never attended to.
     scale: factor of the logits, D**-0.5 by default.
     block_mask: bool [B, H, nb, nb], critical blocks chosen by the caller in place of stage 3.
-    token_order: integers [B, H, nb * b], an order of the tiled tokens in place of the sorting, for order "content".
+    token_order: integers [B, Hk, nb * b], an order of the tiled tokens in place of the sorting, for order "content".
     backend: "auto", "fa4", "triton", "torch" or "reference"; `rectified-spaattn doctor` tells which can run here.
 
     Returns out [B, S, H, D] in q's dtype (float64 from "reference"), and SparseStats with return_stats=True.
@@ -154,7 +158,7 @@ def rectified_attention(
     _check_mask("text_mask", text_mask, (q.shape[0], layout.text), q)
     nb = layout.video // config.block_size
     _check_mask("block_mask", block_mask, (q.shape[0], q.shape[2], nb, nb), q)
-    _check_order(token_order, (q.shape[0], q.shape[2], nb * config.block_size), q, config)
+    _check_order(token_order, (q.shape[0], k.shape[2], nb * config.block_size), q, config)
     name = choose(backend, Call(q.device, q.dtype, q.shape[-1], config.block_size, nb))
     out, critical, compensated, probability, r, order = ops.attention(
         q, k, v, text_mask, block_mask, token_order, layout.key, config.key, _scale(scale, q), name
@@ -206,6 +210,7 @@ def plan(
         kept=kept.to(torch.int16 if nb <= torch.iinfo(torch.int16).max else torch.int32),
         token_order=order.int() if config.by_content else None,
         shape=tuple(q.shape),
+        key_heads=k.shape[2],
         text_mask=text_mask,
         scale=scale,
         backend=name,
@@ -215,8 +220,8 @@ def plan(
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> torch.Tensor:
     """rectified_attention with the order and the critical blocks of a plan; all else is taken from q, k, v anew.
 
-    q, k, v: [B, S, H, D] of the plan's shape, on its device, maybe of a later step. Returns out [B, S, H, D].
-    Raises ValueError for another shape or device.
+    q: [B, S, H, D] of the plan's shape, on its device; k, v: [B, S, Hk, D]; maybe of a later step. Returns out
+    [B, S, H, D]. Raises ValueError for another shape or device.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"plan: got {type(plan).__name__}; allowed: what plan(q, k, v, layout, config) gave.")
@@ -224,6 +229,10 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> tor
         raise ValueError(
             f"q: got shape {tuple(q.shape)} on {q.device}; allowed by the plan: {plan.shape} on {plan.kept.device}. "
             "Make a plan for these tensors."
+        )
+    if isinstance(k, torch.Tensor) and k.ndim == 4 and k.shape[2] != plan.key_heads:
+        raise ValueError(
+            f"k: got {k.shape[2]} heads; allowed by the plan: {plan.key_heads}. Make a plan for these tensors."
         )
     return rectified_attention(
         q,
@@ -242,21 +251,27 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> tor
 def density(
     block_mask: torch.Tensor, layout: TokenLayout, config: SparseConfig, text_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Computed query-key pairs over all pairs of the S queries and the valid keys; a float32 scalar tensor, no sync.
+    """Computed query-key pairs over all pairs of full attention; a float32 scalar tensor, no sync.
 
     block_mask: bool [B, H, nb, nb]; text_mask: bool [B, text] or None.
     """
     batch, heads, nb, _ = block_mask.shape
     tiled = nb * config.block_size
-    leftover, alone = layout.video - tiled, layout.sequence - tiled
+    leftover = layout.video - tiled
     if text_mask is None:
         text = torch.full((batch,), layout.text, dtype=torch.float32, device=block_mask.device)
     else:
         text = text_mask.sum(1).float()
     keys = tiled + leftover + text  # [B] valid ones
     kept = block_mask.sum((1, 2, 3)).float() / max(1, heads * nb) * config.block_size  # [B] tiled keys a tiled query
-    tiled_share = tiled / layout.sequence
-    return (tiled_share * (kept + leftover + text) / keys + alone / layout.sequence).mean()
+    saved = tiled * (keys - kept - leftover - text)  # [B] pairs
+    if not layout.apart:
+        return (1 - saved / (layout.sequence * keys)).mean()
+    if text_mask is None:
+        text_mask = torch.ones(batch, layout.text, dtype=torch.bool, device=block_mask.device)
+    apart = torch.cat([text_mask[:, first:last] for first, last in layout.apart_text], dim=1)  # [B, A]
+    others = layout.sequence - apart.shape[1]
+    return (1 - saved / (others * keys + pairs_apart(apart, layout.causal))).mean()
 
 
 def _checked(
@@ -294,8 +309,10 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: t
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in allowed:
             raise TypeError(f"{name}: got {x.dtype}; allowed: {', '.join(map(str, allowed))}. Cast with .to(dtype).")
-        if x.shape != q.shape:
-            raise ValueError(f"{name}: got shape {tuple(x.shape)}; allowed: that of q, {tuple(q.shape)}.")
+        if (*x.shape[:2], x.shape[3]) != (*q.shape[:2], q.shape[3]):
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}; allowed: that of q, {tuple(q.shape)}, or fewer heads."
+            )
         if x.dtype != q.dtype or x.device != q.device:
             raise TypeError(f"{name}: got {x.dtype} on {x.device}; allowed: q's {q.dtype} on {q.device}.")
         if torch.is_grad_enabled() and x.requires_grad:
@@ -303,8 +320,14 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: t
                 f"{name}: got a tensor that requires a gradient; sparse attention is for inference and has none. "
                 "Call it under torch.no_grad() or torch.inference_mode(), or train with full attention."
             )
-    if 0 in q.shape:
-        raise ValueError(f"q, k, v: got the empty shape {tuple(q.shape)}; allowed: B, S, H and D of 1 or more.")
+    for x in (q, k):
+        if 0 in x.shape:
+            raise ValueError(f"q, k, v: got the empty shape {tuple(x.shape)}; allowed: B, S, H and D of 1 or more.")
+    if q.shape[2] % k.shape[2] or v.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"k, v: got {k.shape[2]} and {v.shape[2]} heads for {q.shape[2]} of q; allowed: as many of k as of v, a "
+            f"number that divides {q.shape[2]} (grouped-query attention: each serves as many of q, in their order)."
+        )
 
 
 def _check_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, ...], q: torch.Tensor) -> None:

@@ -3,14 +3,16 @@
 import ast
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from numbers import Integral
+from typing import Literal, get_args
 
 import torch
 
 Grid = tuple[int, int, int]
 Span = tuple[int, int]
+TextSees = Literal["all", "text", "causal text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,9 @@ class TokenLayout:
     grid        (T, H, W) in tokens, after patching, where the tokens that can be tiled lie in one; None: nowhere, and
                 only an order that needs no places ("content") can tile them
     grid_start  place of the grid's first token; the others follow in raster order
+    apart       places, like `spans`, of tokens that stand alone and attend to each other only; all others, and so all
+                that can be tiled, attend to every token
+    causal      tokens apart attend to those before them and to themselves only
 
     Make one with `build` or `of`. Raises ValueError for spans out of order or out of range.
     """
@@ -30,27 +35,32 @@ class TokenLayout:
     spans: tuple[Span, ...]
     grid: Grid | None = None
     grid_start: int = 0
+    apart: tuple[Span, ...] = ()
+    causal: bool = False
     key: str = field(init=False, repr=False, compare=False)  # the fields, as the operator's schema carries them
 
     def __post_init__(self) -> None:
         start, end = 0, self.sequence
         if self.grid is not None:
             start, end = self.grid_start, self.grid_start + math.prod(self.grid)
-        edges = [edge for span in self.spans for edge in span]
-        inside = not edges or (start <= edges[0] and edges[-1] <= end <= self.sequence)
-        filled = all(first < last for first, last in self.spans)
-        if not inside or not filled or edges != sorted(set(edges)):
+        _check_spans("spans", self.spans, start, end, self.sequence)
+        _check_spans("apart", self.apart, 0, self.sequence, self.sequence)
+        both = set(_places(self.spans)) & set(_places(self.apart)) if self.apart else set()
+        if both:
             raise ValueError(
-                f"spans: got {self.spans}; allowed: half-open, ascending, apart from each other, within places {start} "
-                f"to {end} of {self.sequence} tokens."
+                f"apart: got {self.apart}, of which {len(both)} can be tiled; allowed: tokens that stand alone."
             )
-        object.__setattr__(self, "key", repr([self.sequence, self.spans, self.grid, self.grid_start]))
+        fields = [self.sequence, self.spans, self.grid, self.grid_start, self.apart, self.causal]
+        object.__setattr__(self, "key", repr(fields))
 
     @staticmethod
-    def build(grid: Grid, text: int = 0, text_first: bool = False) -> "TokenLayout":
+    def build(grid: Grid, text: int = 0, text_first: bool = False, text_sees: TextSees = "all") -> "TokenLayout":
         """N = T*H*W video tokens in raster order with `text` tokens, padding included, behind or before them.
 
-        Raises TypeError or ValueError for a grid that is not three positive integers or a negative text length.
+        text_sees: what text tokens attend to: "all" tokens, "text" only, or "causal text", those before them and
+        themselves. Video tokens attend to all.
+        Raises TypeError or ValueError for a grid that is not three positive integers, a negative text length or another
+        word.
         """
         if not isinstance(grid, tuple | list) or len(grid) != 3 or not all(_is_int(side) for side in grid):
             raise TypeError(f"grid: got {grid!r}; allowed: (T, H, W), three integers counted in tokens.")
@@ -62,9 +72,19 @@ class TokenLayout:
             raise ValueError(f"text: got {text}; allowed: 0 or more.")
         if not isinstance(text_first, bool):
             raise TypeError(f"text_first: got {text_first!r}; allowed: True or False.")
+        if text_sees not in get_args(TextSees):
+            raise ValueError(f"text_sees: got {text_sees!r}; allowed: one of {list(get_args(TextSees))}.")
         sides = (int(grid[0]), int(grid[1]), int(grid[2]))
         video, start = math.prod(sides), int(text) if text_first else 0
-        return TokenLayout(sequence=video + int(text), spans=((start, start + video),), grid=sides, grid_start=start)
+        words = (0, start) if text_first else (video, video + int(text))
+        return TokenLayout(
+            sequence=video + int(text),
+            spans=((start, start + video),),
+            grid=sides,
+            grid_start=start,
+            apart=(words,) if text and text_sees != "all" else (),
+            causal=bool(text) and text_sees == "causal text",
+        )
 
     @staticmethod
     def of(sequence: int, tiled: Iterable[Span] | torch.Tensor) -> "TokenLayout":
@@ -78,14 +98,18 @@ class TokenLayout:
     def without(self, places: Sequence[int]) -> "TokenLayout":
         """The same layout in which the tokens at `places` stand alone, as hidden ones must; the grid stays."""
         left = set(_places(self.spans)) - set(places)
-        return TokenLayout(sequence=self.sequence, spans=_spans(left), grid=self.grid, grid_start=self.grid_start)
+        return replace(self, spans=_spans(left))
+
+    def first(self, sequence: int) -> "TokenLayout":
+        """The same layout of the first tokens alone; those that are left out stand alone."""
+        return replace(self, sequence=sequence, apart=_spans(at for at in _places(self.apart) if at < sequence))
 
     @staticmethod
     @lru_cache(maxsize=256)
     def from_key(key: str) -> "TokenLayout":
         """The layout whose `key` this is; cached."""
-        sequence, spans, grid, grid_start = ast.literal_eval(key)
-        return TokenLayout(sequence=sequence, spans=spans, grid=grid, grid_start=grid_start)
+        sequence, spans, grid, grid_start, apart, causal = ast.literal_eval(key)
+        return TokenLayout(sequence=sequence, spans=spans, grid=grid, grid_start=grid_start, apart=apart, causal=causal)
 
     @property
     def video(self) -> int:
@@ -100,7 +124,7 @@ class TokenLayout:
     @cached_property
     def video_places(self) -> torch.Tensor:
         """int64 [N]: places of the tokens that can be tiled, ascending; on the CPU."""
-        return torch.tensor(_places(self.spans), dtype=torch.int64, device="cpu")
+        return places_of(self.spans)
 
     @cached_property
     def text_places(self) -> torch.Tensor:
@@ -114,9 +138,35 @@ class TokenLayout:
         """Where the tokens that can be tiled lie, in words."""
         return f"{self.video} tokens of no grid" if self.grid is None else f"grid {self.grid}"
 
+    @property
+    def apart_text(self) -> tuple[Span, ...]:
+        """`apart` as places among the tokens that stand alone."""
+        return tuple((self._alone_before(first), self._alone_before(last)) for first, last in self.apart)
+
+    def _alone_before(self, place: int) -> int:
+        return place - sum(max(0, min(last, place) - first) for first, last in self.spans)
+
     def __str__(self) -> str:
         video = f"{self.video} tokens" if self.grid is None else "{}*{}*{} video".format(*self.grid)
-        return f"{video} + {self.text} that stand alone = {self.sequence}"
+        among = sum(last - first for first, last in self.apart)
+        only = f" ({among} of them attend {'causally ' if self.causal else ''}to each other only)" if among else ""
+        return f"{video} + {self.text} that stand alone{only} = {self.sequence}"
+
+
+def _check_spans(name: str, spans: tuple[Span, ...], start: int, end: int, sequence: int) -> None:
+    edges = [edge for span in spans for edge in span]
+    inside = not edges or (start <= edges[0] and edges[-1] <= end <= sequence)
+    filled = all(first < last for first, last in spans)
+    if not inside or not filled or edges != sorted(set(edges)):
+        raise ValueError(
+            f"{name}: got {spans}; allowed: half-open, ascending, apart from each other, within places {start} to "
+            f"{end} of {sequence} tokens."
+        )
+
+
+def places_of(spans: Iterable[Span]) -> torch.Tensor:
+    """int64 [n]: the places that half-open spans hold, in their order; on the CPU."""
+    return torch.tensor(_places(spans), dtype=torch.int64, device="cpu")
 
 
 def _places(spans: Iterable[Span]) -> list[int]:

@@ -104,7 +104,7 @@ def _outputs(
 
 
 @attention.register_fake
-def _attention_fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+def _attention_fake(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
     *_, layout, config, _, backend = rest
     tokens, settings = TokenLayout.from_key(layout), SparseConfig.from_key(config)
     exact = torch.float64 if backend == "reference" else None
@@ -116,7 +116,9 @@ def _attention_fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
         q.new_empty(square, dtype=torch.bool),
         q.new_empty((*square[:3], nb + 1), dtype=exact or torch.float32),
         q.new_empty(square[:3], dtype=exact or torch.float32),
-        q.new_empty((*square[:2], nb * settings.block_size) if settings.by_content else (0,), dtype=torch.int64),
+        q.new_empty(
+            (k.shape[0], k.shape[2], nb * settings.block_size) if settings.by_content else (0,), dtype=torch.int64
+        ),
     )
 
 

@@ -11,7 +11,7 @@ from itertools import product
 import torch
 
 from .config import SparseConfig
-from .layout import TokenLayout
+from .layout import TokenLayout, places_of
 
 Vector = tuple[int, int, int]
 
@@ -25,6 +25,7 @@ class Blocks:
     by_content   every call sorts its tiled tokens, head by head: `tiled` then says which they are, not where
     tiled        int64 [nb*b], place in the sequence of every tiled token, block after block
     isolated     int64 [S - nb*b], place in the sequence of every other token: leftover, then those that stand alone
+    apart        int64 [A], which of `isolated` attend to each other only; causal: each to those before it and to itself
     neighbours   bool [nb, nb], blocks that touch in 3-D (26-neighbourhood of their tokens), themselves included
     first_frame  bool [nb], blocks that hold a token of frame 0
 
@@ -37,6 +38,8 @@ class Blocks:
     by_content: bool
     tiled: torch.Tensor
     isolated: torch.Tensor
+    apart: torch.Tensor
+    causal: bool
     neighbours: torch.Tensor
     first_frame: torch.Tensor
 
@@ -60,6 +63,22 @@ class Blocks:
         """int32 [rows]: place in the sequence of tiled and then isolated tokens, -1 up to a whole number of blocks."""
         places = torch.cat([self.tiled, self.isolated])
         return torch.nn.functional.pad(places, (0, -len(places) % self.block_size), value=-1).int()
+
+    @cached_property
+    def attending(self) -> torch.Tensor:
+        """int64 [S - nb*b - A]: which of `isolated` attend to every token."""
+        alone = torch.ones(self.isolated.numel(), dtype=torch.bool, device=self.isolated.device)
+        alone[self.apart] = False
+        return alone.nonzero().flatten()
+
+    @cached_property
+    def idle(self) -> torch.Tensor | None:
+        """bool [rows / b]: blocks of `places` of which no query attends to every token; None where there is no such."""
+        if not self.apart.numel():
+            return None
+        idle = self.places < 0
+        idle[self.tiled.numel() + self.apart] = True
+        return idle.view(-1, self.block_size).all(1)
 
     def on(self, device: torch.device) -> "Blocks":
         """The same blocks with their tensors on `device`; cached."""
@@ -114,6 +133,8 @@ def _blocks(layout: TokenLayout, order: str, block_size: int) -> Blocks:
         by_content=order not in CURVES,
         tiled=tiled,
         isolated=torch.cat([leftover, layout.text_places]),
+        apart=len(leftover) + places_of(layout.apart_text),
+        causal=layout.causal,
         neighbours=neighbours,
         first_frame=first_frame,
     )

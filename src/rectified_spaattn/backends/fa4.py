@@ -2,6 +2,7 @@
 
 import torch
 
+from ..method.apart import attend_apart
 from ..method.inputs import Inputs
 from . import triton
 from .calls import Backend, Call, installed_version
@@ -23,6 +24,8 @@ def why_not(call: Call) -> str | None:
         return f"the GPU is sm_{major}{minor}, its block-sparse forward fits blocks of 128 on Hopper (sm_90){why}"
     if call.block_size != 128:
         return f"block_size {call.block_size}, it takes 128"
+    if call.head_dim > 128:
+        return f"head_dim {call.head_dim}, its tiles of keys fit blocks of 128 up to head_dim 128"
     return None
 
 
@@ -31,14 +34,16 @@ def run(inputs: Inputs, prepared: "triton.Prepared") -> torch.Tensor:
     from .triton.attend import attend
 
     if not inputs.blocks.num_blocks:
-        return attend(inputs, prepared)[0]
+        return triton.run(inputs, prepared)
     partial = listed_blocks(inputs, prepared)
     # the tiled keys have done their work: their memory serves the output, whoever still holds them
     tiled = prepared.tiled
     for x in (tiled.k, tiled.v):
         x.untyped_storage().resize_(0)
     nothing = tiled.k.new_empty(0, tiled.k.shape[-1])
-    return attend(inputs, prepared._replace(tiled=tiled._replace(k=nothing, v=nothing)), partial)[0]
+    out, _ = attend(inputs, prepared._replace(tiled=tiled._replace(k=nothing, v=nothing)), partial)
+    attend_apart(inputs, out)
+    return out
 
 
 def listed_blocks(inputs: Inputs, prepared: "triton.Prepared") -> "triton.Partial":
@@ -59,7 +64,7 @@ def listed_blocks(inputs: Inputs, prepared: "triton.Prepared") -> "triton.Partia
         block_size=(128, 128),
     )
     out, lse = flash_attn_func(
-        *(x.transpose(1, 2) for x in (tiled.q, tiled.k, tiled.v)),  # [B, rows, H, D]
+        *(x.transpose(1, 2) for x in (tiled.q, tiled.k, tiled.v)),  # [B, rows, H or Hk, D]
         softmax_scale=inputs.scale,
         block_sparse_tensors=blocks,
         return_lse=True,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..method.apart import attend_apart
 from ..method.arrange import content_order
 from ..method.inputs import Inputs
 from ..method.plan import Choices, decide
@@ -21,11 +22,11 @@ class Sample(NamedTuple):
     """One sample of a batch, block after block.
 
     q         [H, nb, b, D]
-    k, v      [H, nb + e, b, D]: the tiled blocks, then `isolated` valid tokens, then, where there is a tail, its nb
+    k, v      [Hk, nb + e, b, D]: the tiled blocks, then `isolated` valid tokens, then, where there is a tail, its nb
               pooled keys. Where there is a slope, q, k and v are some columns wider: v has a 1 in the first of them for
               pooled keys, all else is 0
     isolated  how many
-    places    int64 [nb*b] or [H, nb*b], where in the sequence the tiled tokens stand
+    places    int64 [nb*b] or [Hk, nb*b], where in the sequence the tiled tokens stand
     """
 
     q: torch.Tensor
@@ -42,7 +43,7 @@ def why_not(call: Call) -> str | None:
 
 
 def sort(inputs: Inputs) -> torch.Tensor:
-    """int64 [B, H, nb*b]: the tiled tokens of every head by content."""
+    """int64 [B, Hk, nb*b]: the tiled tokens of every key head by content."""
     blocks = inputs.blocks
     return content_order(inputs.q, inputs.k, blocks.tiled, block_size=blocks.block_size, scale=inputs.scale)
 
@@ -56,22 +57,24 @@ def plan(inputs: Inputs) -> tuple[Choices, list[Sample]]:
 def attend(inputs: Inputs, samples: list[Sample]) -> torch.Tensor:
     """out [B, S, H, D]."""
     out = torch.empty(inputs.q.shape, dtype=inputs.q.dtype, device=inputs.q.device)
-    isolated = inputs.blocks.isolated
+    isolated = inputs.blocks.isolated[inputs.blocks.attending]
     for i, sample in enumerate(samples):
         _attend(sample, inputs.scale, out[i])
         if isolated.numel():
-            q = inputs.q[i].index_select(0, isolated).transpose(0, 1)[None]  # [1, H, I, D]
+            q = inputs.q[i].index_select(0, isolated).transpose(0, 1)  # [H, I, D]
             length = sample.q.shape[1] * sample.q.shape[2] + sample.isolated
-            k, v = (x.flatten(1, 2)[None, :, :length, : q.shape[3]] for x in (sample.k, sample.v))
-            dense = scaled_dot_product_attention(q, k, v, scale=inputs.scale)
-            out[i].index_copy_(0, isolated, dense[0].transpose(0, 1))
+            k, v = (x.flatten(1, 2)[None, :, :length, : q.shape[2]] for x in (sample.k, sample.v))
+            of_keys = q.reshape(1, k.shape[1], -1, q.shape[2])  # the queries that share a key head, one after the other
+            dense = scaled_dot_product_attention(of_keys, k, v, scale=inputs.scale)
+            out[i].index_copy_(0, isolated, dense.view(q.shape).transpose(0, 1))
+    attend_apart(inputs, out)
     return out
 
 
 def _plan_sample(inputs: Inputs, i: int) -> Sample:
     blocks, rule = inputs.blocks, inputs.config.rule
     q, k, v = inputs.q[i], inputs.k[i], inputs.v[i]
-    (_, heads, head_dim), num_blocks, b = q.shape, blocks.num_blocks, blocks.block_size
+    (_, heads, head_dim), num_blocks, b = k.shape, blocks.num_blocks, blocks.block_size
     one = slice(i, i + 1)
     inputs = inputs._replace(
         q=inputs.q[one],
@@ -89,7 +92,7 @@ def _plan_sample(inputs: Inputs, i: int) -> Sample:
     rest = torch.cat([alone, unwritten])
     places = torch.cat([tiled, rest.expand(*tiled.shape[:-1], -1)], dim=-1)
 
-    q_tiled = _take(q, tiled).view(heads, num_blocks, b, head_dim)
+    q_tiled = _take(q, tiled).view(q.shape[1], num_blocks, b, head_dim)
     k_all, v_all = (_take(x, places).view(heads, stored, b, head_dim) for x in (k, v))
     k_isolated = k.index_select(0, blocks.isolated).transpose(0, 1)
     choices, rectification = decide(
@@ -109,7 +112,12 @@ def _plan_sample(inputs: Inputs, i: int) -> Sample:
 
 
 def _rows(places: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of an [S * H, D] view that hold the tokens at `places`, [n] or [H, n], head after head: int64 [H * n]."""
+    """Rows of an [S * H, D] view that hold the tokens at `places`, head after head: int64 [H * n].
+
+    places: [n] or, for heads in as many groups, [groups, n].
+    """
+    if places.ndim == 2:
+        places = places.repeat_interleave(heads // len(places), dim=0)
     return (places * heads + torch.arange(heads, device=places.device)[:, None]).flatten()
 
 
@@ -125,14 +133,14 @@ def _attend(sample: Sample, scale: float, out: torch.Tensor) -> None:
     their bias; where there are some, R and C do not count.
     """
     heads, num_blocks, block_size, width = sample.q.shape
-    head_dim, stored = out.shape[2], sample.k.shape[1]
+    head_dim, stored, a_group = out.shape[2], sample.k.shape[1], num_blocks * (heads // len(sample.k))
     q, k, v = (x.flatten(0, 1) for x in (sample.q, sample.k, sample.v))
     rectification = sample.rectification
     r, c = rectification.r[0].flatten()[:, None, None], rectification.c[0].flatten(0, 1)[:, None, :]
     attended, finished = q.new_empty(len(q), block_size, head_dim), 0  # in the order in which query blocks are attended
 
     rows, columns = sample.choices.block_mask[0].flatten(0, 1).nonzero(as_tuple=True)
-    key_blocks = rows // max(1, num_blocks) * stored + columns  # index into k and v, sorted by row
+    key_blocks = rows // max(1, a_group) * stored + columns  # index into k and v, sorted by row
     counts = torch.bincount(rows, minlength=heads * num_blocks)
     starts = counts.cumsum(0) - counts
     rest = torch.arange(num_blocks, stored, device=q.device)
@@ -143,7 +151,7 @@ def _attend(sample: Sample, scale: float, out: torch.Tensor) -> None:
     for count, rows_of_count in zip(*(x.tolist() for x in counts.unique(return_counts=True)), strict=True):
         same = order[finished : finished + rows_of_count]
         critical = key_blocks[starts[same, None] + torch.arange(count, device=q.device)]
-        index = torch.cat([critical, same[:, None] // num_blocks * stored + rest], dim=1)
+        index = torch.cat([critical, same[:, None] // a_group * stored + rest], dim=1)
         exact = count * block_size + sample.isolated
         length = exact if rectification.tail is None else exact + num_blocks
         at_once = max(1, budget // (2 * k.element_size() * width * max(1, length)))

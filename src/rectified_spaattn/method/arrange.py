@@ -20,33 +20,35 @@ ROUNDS = 10  # of the subspace iteration, two products each
 def content_order(
     q: torch.Tensor, k: torch.Tensor, tiled: torch.Tensor, *, block_size: int, scale: float
 ) -> torch.Tensor:
-    """int64 [B, H, nb * b]: the tokens of `tiled` for every head, block after block; one order for queries and keys.
+    """int64 [B, Hk, nb * b]: the tokens of `tiled` for every key head, block after block; one for queries and keys.
 
-    q, k: [B, S, H, D], any floating dtype; tiled: int64 [nb * b], places in the sequence, on their device. The same
+    q: [B, S, H, D]; k: [B, S, Hk, D]; any floating dtype; tiled: int64 [nb * b], places in the sequence, on their
+    device. Queries that share a key head share its order: a token is where its mean query and its key are. The same
     tensors give the same order. Does not wait for the device.
     """
-    batch, _, heads, dim = q.shape
+    batch, _, heads, dim = k.shape
     count = tiled.numel()
     if count <= block_size:
         return tiled.expand(batch, heads, count)
-    both = moments(sample_of(q, tiled), sample_of(k, tiled), scale)
+    both = moments(sample_of(q, tiled, q.shape[2] // heads), sample_of(k, tiled), scale)
     to_q, to_k = directions(both).split(dim, dim=1)
     q_mean, k_mean = both.mean.split(dim, dim=2)
-    features = _project(q, tiled, q_mean, to_q) + _project(k, tiled, k_mean, to_k)
+    features = _project(q, tiled, q_mean, to_q, heads) + _project(k, tiled, k_mean, to_k, heads)
     features = features.nan_to_num(0.0).to(torch.bfloat16)  # as the kernel has them: 8 bits tell the sides of a cut
     return tiled[k_d_order(features, block_size)].view(batch, heads, count)
 
 
-def sample_of(x: torch.Tensor, tiled: torch.Tensor) -> torch.Tensor:
-    """Some of the tiled tokens of x [B, S, H, D], evenly spread: [B * H, m, D], m at most SAMPLE."""
+def sample_of(x: torch.Tensor, tiled: torch.Tensor, group: int = 1) -> torch.Tensor:
+    """Some of the tiled tokens of x [B, S, H, D], evenly spread: [B * H / group, group * m, D], m at most SAMPLE."""
     some = tiled[:: -(-tiled.numel() // SAMPLE)]
     # contiguous: the same values give the same bits, however they lie in memory
-    return x[:, some].transpose(1, 2).flatten(0, 1).to(stage_dtype(x.dtype)).contiguous()
+    heads_first = x[:, some].transpose(1, 2).to(stage_dtype(x.dtype)).contiguous()
+    return heads_first.view(-1, group * some.numel(), x.shape[3])
 
 
 class Moments(NamedTuple):
-    """Of [q, k]: mean [Z, 1, 2D], covariance [Z, 2D, 2D], and weigh [Z, 2D, 2D] = diag(M_k, M_q), the second moments of
-    k (centred) and of q, times scale².
+    """Of [q, k], q the mean query of a token: mean [Z, 1, 2D], covariance [Z, 2D, 2D], and weigh [Z, 2D, 2D] =
+    diag(M_k, M_q), the second moments of k (centred) and of all queries, times scale².
     """
 
     mean: torch.Tensor
@@ -55,14 +57,15 @@ class Moments(NamedTuple):
 
 
 def moments(q: torch.Tensor, k: torch.Tensor, scale: float) -> Moments:
-    """q, k: [Z, m, D]"""
-    count, dim = q.shape[1:]
-    q_mean, k_mean = q.mean(1, keepdim=True), k.mean(1, keepdim=True)
-    apart = torch.cat([q - q_mean, k - k_mean], dim=2)
+    """q: [Z, group * m, D]; k: [Z, m, D]"""
+    count, dim = k.shape[1:]
+    of_token = q.unflatten(1, (-1, count)).mean(1)
+    q_mean, k_mean = of_token.mean(1, keepdim=True), k.mean(1, keepdim=True)
+    apart = torch.cat([of_token - q_mean, k - k_mean], dim=2)
     covariance = apart.transpose(1, 2) @ apart / count
     weigh = torch.zeros_like(covariance)
     weigh[:, :dim, :dim] = covariance[:, dim:, dim:]
-    weigh[:, dim:, dim:] = q.transpose(1, 2) @ q / count
+    weigh[:, dim:, dim:] = q.transpose(1, 2) @ q / q.shape[1]
     return Moments(torch.cat([q_mean, k_mean], dim=2), covariance, weigh.mul_(scale**2))
 
 
@@ -146,6 +149,9 @@ def _halve(order: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order).scatter_(2, place, order)
 
 
-def _project(x: torch.Tensor, tiled: torch.Tensor, mean: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """(x - mean) W: [Z, nb * b, r]. x: [B, S, H, D]; mean: [Z, 1, D]; w: [Z, D, r]."""
-    return x[:, tiled].transpose(1, 2).flatten(0, 1).to(w.dtype) @ w - mean @ w
+def _project(x: torch.Tensor, tiled: torch.Tensor, mean: torch.Tensor, w: torch.Tensor, heads: int) -> torch.Tensor:
+    """(x - mean) W: [Z, nb * b, r]. x: [B, S, H, D], of which the mean of every group counts; mean: [Z, 1, D]; w:
+    [Z, D, r]; Z: B * heads.
+    """
+    of_token = x[:, tiled].to(w.dtype).unflatten(2, (heads, -1)).mean(3)  # [B, nb * b, heads, D]
+    return of_token.transpose(1, 2).flatten(0, 1) @ w - mean @ w

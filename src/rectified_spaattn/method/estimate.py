@@ -5,6 +5,7 @@ import math
 import torch
 
 from ..config import Rule
+from .groups import product
 from .pool import stage_dtype
 
 
@@ -21,17 +22,18 @@ def estimate(
 ) -> torch.Tensor:
     """P: the attention mass of every query block over the key blocks and, last, over all isolated keys.
 
-    q_mean, k_mean: [B, H, nb, D]; k_isolated: [B, H, I, D], the first `leftover` of them video; valid: bool [B, I].
+    q_mean: [B, H, nb, D]; k_mean: [B, Hk, nb, D]; k_isolated: [B, Hk, I, D], the first `leftover` of them video; valid:
+    bool [B, I].
     Returns [B, H, nb, nb + 1], rows of sum 1. With rule.log_b a pooled column stands for block_size tokens. An isolated
     key stands for itself, or, with rule.pooled_text, the leftover ones and every block_size of text make one column.
     """
     columns, present = k_isolated.to(q_mean.dtype), valid
     if rule.pooled_text:
         columns, present = pooled_columns(k_isolated, valid, block_size, leftover)
-    to_blocks = scale * q_mean @ k_mean.transpose(-1, -2)  # [B, H, nb, nb]
+    to_blocks = product(scale * q_mean, k_mean.transpose(-1, -2))  # [B, H, nb, nb]
     if rule.log_b:
         to_blocks = to_blocks + math.log(block_size)
-    to_isolated = scale * q_mean @ columns.transpose(-1, -2)  # [B, H, nb, columns]
+    to_isolated = product(scale * q_mean, columns.transpose(-1, -2))  # [B, H, nb, columns]
     to_isolated = to_isolated.masked_fill(~present[:, None, None, :], -math.inf)
     probability = torch.cat([to_blocks, to_isolated], dim=-1).softmax(dim=-1)
     num_blocks = to_blocks.shape[-1]

@@ -3,6 +3,7 @@
 import torch
 
 from ..config import Rule
+from .groups import product
 from .pool import Pooled
 
 
@@ -18,6 +19,6 @@ def gain(pooled: Pooled, block_mask: torch.Tensor, rule: Rule) -> torch.Tensor:
     if pooled.dq is None or pooled.dk is None:
         raise ValueError("gain: got block statistics without deviations; pool with the same rule.")
     k_t, dk_t = pooled.k.transpose(-1, -2), pooled.dk.transpose(-1, -2)
-    worth = (pooled.q @ k_t).abs_()  # [B, H, nb, nb]
-    error = (pooled.dq @ k_t).abs_() + (pooled.q @ dk_t).abs_()
+    worth = product(pooled.q, k_t).abs_()  # [B, H, nb, nb]
+    error = product(pooled.dq, k_t).abs_() + product(pooled.q, dk_t).abs_()
     return ~block_mask & (worth > error)

@@ -11,14 +11,15 @@ from ..orders import Blocks
 class Inputs(NamedTuple):
     """One checked call. Tensors share one device.
 
-    q, k, v      [B, S, H, D], any strides, in the model's token order
+    q            [B, S, H, D], any strides, in the model's token order
+    k, v         [B, S, Hk, D], likewise; head h of q attends to head h // (H // Hk) of k
     blocks       which token is in which block; its tensors are on the device of q
     config       what to do
     text_mask    bool [B, text], True where a token that stands alone is valid
     scale        factor of the logits
     block_mask   bool [B, H, nb, nb], contiguous: critical blocks in place of stage 3; None: to be chosen
-    token_order  int [B, H, nb*b], places of the tiled tokens where every head has an order of its own; None: they are
-                 those of blocks.tiled
+    token_order  int [B, Hk, nb*b], places of the tiled tokens where every key head has an order of its own, which the
+                 queries that share it share; None: they are those of blocks.tiled
     """
 
     q: torch.Tensor
@@ -30,6 +31,11 @@ class Inputs(NamedTuple):
     scale: float
     block_mask: torch.Tensor | None = None
     token_order: torch.Tensor | None = None
+
+    @property
+    def group(self) -> int:
+        """H // Hk, the query heads that share a key head."""
+        return self.q.shape[2] // self.k.shape[2]
 
     @property
     def valid(self) -> torch.Tensor:

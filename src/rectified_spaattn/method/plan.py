@@ -33,7 +33,9 @@ class Choices(NamedTuple):
 def decide(
     inputs: Inputs, q_tiled: torch.Tensor, k_tiled: torch.Tensor, v_tiled: torch.Tensor, k_isolated: torch.Tensor
 ) -> tuple[Choices, Rectification]:
-    """q_tiled, k_tiled, v_tiled: [B, H, nb, b, D]; k_isolated: [B, H, I, D]: the inputs' tokens, block after block."""
+    """q_tiled: [B, H, nb, b, D]; k_tiled, v_tiled: [B, Hk, nb, b, D]; k_isolated: [B, Hk, I, D]: the inputs' tokens,
+    block after block.
+    """
     blocks, rule = inputs.blocks, inputs.config.rule
     pooled = pool(q_tiled, k_tiled, v_tiled, rule)
     probability = estimate(

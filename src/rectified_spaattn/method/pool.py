@@ -9,7 +9,7 @@ from ..config import Rule
 
 
 class Pooled(NamedTuple):
-    """Block statistics, each [B, H, nb, D], float32 (float64 for float64 input).
+    """Block statistics, each [B, H, nb, D], of keys and values [B, Hk, nb, D]; float32 (float64 for float64 input).
 
     q, k, v  means
     dq, dk   mean |q - q̄| and mean |k - k̄|, where the gate weighs the gain; else None
@@ -27,7 +27,7 @@ class Pooled(NamedTuple):
 def pool(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule) -> Pooled:
     """Means of q, k, v over the tokens of every block, and the spread that the rule needs.
 
-    q, k, v: [B, H, nb, b, D], any floating dtype.
+    q: [B, H, nb, b, D]; k, v: [B, Hk, nb, b, D]; any floating dtype.
     """
     pooled = Pooled(_block_mean(q), _block_mean(k), _block_mean(v))
     if rule.gate == "gain":

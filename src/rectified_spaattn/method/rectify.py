@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from .groups import product
 from .tail import Tail
 
 
@@ -23,10 +24,10 @@ class Rectification(NamedTuple):
 def rectify(probability: torch.Tensor, compensated: torch.Tensor, v_mean: torch.Tensor) -> Rectification:
     """R_n = 1 - Σ P over compensated blocks, summed from what is left; C_n = Σ P_nm v̄_m over compensated blocks.
 
-    probability: [B, H, nb, nb + 1]; compensated: bool [B, H, nb, nb]; v_mean: [B, H, nb, D].
+    probability: [B, H, nb, nb + 1]; compensated: bool [B, H, nb, nb]; v_mean: [B, Hk, nb, D].
     """
     num_blocks = compensated.shape[-1]
     to_blocks = probability[..., :num_blocks]
     rest = to_blocks.masked_fill(compensated, 0).sum(-1) + probability[..., num_blocks]
     r = rest.masked_fill(~compensated.any(-1), 1.0)  # nothing is compensated: 1, also where an estimate is not finite
-    return Rectification(r=r, c=to_blocks.masked_fill(~compensated, 0) @ v_mean)
+    return Rectification(r=r, c=product(to_blocks.masked_fill(~compensated, 0), v_mean))

@@ -28,6 +28,7 @@ def reference(inputs: "Inputs") -> Reference:
     device = inputs.q.device
     q, k, v = inputs.q.double().cpu(), inputs.k.double().cpu(), inputs.v.double().cpu()
     batch, _, heads, _ = q.shape
+    group = heads // k.shape[2]
     b, isolated = blocks.block_size, blocks.isolated.cpu()
     nb = len(blocks.tiled) // b
     out = torch.empty(q.shape, dtype=torch.float64)
@@ -41,14 +42,16 @@ def reference(inputs: "Inputs") -> Reference:
         valid = torch.cat([ones, inputs.text_mask[i].cpu()])
         alone = isolated[valid]
         for h in range(heads):
-            tiled = (blocks.tiled if inputs.token_order is None else inputs.token_order[i, h]).long().cpu()
-            qt, kt, vt = (x[i, tiled, h].view(nb, b, x.shape[-1]) for x in (q, k, v))
-            k_alone, v_alone = k[i, alone, h], v[i, alone, h]
+            of_k = h // group
+            tiled = (blocks.tiled if inputs.token_order is None else inputs.token_order[i, of_k]).long().cpu()
+            qt = q[i, tiled, h].view(nb, b, q.shape[-1])
+            kt, vt = (x[i, tiled, of_k].view(nb, b, x.shape[-1]) for x in (k, v))
+            k_alone, v_alone = k[i, alone, of_k], v[i, alone, of_k]
             q_mean, k_mean, v_mean = qt.mean(1), kt.mean(1), vt.mean(1)
             dq, dk = (qt - q_mean[:, None]).abs().mean(1), (kt - k_mean[:, None]).abs().mean(1)
             columns, log_b = k_alone, torch.tensor(float(b), dtype=torch.float64).log()
             if config.rectify == "pooled":
-                columns, log_b = _pooled_columns(k[i, isolated, h], valid, blocks.leftover, b), log_b * 0
+                columns, log_b = _pooled_columns(k[i, isolated, of_k], valid, blocks.leftover, b), log_b * 0
 
             p = _probability(q_mean, k_mean, columns, log_b, scale)
             if block_mask is not None:
@@ -57,7 +60,8 @@ def reference(inputs: "Inputs") -> Reference:
                 keep = torch.stack([critical_row(p[n], n, blocks, config) for n in range(nb)]) if nb else critical[i, h]
                 if config.rectify == "row+slope":
                     sample = blocks.tiled.cpu()[:: -(-len(tiled) // 2048)] if nb else tiled
-                    left = _errors_left(p, qt, kt, vt, q[i, sample, h], k[i, sample, h], scale)
+                    sharing = q[i, sample, of_k * group : (of_k + 1) * group].flatten(0, 1)
+                    left = _errors_left(p, qt, kt, vt, sharing, k[i, sample, of_k], scale)
                     keep = keep | _largest_errors(left, max(1, int((1 - config.sparsity) * nb)) * nb)
             compensate = ~keep
             if config.rectify == "none":
@@ -87,6 +91,10 @@ def reference(inputs: "Inputs") -> Reference:
 
             every_k, every_v = torch.cat([kt.flatten(0, 1), k_alone]), torch.cat([vt.flatten(0, 1), v_alone])
             out[i, isolated, h] = (scale * (q[i, isolated, h] @ every_k.T)).softmax(-1) @ every_v
+            for at in blocks.apart.tolist():
+                others = [t for t in blocks.apart.tolist() if valid[t] and (t <= at or not blocks.causal)]
+                seen, query = isolated[others], q[i, isolated[at], h]
+                out[i, isolated[at], h] = (scale * (k[i, seen, of_k] @ query)).softmax(-1) @ v[i, seen, of_k]
 
     plan = (critical, compensated, probability, r)
     return Reference(out.to(device), *(x.to(device) for x in plan))
@@ -166,14 +174,14 @@ def _errors_left(
     most: with C = LᵀL the covariance of keys and Z the main eigenvectors of L M Lᵀ, M = scale² mean q qᵀ, it is
     q·(k - k̄) = (L q)·(L⁻ᵀ (k - k̄)), and Z Zᵀ between the two keeps 8 of them.
     """
-    nb, (count, dim) = len(kt), k_sample.shape
+    nb, dim = len(kt), k_sample.shape[1]
     left = torch.zeros(nb, nb, dtype=torch.float64)
     apart = k_sample - k_sample.mean(0)
-    values, vectors = torch.linalg.eigh((apart.T @ apart / count).nan_to_num())
+    values, vectors = torch.linalg.eigh((apart.T @ apart / len(apart)).nan_to_num())
     values = values.clamp(min=0)
     root = vectors @ values.sqrt().diag() @ vectors.T
     inverse = vectors @ torch.where(values > 1e-12 * values.max(), values, math.inf).rsqrt().diag() @ vectors.T
-    seen = scale**2 * root @ (q_sample.T @ q_sample / count).nan_to_num() @ root
+    seen = scale**2 * root @ (q_sample.T @ q_sample / len(q_sample)).nan_to_num() @ root
     main = torch.linalg.eigh(seen)[1][:, -min(8, dim) :]
     for m in range(nb):
         moving = _moving_together(kt[m] @ inverse @ main, vt[m])

@@ -7,18 +7,19 @@ from typing import NamedTuple
 import torch
 
 from .arrange import DIRECTIONS, sample_of
+from .groups import product
 
 
 class Directions(NamedTuple):
-    """scale * q·(k - k̄) seen in r = min(8, D) directions: about (q @ Q)·((k - k̄) @ K), Q and K being [B, H, D, r]."""
+    """scale * q·(k - k̄) seen in r = min(8, D) directions: about (q @ Q)·((k - k̄) @ K), Q and K being [B, Hk, D, r]."""
 
     q: torch.Tensor
     k: torch.Tensor
 
 
 class Responses(NamedTuple):
-    """Of every block [B, H, nb, r, r]: how its queries look in the directions, mean (q Q)(q Q)ᵀ; and how its values
-    follow its keys there, C Cᵀ with C = mean ((k - k̄) K)(v - v̄)ᵀ, [r, D].
+    """Of every block: how its queries look in the directions, mean (q Q)(q Q)ᵀ, [B, H, nb, r, r]; and how its values
+    follow its keys there, C Cᵀ, [B, Hk, nb, r, r], with C = mean ((k - k̄) K)(v - v̄)ᵀ, [r, D].
     """
 
     q: torch.Tensor
@@ -45,14 +46,15 @@ def directions(
     scale: float,
     principal: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = principal,
 ) -> Directions:
-    """The directions of every head in which its keys differ most for its queries. q, k: [B, S, H, D].
+    """The directions of every key head in which its keys differ most for its queries.
 
+    q: [B, S, H, D]; k: [B, S, Hk, D].
     K are the r principal directions of M_q C_k, Kᵀ C_k K = 1, with C_k the covariance of keys and M_q = scale² mean
-    q qᵀ, from the sample that sorting takes; Q = scale * C_k K. Zeros where they are not finite. principal: what finds
-    them, exactly here, by iteration on a GPU.
+    q qᵀ over all queries that share them, from the sample that sorting takes; Q = scale * C_k K. Zeros where they are
+    not finite. principal: what finds them, exactly here, by iteration on a GPU.
     """
-    batch, _, heads, _ = q.shape
-    some_q, some_k = sample_of(q, tiled), sample_of(k, tiled)
+    batch, _, heads, _ = k.shape
+    some_q, some_k = sample_of(q, tiled, q.shape[2] // heads), sample_of(k, tiled)
     apart = some_k - some_k.mean(1, keepdim=True)
     covariance = apart.transpose(1, 2) @ apart / some_k.shape[1]
     to_k = principal(covariance, scale**2 * (some_q.transpose(1, 2) @ some_q / some_q.shape[1]))
@@ -61,17 +63,18 @@ def directions(
 
 
 def responses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of: Directions) -> Responses:
-    """q, k, v: [B, H, nb, b, D], any floating dtype."""
-    rank, size = of.k.shape[3], q.shape[3]
-    both = of.k.new_empty(2, *q.shape[:3], rank, rank)
+    """q: [B, H, nb, b, D]; k, v: [B, Hk, nb, b, D]; any floating dtype."""
+    rank, size, group = of.k.shape[3], q.shape[3], q.shape[1] // k.shape[1]
+    both = Responses(*(of.k.new_empty(*x.shape[:3], rank, rank) for x in (q, k)))
     for h in range(q.shape[1]):  # one head at a time, so that a long video needs no copy of all
-        seen = q[:, h].to(of.q.dtype) @ of.q[:, h, None]
+        seen = q[:, h].to(of.q.dtype) @ of.q[:, h // group, None]
+        torch.matmul(seen.transpose(-1, -2), seen, out=both.q[:, h]).div_(size)
+    for h in range(k.shape[1]):
         keys, values = (x[:, h].to(of.k.dtype) for x in (k, v))
         seen_k = (keys - keys.mean(2, keepdim=True)) @ of.k[:, h, None]
         follow = seen_k.transpose(-1, -2) @ (values - values.mean(2, keepdim=True)) / size  # [B, nb, r, D]
-        torch.matmul(seen.transpose(-1, -2), seen, out=both[0, :, h]).div_(size)
-        torch.matmul(follow, follow.transpose(-1, -2), out=both[1, :, h])
-    return Responses(*both)
+        torch.matmul(follow, follow.transpose(-1, -2), out=both.kv[:, h])
+    return both
 
 
 def residual(probability: torch.Tensor, half_variance: torch.Tensor, of: Responses) -> torch.Tensor:
@@ -80,5 +83,5 @@ def residual(probability: torch.Tensor, half_variance: torch.Tensor, of: Respons
     probability: [B, H, nb, nb + 1]; half_variance: ½σ², [B, H, nb, nb]. H_m = mean (k - k̄)(v - v̄)ᵀ over block m says
     how its values follow its keys, and scale * q H_m is what the pooled value misses, to first order.
     """
-    moved = of.q.flatten(-2) @ of.kv.flatten(-2).transpose(-1, -2)  # mean |scale * q H_m|²
+    moved = product(of.q.flatten(-2), of.kv.flatten(-2).transpose(-1, -2))  # mean |scale * q H_m|²
     return probability[..., :-1] * moved.mul_(2 * half_variance).clamp_(min=0).sqrt_()

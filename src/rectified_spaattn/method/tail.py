@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 import torch
 
+from .groups import product
 from .pool import Pooled
 
 CAP = 2.0  # largest ½σ²; docs/quality.md has the measurement
 
 
 class Tail(NamedTuple):
-    """Pooled keys and values [B, H, nb, D], and what is added to their logits: bias [B, H, nb, nb]."""
+    """Pooled keys and values [B, Hk, nb, D], and what is added to their logits: bias [B, H, nb, nb]."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -24,7 +25,7 @@ def half_variance(pooled: Pooled, scale: float) -> torch.Tensor:
     """
     if pooled.k_var is None:
         raise ValueError("half_variance: got block statistics without the variance of keys; pool with the same rule.")
-    return (0.5 * scale**2) * pooled.q.square() @ pooled.k_var.transpose(-1, -2)
+    return product((0.5 * scale**2) * pooled.q.square(), pooled.k_var.transpose(-1, -2))
 
 
 def pooled_keys(pooled: Pooled, compensated: torch.Tensor, half_variance: torch.Tensor, block_size: int) -> Tail:

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -53,7 +53,7 @@ class ForwardState:
         """A layout of this forward without the padding."""
         if not self.padding or layout is not self.layout:
             return layout
-        return replace(layout, sequence=layout.sequence - self.padding)
+        return layout.first(layout.sequence - self.padding)
 
 
 class RunningForwards(threading.local):

@@ -79,7 +79,7 @@ def layer_attention(
     handle: torch.Tensor,
     scale: float | None,
 ) -> torch.Tensor:
-    """q, k, v: [B, S, H, D]; mask: of keys, or None; handle: int64 scalar on the CPU. Returns [B, S, H, D]."""
+    """q: [B, S, H, D]; k, v: [B, S, Hk, D]; mask: of keys, or None; handle: int64 scalar on the CPU. Returns out."""
     return _layer_of(handle).attend(q, k, v, mask, scale).contiguous()
 
 
@@ -131,10 +131,10 @@ def _backend(
         if not torch.compiler.is_compiling():
             _layer_of(handle).called = True
         return value  # perturbed attention guidance: what the dense dispatch gives inside this mode
-    if dropout_p or is_causal or enable_gqa:
+    if dropout_p or is_causal:
         raise ValueError(
-            f"rectified attention: got dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa}; allowed: "
-            "0, False, False. Disable it on this model."
+            f"rectified attention: got dropout_p={dropout_p}, is_causal={is_causal}; allowed: 0, False. Disable it on "
+            "this model."
         )
     if _parallel_config is not None:
         raise RuntimeError("Context parallelism with rectified attention is not supported yet: disable one of the two.")

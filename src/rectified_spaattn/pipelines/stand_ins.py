@@ -71,11 +71,11 @@ class Cosmos3Processor:
         causal = torch.nn.functional.scaled_dot_product_attention(
             heads_first[0], heads_first[1], heads_first[2], is_causal=True, enable_gqa=True
         )
-        groups = attn.num_key_value_groups
         out = dispatch_attention_fn(
             torch.cat([q, made_q])[None],
-            torch.cat([seen, made_k])[None].repeat_interleave(groups, dim=2),
-            torch.cat([v, made_v])[None].repeat_interleave(groups, dim=2),
+            torch.cat([seen, made_k])[None],
+            torch.cat([v, made_v])[None],
+            enable_gqa=True,
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )

@@ -173,7 +173,7 @@ class LayerState:
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None
     ) -> torch.Tensor:
-        """q, k, v: [B, S, H, D] after RoPE; mask: as in masks.key_mask, or None. Returns [B, S, H, D]."""
+        """q: [B, S, H, D] after RoPE; k, v: [B, S, Hk, D]; mask: as in masks.key_mask, or None. Returns q's shape."""
         if k.shape[1] != q.shape[1]:  # an IP-Adapter's cross-attention from the same processor: none of ours
             return self._dense(q, k, v, mask, scale)
         self.called = True
@@ -245,7 +245,10 @@ class LayerState:
     ) -> torch.Tensor:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-        return dispatch_attention_fn(q, k, v, attn_mask=mask, scale=scale, backend=self.dense_backend)
+        grouped = q.shape[2] != k.shape[2]
+        return dispatch_attention_fn(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped, backend=self.dense_backend
+        )
 
     def _say_outside(self) -> None:
         recomputed = torch._C._current_graph_task_id() != -1  # gradient checkpointing: in the backward pass

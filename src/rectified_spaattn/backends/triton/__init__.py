@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ...method.apart import attend_apart
 from ...method.inputs import Inputs
 from ...method.plan import Choices
 from ...method.rectify import Rectification
@@ -16,14 +17,15 @@ if TYPE_CHECKING:
     from .tile import Tiled
 
 DTYPES = (torch.float16, torch.bfloat16)
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 96, 128, 256)
 BLOCK_SIZES = (64, 128)
 MAX_BLOCKS = 8191  # one program holds a row of key blocks in registers
 OLDEST_TRITON = (3, 4)  # the first with host-side tensor descriptors
 
 
 class BlockLists(NamedTuple):
-    """The key blocks of every query block, sorted. Blocks of isolated queries come last and list every key block.
+    """The key blocks of every query block, sorted. Blocks of isolated queries come last and list every key block, or
+    none where all of their queries attend to each other only.
 
     counts: int32 [B, H, rows / b]; indices: int32 [B, H, rows / b, nb], of which the first `counts` are set.
     """
@@ -35,7 +37,7 @@ class BlockLists(NamedTuple):
 class Prepared(NamedTuple):
     """What `attend` needs: q, k, v in block order, the lists of kept blocks, and what repairs the rest.
 
-    The keys and values of a tail are those of `Tiled`, [B, H, nb up to a multiple of 128, D].
+    The keys and values of a tail are those of `Tiled`, [B, Hk, nb up to a multiple of 128, D].
     """
 
     tiled: "Tiled"
@@ -52,8 +54,13 @@ class Partial(NamedTuple):
     lse: torch.Tensor
 
 
+def columns_of(head_dim: int) -> int:
+    """How wide a tile of whole heads is: a power of two. Its columns from head_dim on are zeros."""
+    return 1 << (head_dim - 1).bit_length()
+
+
 def sort_tokens(inputs: Inputs) -> torch.Tensor:
-    """int64 [B, H, nb*b]: the tiled tokens of every head by content."""
+    """int64 [B, Hk, nb*b]: the tiled tokens of every key head by content."""
     from .arrange import content_order
 
     return content_order(inputs.q, inputs.k, inputs.blocks, inputs.scale)
@@ -76,7 +83,9 @@ def run(inputs: Inputs, prepared: Prepared) -> torch.Tensor:
     """
     from .attend import attend
 
-    return attend(inputs, prepared)[0]
+    out, _ = attend(inputs, prepared)
+    attend_apart(inputs, out)
+    return out
 
 
 def why_not(call: Call) -> str | None:
@@ -109,7 +118,7 @@ def _why_not_this(call: Call) -> str | None:
         names = " and ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         return f"{str(call.dtype).removeprefix('torch.')} inputs, the kernels take {names}"
     if call.head_dim not in HEAD_DIMS:
-        return f"head_dim {call.head_dim}, the kernels take 64 and 128"
+        return f"head_dim {call.head_dim}, the kernels take 64, 96, 128 and 256"
     if call.block_size not in BLOCK_SIZES:
         return f"block_size {call.block_size}, the kernels take 64 and 128"
     if call.num_blocks > MAX_BLOCKS:

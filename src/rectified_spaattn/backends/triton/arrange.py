@@ -6,15 +6,16 @@ import triton.language as tl
 
 from ...method.arrange import NODE_SAMPLE, ROUNDS, Moments, moments, sample_of, start_directions
 from ...orders import Blocks
+from . import columns_of
 
 
 def content_order(q: torch.Tensor, k: torch.Tensor, blocks: Blocks, scale: float) -> torch.Tensor:
-    """int64 [B, H, nb * b], as method.arrange.content_order, but for rounding. blocks: on the tensors' device."""
-    batch, _, heads, _ = q.shape
+    """int64 [B, Hk, nb * b], as method.arrange.content_order, but for rounding. blocks: on the tensors' device."""
+    batch, _, heads, _ = k.shape
     if blocks.num_blocks <= 1:
         return blocks.tiled.expand(batch, heads, -1)
-    both = moments(sample_of(q, blocks.tiled), sample_of(k, blocks.tiled), scale)
-    w = directions(both)  # [B * H, 2D, r]
+    both = moments(sample_of(q, blocks.tiled, q.shape[2] // heads), sample_of(k, blocks.tiled), scale)
+    w = directions(both)  # [B * Hk, 2D, r]
     features = project(q, k, blocks.tiled, w.to(q.dtype), both.mean @ w)
     return blocks.tiled[k_d_order(features, blocks.block_size).long()].view(batch, heads, -1)
 
@@ -32,7 +33,8 @@ def principal(covariance: torch.Tensor, weigh: torch.Tensor, as_long_as_deviatio
     w, seen = torch.empty(2, trees, dim, rank, dtype=torch.float32, device=start.device)
     _directions_kernel[(trees,)](
         covariance.contiguous(), weigh.contiguous(), start, w, seen,
-        DIM=dim, RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)), CHUNK=32, ROUNDS=ROUNDS,
+        DIM=dim, COLUMNS=columns_of(dim), RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)),
+        CHUNK=32 if dim < 512 else 16, ROUNDS=ROUNDS,
         STRETCH=as_long_as_deviation, num_warps=8,
     )  # fmt: skip
     return w
@@ -41,18 +43,18 @@ def principal(covariance: torch.Tensor, weigh: torch.Tensor, as_long_as_deviatio
 def project(
     q: torch.Tensor, k: torch.Tensor, tiled: torch.Tensor, w: torch.Tensor, shift: torch.Tensor
 ) -> torch.Tensor:
-    """[q, k] W - shift for the tokens of `tiled`: bfloat16 [B * H, nb * b, r].
+    """[q, k] W - shift for the tokens of `tiled`, q the mean query of a key head: bfloat16 [B * Hk, nb * b, r].
 
-    w: [B * H, 2D, r], in the inputs' dtype; shift: [B * H, 1, r].
+    w: [B * Hk, 2D, r], in the inputs' dtype; shift: [B * Hk, 1, r].
     """
-    batch, _, heads, dim = q.shape
+    batch, _, heads, dim = k.shape
     rank = w.shape[2]
     features = torch.empty(batch * heads, tiled.numel(), rank, dtype=torch.bfloat16, device=q.device)
     block = 64
     _project_kernel[(triton.cdiv(tiled.numel(), block) * heads, batch)](
         q, k, tiled, w.contiguous(), shift.float().contiguous(), features,
-        *q.stride(), *k.stride(), heads, tiled.numel(), rank,
-        HEAD_DIM=dim, BLOCK=block, WIDTH=max(16, triton.next_power_of_2(rank)), num_warps=4,
+        *q.stride(), *k.stride(), heads, q.shape[2] // heads, tiled.numel(), rank,
+        HEAD_DIM=dim, COLUMNS=columns_of(dim), BLOCK=block, WIDTH=max(16, triton.next_power_of_2(rank)), num_warps=4,
     )  # fmt: skip
     return features
 
@@ -78,59 +80,63 @@ def k_d_order(features: torch.Tensor, block_size: int) -> torch.Tensor:
 
 
 @triton.jit
-def _times(matrix_ptr, x_ptr, DIM: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+def _times(
+    matrix_ptr, x_ptr,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """A matrix [DIM, DIM] times x [DIM, RANK], both in memory."""
-    i = tl.arange(0, DIM)
+    i = tl.arange(0, COLUMNS)
     r = tl.arange(0, WIDTH)
-    # [DIM, WIDTH]
-    product = tl.zeros((DIM, WIDTH), tl.float32)
+    # [COLUMNS, WIDTH]
+    product = tl.zeros((COLUMNS, WIDTH), tl.float32)
     for first in tl.range(0, DIM, CHUNK):
         j = first + tl.arange(0, CHUNK)
-        # [DIM, CHUNK]: both matrices are symmetric
-        columns = tl.trans(tl.load(matrix_ptr + j[:, None] * DIM + i[None, :]))
+        # [COLUMNS, CHUNK]: both matrices are symmetric
+        columns = tl.trans(tl.load(matrix_ptr + j[:, None] * DIM + i[None, :], mask=i[None, :] < DIM, other=0.0))
         x = tl.load(x_ptr + j[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
         product = tl.dot(columns, x, product, input_precision="ieee")
     return product
 
 
 @triton.jit
-def _keep(x_ptr, x, DIM: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
-    """Writes x [DIM, WIDTH] where all threads of the program can read it."""
-    i = tl.arange(0, DIM)
+def _keep(x_ptr, x, DIM: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes x [COLUMNS, WIDTH] where all threads of the program can read it."""
+    i = tl.arange(0, COLUMNS)
     r = tl.arange(0, WIDTH)
     tl.debug_barrier()
-    tl.store(x_ptr + i[:, None] * RANK + r[None, :], x, mask=r[None, :] < RANK)
+    tl.store(x_ptr + i[:, None] * RANK + r[None, :], x, mask=(i[:, None] < DIM) & (r[None, :] < RANK))
     tl.debug_barrier()
 
 
 @triton.jit
 def _directions_kernel(
     covariance_ptr, weigh_ptr, start_ptr, w_ptr, seen_ptr,
-    DIM: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, ROUNDS: tl.constexpr,
-    STRETCH: tl.constexpr,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    ROUNDS: tl.constexpr, STRETCH: tl.constexpr,
 ):  # fmt: skip
     z = tl.program_id(0).to(tl.int64)
     covariance_ptr += z * DIM * DIM
     weigh_ptr += z * DIM * DIM
     w_ptr += z * DIM * RANK
     seen_ptr += z * DIM * RANK
-    i = tl.arange(0, DIM)
+    i = tl.arange(0, COLUMNS)
     r = tl.arange(0, WIDTH)
-    start = tl.load(start_ptr + i[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
-    _keep(w_ptr, start, DIM, RANK, WIDTH)
-    _keep(seen_ptr, _times(covariance_ptr, w_ptr, DIM, RANK, WIDTH, CHUNK), DIM, RANK, WIDTH)
+    inside = (i[:, None] < DIM) & (r[None, :] < RANK)
+    start = tl.load(start_ptr + i[:, None] * RANK + r[None, :], mask=inside, other=0.0)
+    _keep(w_ptr, start, DIM, COLUMNS, RANK, WIDTH)
+    _keep(seen_ptr, _times(covariance_ptr, w_ptr, DIM, COLUMNS, RANK, WIDTH, CHUNK), DIM, COLUMNS, RANK, WIDTH)
     for _ in tl.range(0, ROUNDS):
-        # [DIM, WIDTH]
-        w = tl.zeros((DIM, WIDTH), tl.float32)
-        seen = tl.zeros((DIM, WIDTH), tl.float32)
+        # [COLUMNS, WIDTH]
+        w = tl.zeros((COLUMNS, WIDTH), tl.float32)
+        seen = tl.zeros((COLUMNS, WIDTH), tl.float32)
         for _ in tl.static_range(2):
-            w = _times(weigh_ptr, seen_ptr, DIM, RANK, WIDTH, CHUNK)
-            _keep(w_ptr, w, DIM, RANK, WIDTH)
-            seen = _times(covariance_ptr, w_ptr, DIM, RANK, WIDTH, CHUNK)
-            _keep(seen_ptr, seen, DIM, RANK, WIDTH)
+            w = _times(weigh_ptr, seen_ptr, DIM, COLUMNS, RANK, WIDTH, CHUNK)
+            _keep(w_ptr, w, DIM, COLUMNS, RANK, WIDTH)
+            seen = _times(covariance_ptr, w_ptr, DIM, COLUMNS, RANK, WIDTH, CHUNK)
+            _keep(seen_ptr, seen, DIM, COLUMNS, RANK, WIDTH)
         # Gram-Schmidt, such that wᵀ C w = 1; seen is C w throughout
         for column in tl.static_range(RANK):
-            # [DIM]
+            # [COLUMNS]
             one = tl.sum(tl.where(r[None, :] == column, w, 0.0), 1)
             one_seen = tl.sum(tl.where(r[None, :] == column, seen, 0.0), 1)
             square = tl.sum(one * one_seen, 0)
@@ -144,13 +150,13 @@ def _directions_kernel(
                 r[None, :] == column, one_seen[:, None],
                 tl.where(r[None, :] > column, seen - one_seen[:, None] * share, seen),
             )  # fmt: skip
-        _keep(w_ptr, w, DIM, RANK, WIDTH)
-        _keep(seen_ptr, seen, DIM, RANK, WIDTH)
+        _keep(w_ptr, w, DIM, COLUMNS, RANK, WIDTH)
+        _keep(seen_ptr, seen, DIM, COLUMNS, RANK, WIDTH)
     if STRETCH:
-        w = tl.load(w_ptr + i[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
-        seen = tl.load(seen_ptr + i[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
-        spread = tl.sum(seen * _times(weigh_ptr, seen_ptr, DIM, RANK, WIDTH, CHUNK), 0)
-        _keep(w_ptr, w * tl.sqrt(tl.maximum(spread, 0.0))[None, :], DIM, RANK, WIDTH)
+        w = tl.load(w_ptr + i[:, None] * RANK + r[None, :], mask=inside, other=0.0)
+        seen = tl.load(seen_ptr + i[:, None] * RANK + r[None, :], mask=inside, other=0.0)
+        spread = tl.sum(seen * _times(weigh_ptr, seen_ptr, DIM, COLUMNS, RANK, WIDTH, CHUNK), 0)
+        _keep(w_ptr, w * tl.sqrt(tl.maximum(spread, 0.0))[None, :], DIM, COLUMNS, RANK, WIDTH)
 
 
 @triton.jit
@@ -158,26 +164,31 @@ def _project_kernel(
     q_ptr, k_ptr, places_ptr, w_ptr, shift_ptr, out_ptr,
     q_sb, q_ss, q_sh, q_sd,
     k_sb, k_ss, k_sh, k_sd,
-    heads, count, rank,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    heads, group, count, rank,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     chunk, h, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
     z, h = batch * heads + h, h.to(tl.int64)
     i = chunk * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, HEAD_DIM)
+    d = tl.arange(0, COLUMNS)
     r = tl.arange(0, WIDTH)
     # [BLOCK]
     place = tl.load(places_ptr + i, mask=i < count, other=0)
-    # [BLOCK, HEAD_DIM]
-    from_q = q_ptr + batch * q_sb + h * q_sh + place[:, None] * q_ss + d[None, :].to(tl.int64) * q_sd
+    # [BLOCK, COLUMNS]
+    from_q = q_ptr + batch * q_sb + h * group * q_sh + place[:, None] * q_ss + d[None, :].to(tl.int64) * q_sd
     from_k = k_ptr + batch * k_sb + h * k_sh + place[:, None] * k_ss + d[None, :].to(tl.int64) * k_sd
-    # [HEAD_DIM, WIDTH]
+    there = d[None, :] < HEAD_DIM
+    # [COLUMNS, WIDTH]
     at_w = w_ptr + (z * 2 * HEAD_DIM + d[:, None]) * rank + r[None, :]
-    w_q = tl.load(at_w, mask=r[None, :] < rank, other=0.0)
-    w_k = tl.load(at_w + HEAD_DIM * rank, mask=r[None, :] < rank, other=0.0)
+    in_w = (d[:, None] < HEAD_DIM) & (r[None, :] < rank)
+    w_q = tl.load(at_w, mask=in_w, other=0.0)
+    w_k = tl.load(at_w + HEAD_DIM * rank, mask=in_w, other=0.0)
     # [BLOCK, WIDTH]
-    feature = tl.dot(tl.load(from_q), w_q, input_precision="ieee")
-    feature = tl.dot(tl.load(from_k), w_k, feature, input_precision="ieee")
+    feature = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for each in tl.range(0, group):
+        feature = tl.dot(tl.load(from_q + each * q_sh, mask=there, other=0.0), w_q, feature, input_precision="ieee")
+    feature = feature / group
+    feature = tl.dot(tl.load(from_k, mask=there, other=0.0), w_k, feature, input_precision="ieee")
     feature -= tl.load(shift_ptr + z * rank + r, mask=r < rank, other=0.0)[None, :]
     feature = tl.where(feature == feature, feature, 0.0)
     to = out_ptr + (z * count + i[:, None]) * rank + r[None, :]

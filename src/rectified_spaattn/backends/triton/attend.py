@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...method.inputs import Inputs
-from . import Partial, Prepared
+from . import Partial, Prepared, columns_of
 
 
 class Tiling(NamedTuple):
@@ -55,9 +55,10 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tail and tail.bias,
         tiled.places, turns, r, c,
         out, lse, *before, *before[0].stride()[:3], *out.stride()[:3],
-        heads, num_blocks, rows, rows if tiled.places.ndim == 3 else 0, pool[0].shape[2],
+        heads, inputs.group, num_blocks, rows, rows if tiled.places.ndim == 3 else 0, pool[0].shape[2],
         inputs.scale / math.log(2),
-        BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim,
+        BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim),
+        PART=math.gcd(tiling.block_n, head_dim),
         RESUME=partial is not None, TAIL=tail is not None, TAIL_STAGES=tiling.tail_stages,
         TURNS=turns is not None, SLOPE=slope is not None,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
@@ -66,14 +67,14 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
 
 
 def _rows_of(x: torch.Tensor, count: int) -> TensorDescriptor:
-    """x: [..., D], contiguous, read `count` rows at a time."""
-    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [count, x.shape[-1]])
+    """x: [..., D], contiguous, read `count` rows at a time, with zeros up to a power of two behind them."""
+    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [count, columns_of(x.shape[-1])])
 
 
 def _for_slope(q: torch.Tensor, slope: torch.Tensor, tiling: Tiling) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Both factors of q @ slope in parts of block_n columns and rows."""
-    queries = TensorDescriptor.from_tensor(q.view(-1, q.shape[-1]), [tiling.block_m, tiling.block_n])
-    return queries, _rows_of(slope, tiling.block_n)
+    """Both factors of q @ slope in parts of so many columns and rows that they fill a head."""
+    part = math.gcd(tiling.block_n, q.shape[-1])
+    return TensorDescriptor.from_tensor(q.view(-1, q.shape[-1]), [tiling.block_m, part]), _rows_of(slope, part)
 
 
 def tiling_for(device: torch.device, block: int, head_dim: int, resume: bool) -> Tiling:
@@ -86,14 +87,17 @@ def tiling_for(device: torch.device, block: int, head_dim: int, resume: bool) ->
 
 def tiling_of(arch: str, block: int, head_dim: int, resume: bool) -> Tiling:
     """arch: "hip", or the compute capability as in "90". Shared memory decides: 64 KiB, 99 KiB, or 163 and more."""
-    wide = block * head_dim > 8192
+    wide = block * columns_of(head_dim) > 8192
+    if head_dim > 128:  # an accumulator and tiles of twice the size
+        hopper = arch in ("90", "100", "103")
+        return Tiling(block, 64 if hopper else 16 if arch == "hip" else 32, 8 if block > 64 else 4, 2 if hopper else 1)
     if arch == "hip":
         return Tiling(block, 32, 4, 1)
     if arch in ("90", "100", "103"):
         # two programs or more an SM: one computes its softmax while the others multiply
         if resume:
-            return Tiling(64, 64, 4, 1, maxnreg=128, tail_stages=1 if head_dim == 128 else 2)
-        return Tiling(block if head_dim == 128 else 64, 64, 4, 3, tail_stages=2)
+            return Tiling(64, 64, 4, 1, maxnreg=128, tail_stages=1 if head_dim > 64 else 2)
+        return Tiling(block if head_dim > 64 else 64, 64, 4, 3, tail_stages=2)
     if arch == "80":
         return Tiling(block, 64, 8 if wide else 4, 2)
     return Tiling(block, 32, 8 if wide else 4, 2)
@@ -134,11 +138,13 @@ def _attend_kernel(
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     partial_sb, partial_sh, partial_ss,
     out_sb, out_ss, out_sh,
-    heads, num_blocks, rows, places_stride, pool_rows, scale,
-    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, RESUME: tl.constexpr,
+    heads, group, num_blocks, rows, places_stride, pool_rows, scale,
+    BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    PART: tl.constexpr, RESUME: tl.constexpr,
     TAIL: tl.constexpr, TAIL_STAGES: tl.constexpr, TURNS: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
+    key_head = head // group
     if TURNS:
         parts: tl.constexpr = BLOCK // BLOCK_M
         n = tl.load(turn_ptr + head * (rows // BLOCK) + tl.program_id(0) // parts)
@@ -149,18 +155,20 @@ def _attend_kernel(
         n = first // BLOCK
     batch, h = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
     i = first + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, HEAD_DIM)
+    d = tl.arange(0, COLUMNS)
+    there = d < HEAD_DIM
     own = head.to(tl.int64) * rows + i
-    # [BLOCK_M, HEAD_DIM]
+    # [BLOCK_M, COLUMNS]
     q = q_desc.load([head * rows + first, 0])
     if RESUME:
         from_partial = partial_ptr + batch * partial_sb + h * partial_sh
-        acc = tl.load(from_partial + i.to(tl.int64)[:, None] * partial_ss + d[None, :]).to(tl.float32)
+        at = i.to(tl.int64)[:, None] * partial_ss + d[None, :]
+        acc = tl.load(from_partial + at, mask=there[None, :], other=0.0).to(tl.float32)
         # [BLOCK_M]
         top = tl.load(partial_lse_ptr + own) * 1.4426950408889634
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     else:
-        acc = tl.zeros((BLOCK_M, HEAD_DIM), tl.float32)
+        acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         listed = head.to(tl.int64) * (rows // BLOCK) + n
@@ -168,21 +176,21 @@ def _attend_kernel(
         steps: tl.constexpr = BLOCK // BLOCK_N
         count = tl.load(count_ptr + listed) * steps
         for j in tl.range(0, count):
-            at = (head * num_blocks + tl.load(index_row + j // steps)) * BLOCK + j % steps * BLOCK_N
+            at = (key_head * num_blocks + tl.load(index_row + j // steps)) * BLOCK + j % steps * BLOCK_N
             # [BLOCK_M, BLOCK_N]
             score = tl.dot(q, k_desc.load([at, 0]).T)
             acc, total, top = _absorb(acc, total, top, score, scale, v_desc.load([at, 0]))
 
     tail = rows - num_blocks * BLOCK
     acc, total, top = _absorb_biased(
-        acc, total, top, q, k_tail_desc, v_tail_desc, head * tail,
+        acc, total, top, q, k_tail_desc, v_tail_desc, key_head * tail,
         tail_bias_ptr + batch * tail, tl.load(end_ptr + batch), tail, scale, BLOCK_N, TAIL_STAGES,
     )  # fmt: skip
     planned = head.to(tl.int64) * num_blocks + n
     exact, exact_top = total, top
     if TAIL:
         acc, total, top = _absorb_biased(
-            acc, total, top, q, k_pool_desc, v_pool_desc, head * pool_rows,
+            acc, total, top, q, k_pool_desc, v_pool_desc, key_head * pool_rows,
             pool_bias_ptr + planned * num_blocks, tl.where(n < num_blocks, num_blocks, 0), num_blocks,
             scale, BLOCK_N, TAIL_STAGES,
         )  # fmt: skip
@@ -191,15 +199,16 @@ def _attend_kernel(
     if SLOPE:
         # [BLOCK_M]: what pooled keys have of the softmax
         share = tl.where(n < num_blocks, 1.0 - exact * tl.exp2(exact_top - top) / total, 0.0)
-        for start in tl.range(0, HEAD_DIM, BLOCK_N, num_stages=1):
-            # [BLOCK_M, BLOCK_N]
+        for start in tl.range(0, HEAD_DIM, PART, num_stages=1):
+            # [BLOCK_M, PART]
             asked = (q_part_desc.load([head * rows + first, start]).to(tl.float32) * share[:, None]).to(q.dtype)
             result = tl.dot(asked, slope_desc.load([head * HEAD_DIM + start, 0]), result, input_precision="ieee")
     if not TAIL and n < num_blocks:
-        # [HEAD_DIM]
-        c = tl.load(c_ptr + planned * HEAD_DIM + d)
+        # [COLUMNS]
+        c = tl.load(c_ptr + planned * HEAD_DIM + d, mask=there, other=0.0)
         result = result * tl.load(r_ptr + planned) + c[None, :]
-    place = tl.load(places_ptr + head.to(tl.int64) * places_stride + i).to(tl.int64)
+    place = tl.load(places_ptr + key_head.to(tl.int64) * places_stride + i).to(tl.int64)
     to = out_ptr + batch * out_sb + h * out_sh
-    tl.store(to + place[:, None] * out_ss + d[None, :], result.to(q.dtype), mask=place[:, None] >= 0)
+    mask = (place[:, None] >= 0) & there[None, :]
+    tl.store(to + place[:, None] * out_ss + d[None, :], result.to(q.dtype), mask=mask)
     tl.store(lse_ptr + own, (top + tl.log2(total)) * 0.6931471805599453)

@@ -12,7 +12,7 @@ from ...method.plan import Choices
 from ...method.rectify import Rectification
 from ...method.select import edge, top_k_of
 from ...method.tail import CAP, Tail
-from . import BlockLists
+from . import BlockLists, columns_of
 from .slope import slope
 from .tile import Tiled
 
@@ -21,7 +21,7 @@ def decide(inputs: Inputs, tiled: Tiled) -> tuple[Choices, Rectification, BlockL
     """Stages 2 to 5. Nothing here waits for the device."""
     nb, rule = inputs.blocks.num_blocks, inputs.config.rule
     choices, bias, lists = empty(inputs, tiled)
-    per_block = tiled.pooled.v.shape[1:]
+    per_block = tiled.pooled.q.shape[1:]
     stored = () if rule.tail else per_block  # with a tail there is no C: its zeros take the memory of one
     c = torch.zeros(stored, dtype=torch.float32, device=tiled.q.device).expand(per_block)
     if nb:
@@ -89,7 +89,7 @@ def scores(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor | 
         pooled.q, pooled.dq, pooled.k, pooled.dk, pooled.k_var, k_tail, tail_bias,
         choices.probability, choices.compensated, bias, *responses, residual,
         k_tail.stride(0), k_tail.stride(1), k_tail.shape[2],
-        heads, nb, batch * heads * nb * head_dim, inputs.scale, log_b if rule.log_b else 0.0, log_b, CAP,
+        heads, inputs.group, nb, batch * heads * nb * head_dim, inputs.scale, log_b if rule.log_b else 0.0, log_b, CAP,
         HEAD_DIM=head_dim, BLOCK=block, CHUNK=32, GAIN=rule.gate == "gain", TAIL=rule.tail,
         RESPONSE=rank * rank, num_warps=4,
     )  # fmt: skip
@@ -112,11 +112,11 @@ def select(
     _select_kernel[(lists.counts.shape[2], batch * heads)](
         choices.probability, choices.block_mask, choices.compensated, choices.r, bias, lists.counts, lists.indices,
         blocks.neighbours, blocks.first_frame, residual, None if residual is None else edge(residual, top_k * nb),
-        nb, top_k, config.top_p,
+        blocks.idle, nb, top_k, config.top_p,
         WIDTH=width, GIVEN=inputs.block_mask is not None, TOP_P=config.top_p > 0,
         NEIGHBOURS=config.neighbours, FIRST_FRAME=config.first_frame,
         COMPENSATE=config.rule.gate != "none", GAIN=config.rule.gate == "gain", TAIL=config.rule.tail,
-        RESIDUAL=residual is not None, num_warps=_warps_of(width),
+        RESIDUAL=residual is not None, IDLE=blocks.idle is not None, num_warps=_warps_of(width),
     )  # fmt: skip
 
 
@@ -126,11 +126,11 @@ def _warps_of(width: int) -> int:
 
 
 def compensate(choices: Choices, v_mean: torch.Tensor, c: torch.Tensor) -> None:
-    """Fills c [B, H, nb, D]: the sum of P_nm v̄_m over compensated blocks m. v_mean: [2, B, H, nb, D] as in Tiled."""
-    _, batch, heads, nb, head_dim = v_mean.shape
+    """Fills c [B, H, nb, D]: the sum of P_nm v̄_m over compensated blocks m. v_mean: [2, B, Hk, nb, D] as in Tiled."""
+    (batch, heads, nb, _), (*_, key_heads, _, head_dim) = choices.probability.shape, v_mean.shape
     _compensate_kernel[(triton.cdiv(nb, 64), batch * heads)](
-        choices.probability, choices.compensated, v_mean, c, nb, c.numel(),
-        HEAD_DIM=head_dim, BLOCK=64, BLOCK_K=16, num_warps=4,
+        choices.probability, choices.compensated, v_mean, c, nb, c.numel(), heads // key_heads,
+        HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim), BLOCK=64, BLOCK_K=16, num_warps=4,
     )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def _scores_kernel(
     q_ptr, dq_ptr, k_ptr, dk_ptr, k_var_ptr, tail_ptr, tail_bias_ptr, logits_ptr, worth_ptr, bias_ptr,
     q_response_ptr, kv_response_ptr, residual_ptr,
     tail_sb, tail_sh, tail,
-    heads, num_blocks, half, scale, log_b, tail_log_b, cap,
+    heads, group, num_blocks, half, scale, log_b, tail_log_b, cap,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr,
     RESPONSE: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +156,8 @@ def _scores_kernel(
     head = tl.program_id(1).to(tl.int64)
     n = row * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, CHUNK)
-    mean = head * num_blocks * HEAD_DIM
+    key_head, key_half = head // group, half // group
+    mean, key_mean = head * num_blocks * HEAD_DIM, key_head * num_blocks * HEAD_DIM
     row_logits = logits_ptr + (head * num_blocks + n) * (num_blocks + 1)
     if column < tiles:
         m = column * BLOCK + tl.arange(0, BLOCK)
@@ -168,26 +169,26 @@ def _scores_kernel(
         for start in tl.range(0, HEAD_DIM, CHUNK):
             # [BLOCK, CHUNK]
             at_q = mean + n[:, None] * HEAD_DIM + start + d[None, :]
-            at_k = mean + m[:, None] * HEAD_DIM + start + d[None, :]
+            at_k = key_mean + m[:, None] * HEAD_DIM + start + d[None, :]
             in_q, in_k = n[:, None] < num_blocks, m[:, None] < num_blocks
             q = tl.load(q_ptr + at_q, mask=in_q, other=0.0)
             q_low = tl.load(q_ptr + half + at_q, mask=in_q, other=0.0)
             k = tl.load(k_ptr + at_k, mask=in_k, other=0.0)
-            k_low = tl.load(k_ptr + half + at_k, mask=in_k, other=0.0)
+            k_low = tl.load(k_ptr + key_half + at_k, mask=in_k, other=0.0)
             score = _dot(q, q_low, k.T, k_low.T, score)
             if GAIN:
                 dq = tl.load(dq_ptr + at_q, mask=in_q, other=0.0)
                 dq_low = tl.load(dq_ptr + half + at_q, mask=in_q, other=0.0)
                 q_error = _dot(dq, dq_low, k.T, k_low.T, q_error)
                 dk = tl.load(dk_ptr + at_k, mask=in_k, other=0.0)
-                dk_low = tl.load(dk_ptr + half + at_k, mask=in_k, other=0.0)
+                dk_low = tl.load(dk_ptr + key_half + at_k, mask=in_k, other=0.0)
                 k_error = _dot(q, q_low, dk.T, dk_low.T, k_error)
             if TAIL:
                 wide = q.to(tl.float32) + q_low.to(tl.float32)
                 square = (wide * wide).to(q.dtype)
                 square_low = (wide * wide - square.to(tl.float32)).to(q.dtype)
                 k_var = tl.load(k_var_ptr + at_k, mask=in_k, other=0.0)
-                k_var_low = tl.load(k_var_ptr + half + at_k, mask=in_k, other=0.0)
+                k_var_low = tl.load(k_var_ptr + key_half + at_k, mask=in_k, other=0.0)
                 variance = _dot(square, square_low, k_var.T, k_var_low.T, variance)
         inside = (n[:, None] < num_blocks) & (m[None, :] < num_blocks)
         tl.store(row_logits[:, None] + m[None, :], score * scale + log_b, mask=inside)
@@ -199,11 +200,13 @@ def _scores_kernel(
             half_responses = half // HEAD_DIM * RESPONSE
             for start in tl.range(0, RESPONSE, CHUNK):
                 at_q = (head * num_blocks + n[:, None]) * RESPONSE + start + d[None, :]
-                at_k = (head * num_blocks + m[:, None]) * RESPONSE + start + d[None, :]
+                at_k = (key_head * num_blocks + m[:, None]) * RESPONSE + start + d[None, :]
                 a = tl.load(q_response_ptr + at_q, mask=n[:, None] < num_blocks, other=0.0)
                 a_low = tl.load(q_response_ptr + half_responses + at_q, mask=n[:, None] < num_blocks, other=0.0)
                 b = tl.load(kv_response_ptr + at_k, mask=m[:, None] < num_blocks, other=0.0)
-                b_low = tl.load(kv_response_ptr + half_responses + at_k, mask=m[:, None] < num_blocks, other=0.0)
+                b_low = tl.load(
+                    kv_response_ptr + half_responses // group + at_k, mask=m[:, None] < num_blocks, other=0.0
+                )
                 moved = _dot(a, a_low, b.T, b_low.T, moved)
             left = tl.sqrt(tl.maximum(scale * scale * variance * moved, 0.0))
             tl.store(residual_ptr + (head * num_blocks + n[:, None]) * num_blocks + m[None, :], left, mask=inside)
@@ -216,7 +219,7 @@ def _scores_kernel(
         top = tl.full((BLOCK,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         batch = head // heads
-        from_tail = tail_ptr + batch * tail_sb + (head % heads) * tail_sh
+        from_tail = tail_ptr + batch * tail_sb + (head % heads) // group * tail_sh
         for first in tl.range(0, tail, BLOCK):
             t = first + tl.arange(0, BLOCK)
             score = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -255,11 +258,11 @@ def _leaders_kernel(logits_ptr, residual_ptr, num_blocks, WIDTH: tl.constexpr):
 @triton.jit
 def _select_kernel(
     logits_ptr, critical_ptr, compensated_ptr, r_ptr, bias_ptr, count_ptr, index_ptr,
-    neighbours_ptr, first_frame_ptr, residual_ptr, residual_edge_ptr,
+    neighbours_ptr, first_frame_ptr, residual_ptr, residual_edge_ptr, idle_ptr,
     num_blocks, top_k, top_p,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, TOP_P: tl.constexpr,
     NEIGHBOURS: tl.constexpr, FIRST_FRAME: tl.constexpr,
-    COMPENSATE: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr, RESIDUAL: tl.constexpr,
+    COMPENSATE: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr, RESIDUAL: tl.constexpr, IDLE: tl.constexpr,
 ):  # fmt: skip
     n, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # [WIDTH]
@@ -267,7 +270,10 @@ def _select_kernel(
     inside = m < num_blocks
     listed = head * tl.num_programs(0) + n
     if n >= num_blocks:
-        tl.store(count_ptr + listed, num_blocks)
+        count = num_blocks
+        if IDLE:
+            count = tl.where(tl.load(idle_ptr + n) != 0, 0, num_blocks)
+        tl.store(count_ptr + listed, count)
         tl.store(index_ptr + listed * num_blocks + m, m, mask=inside)
         return
     row = head * num_blocks + n
@@ -337,26 +343,27 @@ def _select_kernel(
 
 @triton.jit
 def _compensate_kernel(
-    probability_ptr, compensated_ptr, v_ptr, c_ptr, num_blocks, half,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    probability_ptr, compensated_ptr, v_ptr, c_ptr, num_blocks, half, group,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.arange(0, HEAD_DIM)
+    d = tl.arange(0, COLUMNS)
+    there = d[None, :] < HEAD_DIM
     row = (head * num_blocks + n)[:, None]
-    # [BLOCK, HEAD_DIM]
-    total = tl.zeros((BLOCK, HEAD_DIM), tl.float32)
+    # [BLOCK, COLUMNS]
+    total = tl.zeros((BLOCK, COLUMNS), tl.float32)
     for start in tl.range(0, num_blocks, BLOCK_K):
         m = start + tl.arange(0, BLOCK_K)
         inside = (n[:, None] < num_blocks) & (m[None, :] < num_blocks)
         # [BLOCK, BLOCK_K]
         given = tl.load(compensated_ptr + row * num_blocks + m[None, :], mask=inside, other=0) != 0
         weight = tl.load(probability_ptr + row * (num_blocks + 1) + m[None, :], mask=inside & given, other=0.0)
-        # [BLOCK_K, HEAD_DIM]
-        at_v = (head * num_blocks + m)[:, None] * HEAD_DIM + d[None, :]
-        v = tl.load(v_ptr + at_v, mask=m[:, None] < num_blocks, other=0.0)
-        v_low = tl.load(v_ptr + half + at_v, mask=m[:, None] < num_blocks, other=0.0)
+        # [BLOCK_K, COLUMNS]
+        at_v = (head // group * num_blocks + m)[:, None] * HEAD_DIM + d[None, :]
+        v = tl.load(v_ptr + at_v, mask=(m[:, None] < num_blocks) & there, other=0.0)
+        v_low = tl.load(v_ptr + half // group + at_v, mask=(m[:, None] < num_blocks) & there, other=0.0)
         high = weight.to(v.dtype)
         low = (weight - high.to(tl.float32)).to(v.dtype)
         total = _dot(high, low, v, v_low, total)
-    tl.store(c_ptr + row * HEAD_DIM + d[None, :], total, mask=n[:, None] < num_blocks)
+    tl.store(c_ptr + row * HEAD_DIM + d[None, :], total, mask=(n[:, None] < num_blocks) & there)

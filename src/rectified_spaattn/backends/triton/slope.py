@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ...method.inputs import Inputs
 from ...method.plan import Choices
+from . import columns_of
 from .tile import Tiled
 
 PROGRAMS = 264  # of the product over tokens; two for every multiprocessor of the largest GPU
@@ -28,9 +29,12 @@ def slope(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor) ->
     root = (mass * nb / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)).sqrt_()
     parts = min(nb, triton.cdiv(PROGRAMS, batch * heads))
     partial = torch.empty(batch, heads, parts, head_dim, head_dim, dtype=torch.float32, device=bias.device)
-    _slope_kernel[(parts, batch * heads)](
-        tiled.k, tiled.v, tiled.pooled.k, tiled.pooled.v, root, partial, nb, batch * heads * nb * head_dim,
-        BLOCK=block, ROWS=64, HEAD_DIM=head_dim, num_warps=8,
+    columns = columns_of(head_dim)
+    at_once = min(columns, 128)
+    _slope_kernel[(parts, batch * heads, columns // at_once)](
+        tiled.k, tiled.v, tiled.pooled.k, tiled.pooled.v, root, partial, nb, tiled.pooled.k[0].numel(), inputs.group,
+        BLOCK=block, ROWS=64 if columns <= 128 else 32, HEAD_DIM=head_dim, COLUMNS=columns, AT_ONCE=at_once,
+        num_warps=8,
     )  # fmt: skip
     return (partial.sum(2) * (inputs.scale / (nb * block))).to(tiled.k.dtype)
 
@@ -54,32 +58,37 @@ def _mass_kernel(probability_ptr, bias_ptr, mass_ptr, num_blocks, log_b, BLOCK: 
 
 @triton.jit
 def _slope_kernel(
-    k_ptr, v_ptr, k_mean_ptr, v_mean_ptr, root_ptr, partial_ptr, num_blocks, half,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    k_ptr, v_ptr, k_mean_ptr, v_mean_ptr, root_ptr, partial_ptr, num_blocks, half, group,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, ROWS)
-    d = tl.arange(0, HEAD_DIM)
-    # [HEAD_DIM, HEAD_DIM]
-    total = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
+    d = tl.arange(0, COLUMNS)
+    e = tl.program_id(2) * AT_ONCE + tl.arange(0, AT_ONCE)
+    # [COLUMNS, AT_ONCE]
+    total = tl.zeros((COLUMNS, AT_ONCE), tl.float32)
     steps: tl.constexpr = BLOCK // ROWS
     each = tl.cdiv(num_blocks, tl.num_programs(0))
     first = tl.program_id(0) * each
     for step in tl.range(0, tl.minimum(each, num_blocks - first) * steps):
-        block = head * num_blocks + first + step // steps
-        root = tl.load(root_ptr + block)
-        # [ROWS, HEAD_DIM]
-        at = (block * BLOCK + step % steps * ROWS + i)[:, None] * HEAD_DIM + d[None, :]
-        k = _apart(k_ptr, at, k_mean_ptr + block * HEAD_DIM + d, half, root)
-        v = _apart(v_ptr, at, v_mean_ptr + block * HEAD_DIM + d, half, root)
+        m = first + step // steps
+        root = tl.load(root_ptr + head * num_blocks + m)
+        block = head // group * num_blocks + m
+        # [ROWS, COLUMNS] and [ROWS, AT_ONCE]
+        at = (block * BLOCK + step % steps * ROWS + i)[:, None] * HEAD_DIM
+        k = _apart(k_ptr + at, k_mean_ptr + block * HEAD_DIM, d[None, :], half, root, HEAD_DIM)
+        v = _apart(v_ptr + at, v_mean_ptr + block * HEAD_DIM, e[None, :], half, root, HEAD_DIM)
         total = tl.dot(tl.trans(k), v, total, input_precision="ieee")
     part = head * tl.num_programs(0) + tl.program_id(0)
-    tl.store(partial_ptr + (part * HEAD_DIM + d[:, None]) * HEAD_DIM + d[None, :], total)
+    to = partial_ptr + (part * HEAD_DIM + d[:, None]) * HEAD_DIM + e[None, :]
+    tl.store(to, total, mask=(d[:, None] < HEAD_DIM) & (e[None, :] < HEAD_DIM))
 
 
 @triton.jit
-def _apart(x_ptr, at, mean_ptr, half, root):
+def _apart(x_ptr, mean_ptr, d, half, root, HEAD_DIM: tl.constexpr):
     """x less its block's mean, times root; 0 where that is 0, as what no tail holds need not be finite."""
-    x = tl.load(x_ptr + at)
-    mean = tl.load(mean_ptr).to(tl.float32) + tl.load(mean_ptr + half).to(tl.float32)
-    return tl.where(root > 0, (x.to(tl.float32) - mean[None, :]) * root, 0.0).to(x.dtype)
+    x = tl.load(x_ptr + d, mask=d < HEAD_DIM, other=0.0)
+    mean = tl.load(mean_ptr + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+    mean += tl.load(mean_ptr + half + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
+    return tl.where(root > 0, (x.to(tl.float32) - mean) * root, 0.0).to(x.dtype)

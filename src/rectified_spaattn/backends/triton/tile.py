@@ -9,6 +9,7 @@ import triton.language as tl
 from ...method.inputs import Inputs
 from ...method.pool import Pooled
 from ...method.residual import Responses, directions
+from . import columns_of
 from .arrange import principal
 
 
@@ -16,16 +17,16 @@ class Tiled(NamedTuple):
     """q, k, v in block order, and what was learned on the way.
 
     q               [B, H, rows, D]: the nb tiled blocks, then the isolated tokens, then zeros up to whole blocks
-    k, v            [B, H, nb*b, D], the tiled blocks
-    k_tail, v_tail  [B, H, rows - nb*b, D], the isolated tokens; zeros where a token is not valid
-    pooled          block statistics, each [2, B, H, nb, D]: the float32 value as the sum of two bfloat16, right to 16
-                    bits, so that tensor cores can multiply it (float32 and zeros where there are none)
-    k_pool, v_pool  [B, H, nb up to a multiple of 128, D], where there is a tail: means once more, in the inputs'
+    k, v            [B, Hk, nb*b, D], the tiled blocks
+    k_tail, v_tail  [B, Hk, rows - nb*b, D], the isolated tokens; zeros where a token is not valid
+    pooled          block statistics, each [2, B, H or Hk, nb, D]: the float32 value as the sum of two bfloat16, right
+                    to 16 bits, so that tensor cores can multiply it (float32 and zeros where there are none)
+    k_pool, v_pool  [B, Hk, nb up to a multiple of 128, D], where there is a tail: means once more, in the inputs'
                     dtype, then zeros
-    responses       where blocks are chosen by error: each [2, B, H, nb, r, r], as the sum of two like `pooled`
+    responses       where blocks are chosen by error: each [2, B, H or Hk, nb, r, r], as the sum of two like `pooled`
     tail_bias       float32 [B, rows - nb*b], what to add to an isolated key's logit: 0, or -inf where it is not valid
     tail_end        int32 [B], isolated keys from here on are not valid
-    places          int32 [rows] or, where heads differ, [B, H, rows]: where in the sequence a row of q comes from, -1
+    places          int32 [rows] or, where heads differ, [B, Hk, rows]: where in the sequence a row of q comes from, -1
                     for the zeros
     """
 
@@ -47,39 +48,48 @@ def tile(inputs: Inputs) -> Tiled:
     """One pass over q, k, v. config.rule says which statistics are wanted, inputs.block_mask that no choice is."""
     q, k, v, blocks, rule = inputs.q, inputs.k, inputs.v, inputs.blocks, inputs.config.rule
     batch, _, heads, head_dim = q.shape
+    key_heads = k.shape[2]
     b, nb, places = blocks.block_size, blocks.num_blocks, blocks.places
     rows, tiled = places.numel(), blocks.tiled.numel()
     if inputs.token_order is not None:
-        places = torch.cat([inputs.token_order.int(), places[tiled:].expand(batch, heads, -1)], dim=2)
+        places = torch.cat([inputs.token_order.int(), places[tiled:].expand(batch, key_heads, -1)], dim=2)
     tail_bias = torch.empty(batch, rows - tiled, dtype=torch.float32, device=q.device)
     tail_end = torch.empty(batch, dtype=torch.int32, device=q.device)
     _tail_kernel[(batch,)](
         inputs.text_mask, tail_bias, tail_end, *inputs.text_mask.stride(),
         blocks.leftover, blocks.text, rows - tiled, BLOCK=b,
     )  # fmt: skip
-    sizes = (rows, tiled, tiled, rows - tiled, rows - tiled)
-    q_out, k_out, v_out, k_tail, v_tail = (q.new_empty(batch, heads, n, head_dim) for n in sizes)
+    q_out = q.new_empty(batch, heads, rows, head_dim)
+    sizes = (tiled, tiled, rows - tiled, rows - tiled)
+    k_out, v_out, k_tail, v_tail = (q.new_empty(batch, key_heads, n, head_dim) for n in sizes)
     half = torch.bfloat16 if q.is_cuda else torch.float32
     gain = rule.gate == "gain"
     wanted = {"q": True, "k": True, "v": True, "dq": gain, "dk": gain, "k_var": rule.tail}
-    statistic = (2, batch, heads, nb, head_dim)
-    pooled = Pooled(**{name: q.new_empty(statistic, dtype=half) for name, want in wanted.items() if want})
-    in_pool = (batch, heads, nb + -nb % 128, head_dim)
+    pooled = Pooled(
+        **{
+            name: q.new_empty(2, batch, heads if name in ("q", "dq") else key_heads, nb, head_dim, dtype=half)
+            for name, want in wanted.items()
+            if want
+        }
+    )
+    in_pool = (batch, key_heads, nb + -nb % 128, head_dim)
     k_pool, v_pool = (q.new_zeros(in_pool), q.new_zeros(in_pool)) if rule.tail else (None, None)
     responses, rank = None, 0
     for_responses: tuple[torch.Tensor | None, ...] = (None, None, None, None)
     if nb and rule.choice == "error" and inputs.block_mask is None:
         seen = directions(q, k, blocks.tiled, inputs.scale, principal)
         rank = seen.k.shape[3]
-        responses = Responses(*(q.new_empty(2, batch, heads, nb, rank, rank, dtype=half) for _ in seen))
+        of = (heads, key_heads)
+        responses = Responses(*(q.new_empty(2, batch, each, nb, rank, rank, dtype=half) for each in of))
         for_responses = (*(x.to(q.dtype).contiguous() for x in seen), *responses)
     _tile_kernel[(rows // b * heads, batch, 2 if rank else 3)](
         q, k, v, q_out, k_out, v_out, k_tail, v_tail,
         pooled.q, pooled.k, pooled.v, pooled.dq, pooled.dk, pooled.k_var, k_pool, v_pool, places, tail_bias,
         *for_responses,
         rows if places.ndim == 3 else 0, *q.stride(), *k.stride(), *v.stride(),
-        heads, nb, rows, batch * heads * nb * head_dim, in_pool[2],
-        BLOCK=b, HEAD_DIM=head_dim, GAIN=gain, TAIL=rule.tail, RANK=rank, WIDTH=16, num_warps=4,
+        heads, inputs.group, nb, rows, batch * heads * nb * head_dim, in_pool[2],
+        BLOCK=b, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim), GAIN=gain, TAIL=rule.tail, RANK=rank, WIDTH=16,
+        num_warps=4 if head_dim <= 128 else 8,
     )  # fmt: skip
     return Tiled(q_out, k_out, v_out, k_tail, v_tail, pooled, tail_bias, tail_end, places, k_pool, v_pool, responses)
 
@@ -109,61 +119,68 @@ def _tile_kernel(
     places_stride, q_sb, q_ss, q_sh, q_sd,
     k_sb, k_ss, k_sh, k_sd,
     v_sb, v_ss, v_sh, v_sd,
-    heads, num_blocks, rows, half, pool_rows,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr,
+    heads, group, num_blocks, rows, half, pool_rows,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr,
     RANK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     # heads vary fastest: programs that run together read neighbouring memory of [B, S, H, D]
     n, h, batch = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
     which = tl.program_id(2)
-    at, h = batch * heads + h, h.to(tl.int64)
+    own, h = batch * heads + h, h.to(tl.int64)
+    at = own // group  # the key head
+    if (which > 0) & (h >= heads // group):
+        return
+    if which > 0:
+        at = batch * (heads // group) + h
+        half = half // group
     places_ptr += at * places_stride
-    responds = (at * num_blocks + n) * RANK * RANK
     half_responses = half // HEAD_DIM * RANK * RANK
     from_v = v_ptr + batch * v_sb + h * v_sh
     rows_v = v_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
     if which == 0:
         from_q = q_ptr + batch * q_sb + h * q_sh
-        rows_out = q_out + (at * rows + n * BLOCK) * HEAD_DIM
+        rows_out = q_out + (own * rows + n * BLOCK) * HEAD_DIM
         q, _ = _tile(from_q, q_ss, q_sd, rows_out, q_out, q_mean, q_deviation, None, None, places_ptr, bias_ptr,
-                     at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
+                     own, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
                      KEYS=False, DEVIATION=GAIN, VARIANCE=False, POOL=False)  # fmt: skip
         if RANK > 0 and n < num_blocks:
             # [BLOCK, WIDTH]
-            seen = tl.dot(q, _directions(to_q_ptr, at, HEAD_DIM, RANK, WIDTH), input_precision="ieee").to(q.dtype)
+            to_q = _directions(to_q_ptr, at, HEAD_DIM, COLUMNS, RANK, WIDTH)
+            seen = tl.dot(q, to_q, input_precision="ieee").to(q.dtype)
+            responds = (own * num_blocks + n) * RANK * RANK
             _store_response(q_response + responds, half_responses, tl.trans(seen), seen, BLOCK, RANK, WIDTH)
     elif which == 1:
         from_k = k_ptr + batch * k_sb + h * k_sh
         rows_out = k_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
         k, apart = _tile(from_k, k_ss, k_sd, rows_out, k_tail, k_mean, k_deviation, k_variance, k_pool, places_ptr,
-                         bias_ptr, at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
+                         bias_ptr, at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
                          KEYS=True, DEVIATION=GAIN, VARIANCE=TAIL, POOL=TAIL)  # fmt: skip
         if RANK > 0:
             # [WIDTH, BLOCK]
-            seen = tl.dot(
-                apart.to(k.dtype), _directions(to_k_ptr, at, HEAD_DIM, RANK, WIDTH), input_precision="ieee"
-            ).to(k.dtype)
+            to_k = _directions(to_k_ptr, at, HEAD_DIM, COLUMNS, RANK, WIDTH)
+            seen = tl.dot(apart.to(k.dtype), to_k, input_precision="ieee").to(k.dtype)
             _, apart_v = _tile(from_v, v_ss, v_sd, rows_v, v_tail, v_mean, None, None, v_pool, places_ptr, bias_ptr,
-                               at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
+                               at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
                                KEYS=True, DEVIATION=False, VARIANCE=False, POOL=TAIL)  # fmt: skip
             if n < num_blocks:
                 # [WIDTH, HEAD_DIM]
                 follow = tl.dot(tl.trans(seen), apart_v.to(k.dtype), input_precision="ieee") / BLOCK
                 follow = follow.to(k.dtype)
+                responds = (at * num_blocks + n) * RANK * RANK
                 _store_response(kv_response + responds, half_responses, follow, tl.trans(follow), 1, RANK, WIDTH)
     elif RANK == 0:
         _tile(from_v, v_ss, v_sd, rows_v, v_tail, v_mean, None, None, v_pool, places_ptr, bias_ptr,
-              at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM,
+              at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
               KEYS=True, DEVIATION=False, VARIANCE=False, POOL=TAIL)  # fmt: skip
 
 
 @triton.jit
-def _directions(from_ptr, head, HEAD_DIM: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
-    """[HEAD_DIM, WIDTH], zeros from RANK on."""
-    d = tl.arange(0, HEAD_DIM)
+def _directions(from_ptr, head, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
+    """[COLUMNS, WIDTH], zeros beyond [HEAD_DIM, RANK]."""
+    d = tl.arange(0, COLUMNS)
     r = tl.arange(0, WIDTH)
     at = (head * HEAD_DIM + d[:, None]) * RANK + r[None, :]
-    return tl.load(from_ptr + at, mask=r[None, :] < RANK, other=0.0)
+    return tl.load(from_ptr + at, mask=(d[:, None] < HEAD_DIM) & (r[None, :] < RANK), other=0.0)
 
 
 @triton.jit
@@ -180,14 +197,15 @@ def _tile(
     from_ptr, stride_s, stride_d, to_ptr, tail_ptr, mean_ptr, deviation_ptr, variance_ptr, pool_ptr,
     places_ptr, bias_ptr,
     head, batch, n, num_blocks, rows, half, pool_rows,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     KEYS: tl.constexpr, DEVIATION: tl.constexpr, VARIANCE: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """One block of one tensor: its tokens, and how far they are from their mean in float32. KEYS: isolated tokens go to
     a tensor of their own, zeros in place of invalid ones.
     """
     i = tl.arange(0, BLOCK)
-    d = tl.arange(0, HEAD_DIM)
+    d = tl.arange(0, COLUMNS)
+    there = d < HEAD_DIM
     # [BLOCK]
     place = tl.load(places_ptr + n * BLOCK + i).to(tl.int64)
     wanted = place >= 0
@@ -196,23 +214,23 @@ def _tile(
         tail_rows = rows - num_blocks * BLOCK
         wanted &= tl.load(bias_ptr + batch * tail_rows + tail * BLOCK + i) == 0
         to_ptr = tail_ptr + (head * tail_rows + tail * BLOCK) * HEAD_DIM
-    # [BLOCK, HEAD_DIM]
+    # [BLOCK, COLUMNS]
     at = place[:, None] * stride_s + d[None, :].to(tl.int64) * stride_d
-    x = tl.load(from_ptr + at, mask=wanted[:, None], other=0.0)
-    tl.store(to_ptr + i[:, None] * HEAD_DIM + d[None, :], x)
+    x = tl.load(from_ptr + at, mask=wanted[:, None] & there[None, :], other=0.0)
+    tl.store(to_ptr + i[:, None] * HEAD_DIM + d[None, :], x, mask=there[None, :])
     wide = x.to(tl.float32)
-    # [HEAD_DIM]
+    # [COLUMNS]
     mean = tl.sum(wide, 0) / BLOCK
     apart = wide - mean[None, :]
     if tail < 0:
         pooled = (head * num_blocks + n) * HEAD_DIM + d
-        _store_halves(mean_ptr + pooled, half, mean, None)
+        _store_halves(mean_ptr + pooled, half, mean, there)
         if DEVIATION:
-            _store_halves(deviation_ptr + pooled, half, tl.sum(tl.abs(apart), 0) / BLOCK, None)
+            _store_halves(deviation_ptr + pooled, half, tl.sum(tl.abs(apart), 0) / BLOCK, there)
         if VARIANCE:
-            _store_halves(variance_ptr + pooled, half, tl.sum(apart * apart, 0) / BLOCK, None)
+            _store_halves(variance_ptr + pooled, half, tl.sum(apart * apart, 0) / BLOCK, there)
         if POOL:
-            tl.store(pool_ptr + (head * pool_rows + n) * HEAD_DIM + d, mean.to(x.dtype))
+            tl.store(pool_ptr + (head * pool_rows + n) * HEAD_DIM + d, mean.to(x.dtype), mask=there)
     return x, apart
 
 

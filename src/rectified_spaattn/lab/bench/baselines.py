@@ -21,7 +21,8 @@ class Baseline(NamedTuple):
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """PyTorch's attention, by whichever kernel PyTorch picks."""
-    out = scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)
 
 

@@ -39,7 +39,9 @@ def check_dense(case: Case, name: str) -> Check:
 
 
 class _Call(NamedTuple):
-    """One sparse call. order: int64 [H, nb * b], places of the tiled tokens, block after block."""
+    """One sparse call, its keys and orders repeated for every query head. order: int64 [H, nb * b], places of the tiled
+    tokens, block after block.
+    """
 
     name: str
     config: SparseConfig
@@ -57,7 +59,12 @@ def _call(case: Case, name: str, backend: str, config: SparseConfig, qkv: Tensor
     order = blocks.tiled.expand(stats.r.shape[1], -1) if stats.token_order is None else stats.token_order[0]
     if not bool((order.sort(-1).values == blocks.tiled.sort().values).all()):
         raise BenchError(f"{name}: got an order that does not hold every tiled token once. Nothing was timed.")
-    return _Call(name, config, blocks, qkv, out, stats, order)
+    q, k, v = qkv
+    if k.shape[2] < q.shape[2]:
+        group = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+        order = order.repeat_interleave(q.shape[2] // len(order), 0)
+    return _Call(name, config, blocks, (q, k, v), out, stats, order)
 
 
 def check_small(case: Case, name: str) -> list[Check]:
@@ -102,7 +109,7 @@ def check_sample(case: Case, variant: Variant, qkv: Tensors, generator: torch.Ge
     checks.append(_worst(name, "sampled blocks", [_block_errors(call, h, n) for h, n in samples], case.dtype))
     if isolated.numel():
         h = int(torch.randint(heads, (), generator=generator))
-        exact, own = _attend(isolated, torch.cat([call.blocks.tiled, isolated]), h, qkv)
+        exact, own = _attend(isolated, torch.cat([call.blocks.tiled, isolated]), h, call.qkv)
         error = (call.out[0, isolated, h].double() - exact, own - exact, exact)
         checks.append(_worst(name, "isolated queries", [error], case.dtype))
     return [require(each) for each in checks], stats.density

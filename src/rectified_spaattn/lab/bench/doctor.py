@@ -64,7 +64,7 @@ class SelfCheck(NamedTuple):
 
 
 def verdicts(device: torch.device, config: SparseConfig) -> dict[Call, Verdict]:
-    """For every dtype, with the head dims of the supported models."""
+    """For every dtype, with the head dims of models."""
     judged = {}
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
         call = Call(device, DTYPES[dtype], head_dim, config.block_size)
@@ -74,8 +74,9 @@ def verdicts(device: torch.device, config: SparseConfig) -> dict[Call, Verdict]:
 
 
 def calls_to_check(judged: Mapping[Call, Verdict]) -> list[tuple[str, Call]]:
-    """For every backend and dtype, the last of the calls that it can run."""
-    able = {(name, call.dtype): call for name in BACKENDS for call, each in judged.items() if not each.why_not[name]}
+    """For every backend and dtype, the largest of the calls that it can run, up to the head_dim of most models."""
+    usual = {call: each for call, each in judged.items() if call.head_dim <= 128}
+    able = {(name, call.dtype): call for name in BACKENDS for call, each in usual.items() if not each.why_not[name]}
     return [(name, call) for (name, _), call in able.items()]
 
 

@@ -1,6 +1,6 @@
 """The operator against dense attention on one shape: check, time, and make rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ class OpSettings(BenchSettings):
     shape: tuple[str, ...] = option("May be repeated.", (), choices=tuple(SHAPES), unset="hunyuan-video")
     all_shapes: bool = option("The shapes of all models.", False)
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.5, 0.7, 0.8, 0.8895, 0.95))
+    kv_heads: int | None = option("Heads of keys and values, which those of queries share.", None, unset="all")
     backend: tuple[str, ...] = option("May be repeated.", (), choices=BACKEND_NAMES, unset="all that can run")
 
     def __post_init__(self) -> None:
@@ -39,13 +40,20 @@ class OpSettings(BenchSettings):
             raise ValueError("--all-shapes: got --shape, too; allowed: one of the two.")
         for name in self.shapes:
             self.check_blocks(SHAPES[name].small(), name)
+            heads = SHAPES[name].heads
+            if self.kv_heads is not None and (self.kv_heads < 1 or heads % self.kv_heads):
+                raise ValueError(f"kv_heads: got {self.kv_heads}; allowed for {name}: what divides its {heads} heads.")
 
     @property
     def shapes(self) -> tuple[str, ...]:
         return MODEL_SHAPES if self.all_shapes else self.shape or ("hunyuan-video",)
 
     def cases(self) -> list[Case]:
-        return [self.case(SHAPES[name]) for name in self.shapes]
+        shapes = [SHAPES[name] for name in self.shapes]
+        if self.kv_heads is not None:
+            named = f" with {self.kv_heads} heads of keys"
+            shapes = [replace(shape, name=shape.name + named, kv_heads=self.kv_heads) for shape in shapes]
+        return [self.case(shape) for shape in shapes]
 
 
 class OpResult(NamedTuple):

@@ -25,13 +25,17 @@ class BenchError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Self-attention of one model, one sample. grid: (T, H, W) in tokens; text: text tokens in the same sequence."""
+    """Self-attention of one model, one sample. grid: (T, H, W) in tokens; text: text tokens in the same sequence.
+
+    kv_heads: of keys and values; None: as many as of queries.
+    """
 
     name: str
     grid: tuple[int, int, int]
     text: int = 0
     text_first: bool = False
     heads: int
+    kv_heads: int | None = None
     head_dim: int = 128
 
     @property
@@ -53,7 +57,8 @@ class Shape:
         while sides[0] * sides[1] * sides[2] > _SMALL:
             longest = sides.index(max(sides))
             sides[longest] = sides[longest] // 2 | 1
-        return replace(self, grid=(sides[0], sides[1], sides[2]), heads=min(2, self.heads))
+        shared = None if self.kv_heads is None else 1
+        return replace(self, grid=(sides[0], sides[1], sides[2]), heads=min(2, self.heads), kv_heads=shared)
 
 
 SHAPES: dict[str, Shape] = {
@@ -100,11 +105,11 @@ class Case(NamedTuple):
         return Call(self.device, self.dtype, self.shape.head_dim, size, self.shape.video // size)
 
     def inputs(self, seed: int, sets: int = 1) -> list[Tensors]:
-        """Sets of q, k, v [1, S, H, D] of independent normal numbers."""
-        generator = torch.Generator(self.device).manual_seed(seed)
-        size = (1, self.shape.tokens, self.shape.heads, self.shape.head_dim)
-        normal = partial(torch.randn, size, generator=generator, dtype=self.dtype, device=self.device)
-        return [(normal(), normal(), normal()) for _ in range(sets)]
+        """Sets of q [1, S, H, D] and k, v [1, S, kv_heads, D] of independent normal numbers."""
+        generator, shape = torch.Generator(self.device).manual_seed(seed), self.shape
+        normal = partial(torch.randn, generator=generator, dtype=self.dtype, device=self.device)
+        sizes = [(1, shape.tokens, n, shape.head_dim) for n in (shape.heads, *[shape.kv_heads or shape.heads] * 2)]
+        return [(normal(sizes[0]), normal(sizes[1]), normal(sizes[2])) for _ in range(sets)]
 
 
 class Variant(NamedTuple):

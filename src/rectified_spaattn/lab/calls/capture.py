@@ -36,7 +36,7 @@ class _EndRun(Exception):
 class AttentionCall:
     """One full-attention call, copied to the CPU unless `capture_attention` got another device.
 
-    q, k, v    [B, S, H, D], float32, after QK-norm and RoPE, in the model's token order
+    q          [B, S, H, D], and k, v [B, S, Hk, D], float32, after QK-norm and RoPE, in the model's token order
     text_mask  bool [B, text], True = valid
     layout     of the S tokens
     layer      index among the video self-attention layers, and its name
@@ -66,7 +66,7 @@ class AttentionCall:
     def sparse(self, config: SparseConfig, **options: Any) -> tuple[torch.Tensor, SparseStats]:
         """rectified_attention on this call: its output [B, S, H, D] and its stats; options, errors: as it has them."""
         if self.arranged and config.by_content:
-            batch, _, heads, _ = self.q.shape
+            batch, _, heads, _ = self.k.shape
             options["token_order"] = self.blocks(config).tiled.expand(batch, heads, -1)
         return rectified_attention(
             self.q, self.k, self.v, self.layout, config, text_mask=self.text_mask, return_stats=True, **options
@@ -98,8 +98,8 @@ class AttentionCall:
 
 
 def arrange(x: torch.Tensor, tiled: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """x [B, S, H, D] with the tokens of `order`, int64 [B, H, n], at the places of `tiled`, int64 [n]."""
-    moved = x.clone()
+    """x [B, S, H, D] with the tokens of `order`, int64 [B, H or Hk, n], at the places of `tiled`, int64 [n]."""
+    moved, order = x.clone(), order.repeat_interleave(x.shape[2] // order.shape[1], dim=1)
     moved[:, tiled] = x.gather(1, order.transpose(1, 2)[..., None].expand(-1, -1, -1, x.shape[-1]))
     return moved
 

@@ -24,7 +24,8 @@ class AttentionError(NamedTuple):
 def full_attention(call: AttentionCall) -> torch.Tensor:
     """Exact attention of every query to every valid key: [B, S, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (call.q, call.k, call.v))
-    return scaled_dot_product_attention(q, k, v, attn_mask=call.valid[:, None, None, :]).transpose(1, 2)
+    mask, grouped = call.valid[:, None, None, :], q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
 
 
 def attention_error(
@@ -51,7 +52,8 @@ def block_masses(
     """
     num_blocks, size = blocks.num_blocks, blocks.block_size
     alone = blocks.isolated[call.valid[0, blocks.isolated]]
-    keys = torch.cat([call.k[0, blocks.tiled, head], call.k[0, alone, head]])
+    of_k = head // (call.q.shape[2] // call.k.shape[2])
+    keys = torch.cat([call.k[0, blocks.tiled, of_k], call.k[0, alone, of_k]])
     queries = call.q[0, blocks.tiled, head].view(num_blocks, size, -1)
     masses = keys.new_zeros(num_blocks, num_blocks + 1)
     for n in range(num_blocks):

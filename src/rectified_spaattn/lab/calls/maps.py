@@ -91,7 +91,9 @@ def one_head(call: AttentionCall, head: int, device: torch.device | str = "cpu")
     heads = call.q.shape[2]
     if not 0 <= head < heads:
         raise ValueError(f"head: got {head}; allowed: 0 to {heads - 1}.")
-    alone = {name: getattr(call, name)[:1, :, head : head + 1].to(device) for name in ("q", "k", "v")}
+    of_k = head // (heads // call.k.shape[2])
+    places = {"q": head, "k": of_k, "v": of_k}
+    alone = {name: getattr(call, name)[:1, :, at : at + 1].to(device) for name, at in places.items()}
     return replace(call, **alone, text_mask=call.text_mask[:1].to(device), head=head)
 
 
