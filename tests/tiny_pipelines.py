@@ -353,7 +353,7 @@ def ltx_arguments() -> dict[str, Any]:
 
 for name, kind in (("text", diffusers.LTXPipeline), ("conditions", diffusers.LTXConditionPipeline)):
     PIPELINES[f"LTX-Video, {name}"] = Pipeline(
-        make=functools.partial(ltx, kind), arguments=ltx_arguments, calls=2, preset=None, grid=VIDEO
+        make=functools.partial(ltx, kind), arguments=ltx_arguments, calls=2, preset="video", grid=VIDEO
     )
 
 
