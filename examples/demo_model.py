@@ -7,7 +7,7 @@ from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pipe = load_demo_pipeline(device)
-prompt = "a large red striped circle moving right over a blue checkered background"
+prompt = "a red metal sphere rolls right in front of a blue striped cube, checkered floor"
 settings = {"height": 96, "width": 96, "num_frames": 16}
 
 full = pipe(prompt, generator=torch.Generator().manual_seed(0), **settings).frames[0]

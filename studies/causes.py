@@ -22,7 +22,7 @@ from rectified_spaattn.lab.option import option
 from . import harness
 from .harness import EXACT
 
-SIZES = ((64, 16), (64, 32), (64, 64), (96, 32), (96, 64), (96, 128))  # pixels, tokens a block
+SIZES = ((64, 16), (64, 32), (64, 64), (64, 128))  # pixels, tokens a block
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from rectified_spaattn.lab.machine import Origin, device_of, machine
 from rectified_spaattn.lab.option import option
 from rectified_spaattn.lab.rows import write_rows
 
-from .demo_model.scenes import sample_scene
+from .demo_model.world import sample_scene
 from .rows import read_rows
 
 FRAMES = 16

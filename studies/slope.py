@@ -50,7 +50,13 @@ def measured(calls: Sequence[AttentionCall], options: Options) -> Iterator[dict[
             config = SparseConfig(rectify=mode, order=order, block_size=options.block_size, top_p=0.0)  # type: ignore[arg-type]
             share = (kept + 0.5) / call.blocks(config).num_blocks  # the half keeps a rounded product from falling below
             got = attention_error(call, config.replace(sparsity=max(0.0, 1 - share)), full=full)
-            yield {"kept": kept, "order": order, "mode": mode, "error": got.relative_error, "density": got.density}
+            yield {
+                "kept": kept,
+                "order": order,
+                "mode": mode,
+                "error": got.relative_error,
+                "density": got.stats.density,
+            }
 
 
 def slope(options: Options) -> None:

@@ -46,8 +46,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PROMPTS = (
-    "a red solid circle moving right over a blue striped background",
-    "a small blue ringed cross standing still over a green dotted background",
+    "a red matte sphere rolls right, sandy floor",
+    "a blue striped cone stands still, checkered floor",
 )
 PAIRS = [(prompt, seed) for prompt in PROMPTS for seed in (0, 1)]
 MODES = ["full", "full-other-kernel", "none-50", "row-50"]

@@ -66,13 +66,16 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
     from studies.demo_model.network import build_caption_encoder, build_transformer
+    from studies.demo_model.recipe import Recipe
 
     torch.manual_seed(0)
-    transformer = build_transformer(num_heads=1, num_layers=1, num_single_layers=1)
+    recipe = Recipe(heads=1, dual_blocks=1, single_blocks=1, refiner_blocks=1)
+    transformer = build_transformer(recipe)
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     folder = tmp_path_factory.mktemp("weights")
-    DemoVideoPipeline(transformer, build_caption_encoder(), FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
+    parts = (transformer, build_caption_encoder(recipe), FlowMatchEulerDiscreteScheduler())
+    DemoVideoPipeline(*parts).save_pretrained(folder)
     return folder
 
 
@@ -83,9 +86,11 @@ def pipe() -> "DemoVideoPipeline":
 
     from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
     from studies.demo_model.network import build_caption_encoder, build_transformer
+    from studies.demo_model.recipe import Recipe
 
     torch.manual_seed(0)
-    transformer = build_transformer(num_heads=2, num_layers=1, num_single_layers=1).eval()
+    recipe = Recipe(heads=2, dual_blocks=1, single_blocks=1, refiner_blocks=1)
+    transformer = build_transformer(recipe).eval()
     for parameter in transformer.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    return DemoVideoPipeline(transformer, build_caption_encoder().eval(), FlowMatchEulerDiscreteScheduler())
+    return DemoVideoPipeline(transformer, build_caption_encoder(recipe).eval(), FlowMatchEulerDiscreteScheduler())

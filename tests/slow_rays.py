@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from studies.solids.motion import HALF, Pose, poses, sizes
-from studies.solids.table import _FLOORS, _LOOKS, _SKIES, numbers_of
-from studies.solids.world import COLOURS, Scene, Solid
+from studies.demo_model.motion import HALF, Pose, poses, sizes
+from studies.demo_model.table import _FLOORS, _LOOKS, _SKIES, numbers_of
+from studies.demo_model.world import COLOURS, Scene, Solid
 
 Array = np.ndarray
 STEP, REACH = 0.01, 14.0

@@ -132,11 +132,10 @@ def test_splits_are_fixed_known_to_the_model_and_disjoint() -> None:
     assert not {pair.prompt for pair in dev} & {pair.prompt for pair in held_out}
     tokenize([pair.prompt for pair in dev + held_out])  # raises for a word or a length that it does not know
     assert dev == split_pairs("dev")
-    assert dev[-1] == Pair(
-        prompt="a small blue ringed cross standing still and a small black checkered ring growing smaller over a "
-        "purple shaded background, camera zooms out",
-        seed=0,
+    last = (
+        "a yellow glass sphere comes in from the right behind a cyan metal cylinder, sandy floor, camera orbits right"
     )
+    assert dev[-1] == Pair(prompt=last, seed=0)
     with pytest.raises(ValueError, match="dev or held-out"):
         split_pairs("test")
 

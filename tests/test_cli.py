@@ -17,7 +17,7 @@ from rectified_spaattn.lab.clips.options import DemoOptions
 
 FILES = ("report.html", "metrics.json", "side-by-side.mp4", "side-by-side.png")
 MODES = ["full", *(f"{word}-{share}" for share in (80, 90) for word in ("sparse", "rectified", "default"))]
-CAPTION = "a red solid circle moving right over a blue solid background"
+CAPTION = "a red matte sphere rolls right, grey floor"
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,16 +7,15 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from rectified_spaattn.lab.demo_model.model import CAPTION_LENGTH, tokenize
+from rectified_spaattn.lab.demo_model.model import CAPTION_LENGTH, PAD, PATCH_SIZE, VOCABULARY, tokenize
 from rectified_spaattn.lab.demo_model.pipeline import WEIGHTS, DemoVideoPipeline, load_demo_pipeline
 from rectified_spaattn.lab.demo_model.prompts import PROMPTS
-from studies.demo_model.network import build_caption_encoder, build_transformer
 
 
-def centroid(mask: torch.Tensor) -> torch.Tensor:
-    """Centroid (x, y) of each frame in pixels, [T, 2]."""
-    y, x = torch.meshgrid(torch.arange(mask.shape[1]), torch.arange(mask.shape[2]), indexing="ij")
-    return torch.stack([(mask * axis).sum((1, 2)) / mask.sum((1, 2)) for axis in (x, y)], 1)
+def centre(mask: torch.Tensor) -> torch.Tensor:
+    """Mean column of the True pixels of every frame, [T], of bool [T, H, W]."""
+    columns = torch.arange(mask.shape[2], dtype=torch.float32)
+    return (mask * columns).sum((1, 2)) / mask.sum((1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +26,31 @@ def pipe() -> DemoVideoPipeline:
 
 
 def test_tokenizer() -> None:
-    ids, mask = tokenize(["a red solid circle", "", "A Red, solid circle."])
-    assert ids.shape == mask.shape == (3, CAPTION_LENGTH)
-    assert mask.sum(1).tolist() == [5, 1, 5]
-    assert mask[0, :5].all()
+    ids = tokenize(["a red matte cube", "", "A Red, matte cube."])
+    assert ids.shape == (3, CAPTION_LENGTH)
+    assert (ids != PAD).sum(1).tolist() == [5, 1, 5]
+    assert (ids[0, :5] != PAD).all()
     assert torch.equal(ids[0], ids[2])
-    with pytest.raises(ValueError, match=r"'elephant', 'grey'.*Use these words only: a, an.*zooms"):
-        tokenize("a grey elephant")
+    with pytest.raises(ValueError, match=r"'elephant', 'pink'.*Use these words only: a, above.*yellow"):
+        tokenize("a pink elephant")
     with pytest.raises(ValueError, match="at most 31 words, got 32"):
         tokenize(" ".join(["red"] * 32))
     with pytest.raises(TypeError, match="non-empty list of strings"):
         tokenize([])
 
 
-def test_padding_never_reaches_the_video(pipe: DemoVideoPipeline) -> None:
-    text = pipe.encode_prompt(PROMPTS[0], torch.device("cpu"))
-    length = int(text["encoder_attention_mask"].sum())
-    short = text | {key: text[key][:, :length] for key in ("encoder_hidden_states", "encoder_attention_mask")}
+def test_every_word_of_a_caption_reaches_the_video(pipe: DemoVideoPipeline) -> None:
     latents = torch.randn(1, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        padded, trimmed = (pipe._velocity(latents, torch.tensor(700.0), t, "cond") for t in (text, short))
-    torch.testing.assert_close(padded, trimmed, atol=1e-4, rtol=1e-4)
+
+    def velocity(prompt: str) -> torch.Tensor:
+        text = pipe.encode_prompt(prompt, torch.device("cpu"))
+        assert text["encoder_attention_mask"].all()
+        with torch.no_grad():
+            return pipe._velocity(latents, torch.tensor(700.0), text, "cond")
+
+    first = velocity("a red matte cube slides left, grey floor")
+    for other in ("a blue matte cube slides left, grey floor", "a red matte cube slides left, sandy floor"):
+        assert (velocity(other) - first).abs().max() > 1e-2
 
 
 def test_pipeline_is_deterministic_by_generator(pipe: DemoVideoPipeline) -> None:
@@ -101,26 +104,22 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 def test_packaged_weights_are_small() -> None:
     sizes = [path.stat().st_size for path in WEIGHTS.rglob("*.safetensors")]
     assert len(sizes) == 2
-    assert sum(sizes) <= 16_000_000
+    assert sum(sizes) <= 24_000_000
 
 
 @pytest.mark.slow  # of the weights, which change with a training alone
-def test_generated_shapes_obey_the_caption(pipe: DemoVideoPipeline) -> None:
-    prompts = [f"a large red solid circle moving {way} over a blue shaded background" for way in ("left", "right")]
+def test_generated_solids_obey_the_caption(pipe: DemoVideoPipeline) -> None:
+    prompts = [f"a red matte cube slides {way}, grey floor" for way in ("left", "right")]
     frames = pipe(prompts, num_inference_steps=6, generator=torch.Generator().manual_seed(3)).frames
-    red = (frames[:, :, 0] > frames[:, :, 2] + 0.1).float()
-    assert (red[:, 4:12].mean((1, 2, 3)) > 0.03).all()
-    blue = frames[:, :, 2] > frames[:, :, 0]
-    assert (blue.float().mean((1, 2, 3)) > 0.5).all()
-    left, right = (path[12] - path[4] for path in (centroid(red[0])[:, 0], centroid(red[1])[:, 0]))
+    red = frames[:, :, 0] > frames[:, :, 2] + 0.2
+    assert (red[:, 4:12].float().mean((1, 2, 3)) > 0.02).all()
+    left, right = (path[12] - path[4] for path in (centre(red[0]), centre(red[1])))
     assert left < -6
     assert right > 6
 
 
-def test_model_classes() -> None:
-    transformer = build_transformer()
-    parts = sum(p.numel() for model in (transformer, build_caption_encoder()) for p in model.parameters())
-    assert parts < 8_000_000
-    assert transformer.config.rope_axes_dim == (16, 24, 24)
-    assert len(transformer.transformer_blocks) == 2
-    assert len(transformer.single_transformer_blocks) == 4
+def test_packaged_model(pipe: DemoVideoPipeline) -> None:
+    models = (pipe.transformer, pipe.caption_encoder)
+    assert sum(p.numel() for model in models for p in model.parameters()) <= 12_000_000
+    assert pipe.caption_encoder.config.vocabulary_size == len(VOCABULARY) + 2
+    assert pipe.transformer.config.patch_size == PATCH_SIZE

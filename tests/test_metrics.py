@@ -23,7 +23,7 @@ from rectified_spaattn.lab.demo_model.pipeline import DemoVideoPipeline
 from rectified_spaattn.lab.pages.demo import comparisons
 from rectified_spaattn.pipelines import RunStats
 
-PROMPT = "a red solid circle moving right over a blue striped background"
+PROMPT = "a red matte sphere rolls right, sandy floor"
 CALL = {"height": 32, "width": 32, "num_frames": 8, "num_inference_steps": 3}
 SPARSE = SparseConfig.paper(sparsity=0.8, top_p=0.0, block_size=32, neighbours=False)
 PLAIN = Mode(name="sparse-80", label="sparse 80%", configs=(SPARSE.replace(rectify="none"),))

@@ -1,1 +1,1 @@
-"""Training of the demo model that the package carries, and the scenes it is trained on."""
+"""A next demo model: small 3-D scenes of solids, a ray tracer, a network and its training. Not in the package yet."""

@@ -213,7 +213,7 @@ class DemoOptions:
     prompt: tuple[str, ...] = option("A caption of your own, in the words the model knows; may be repeated.", ())
     seeds: int = option("Seeds per prompt: 0, 1, ...", 1)
     steps: int | None = option("Denoising steps.", None, unset="12")
-    size: int = option("Height and width in pixels; the model was trained at 64 and 96.", 64)
+    size: int = option("Height and width in pixels; the model was trained at 64; 96 is for timing.", 64)
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.8, 0.9))
     block_size: int = option("Tokens a block.", SMALL_GRID["block_size"])
     device: str = option("Where to run.", "auto", choices=DEVICES)
@@ -225,7 +225,7 @@ class DemoOptions:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}; allowed: 1 or more.")
         if self.size < 16 or self.size % 4:
-            raise ValueError(f"size: got {self.size}; allowed: a multiple of 4 from 16 on, best 64 or 96.")
+            raise ValueError(f"size: got {self.size}; allowed: a multiple of 4 from 16 on, best 64.")
         if not self.sparsity or len({f"{100 * each:g}" for each in self.sparsity}) != len(self.sparsity):
             raise ValueError(f"sparsity: got {self.sparsity}; allowed: one or more values that differ.")
         device_of(self.device)

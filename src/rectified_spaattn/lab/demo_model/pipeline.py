@@ -48,13 +48,13 @@ class DemoVideoPipeline(DiffusionPipeline):
         return len(self.scheduler.timesteps)
 
     def encode_prompt(self, prompt: str | list[str], device: torch.device) -> dict[str, Tensor]:
-        """The transformer's text arguments: embeddings [B, 32, E], mask bool [B, 32], pooled [B, E]."""
-        ids, mask = (tensor.to(device) for tensor in tokenize(prompt))
-        embeds, pooled = self.caption_encoder(ids, mask)
+        """The transformer's text arguments: embeddings [B, 32, E], mask bool [B, 32] of True, pooled [B, E]."""
+        ids = tokenize(prompt).to(device)
+        embeds, pooled = self.caption_encoder(ids)
         dtype = self.transformer.dtype
         return {
             "encoder_hidden_states": embeds.to(dtype),
-            "encoder_attention_mask": mask,
+            "encoder_attention_mask": torch.ones_like(ids, dtype=torch.bool),
             "pooled_projections": pooled.to(dtype),
         }
 
@@ -83,7 +83,7 @@ class DemoVideoPipeline(DiffusionPipeline):
     ) -> DemoVideoOutput | tuple[Tensor | np.ndarray]:
         """Make one video for each prompt.
 
-        `height` and `width` are multiples of 4; the model was trained on 16 frames of 64 x 64 and 96 x 96.
+        `height` and `width` are multiples of 4; the model was trained on 16 frames of 64 x 64.
         `guidance_scale` above 1 adds a second, caption-free forward a step. `callback_on_step_end(pipe, step, timestep,
         {"latents": ...})` returns a dict whose "latents", if any, replace the current ones. Returns `DemoVideoOutput`
         (or a tuple), frames in [0, 1]: "pt" [B, T, 3, H, W], "np" [B, T, H, W, 3]. ValueError or TypeError, with what
@@ -120,7 +120,7 @@ class DemoVideoPipeline(DiffusionPipeline):
 def _check(height: int, width: int, num_frames: int, steps: int, output_type: str) -> None:
     for name, value in (("height", height), ("width", width)):
         if value < PATCH_SIZE or value % PATCH_SIZE:
-            raise ValueError(f"{name} must be a positive multiple of {PATCH_SIZE}, got {value}; try 64 or 96")
+            raise ValueError(f"{name} must be a positive multiple of {PATCH_SIZE}, got {value}; try 64")
     for name, value in (("num_frames", num_frames), ("num_inference_steps", steps)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

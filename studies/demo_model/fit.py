@@ -1,8 +1,8 @@
 """Train the demo model by flow matching on clips drawn as they are needed. Needs torch 2.9 or newer for Muon.
 
-python -m studies.solids.fit --out runs/demo --minutes 9 [--resume runs/demo] [--set lr=0.0005]
-torchrun --nproc-per-node 2 -m studies.solids.fit ...      # the batch a GPU stays: twice the clips a step
-python -m studies.solids.fit --out runs/guided --start runs/demo --set guidance=2.0 --set minutes=5
+python -m studies.demo_model.fit --out runs/demo --minutes 9 [--resume runs/demo] [--set lr=0.0005]
+torchrun --nproc-per-node 2 -m studies.demo_model.fit ...      # the batch a GPU stays: twice the clips a step
+python -m studies.demo_model.fit --out runs/guided --start runs/demo --set guidance=2.0 --set minutes=5
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rectified_spaattn.lab.demo_model.model import tokenize
+
 from . import checkpoint
 from .feed import Batch, Batches, draw, feed, sample_scenes
-from .network import LEAST_SIGMA, Network, forward_flops, tokenize
+from .network import LEAST_SIGMA, Network, forward_flops
 from .recipe import Recipe, Stage
 from .table import numbers_of
 

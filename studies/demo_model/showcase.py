@@ -1,6 +1,6 @@
 """Contact sheets, one row a caption, one column a frame: drawn scenes, or the fixed captions as a run makes them.
 
-python -m studies.solids.showcase --out sheet.png [--run runs/demo --guidance 2]
+python -m studies.demo_model.showcase --out sheet.png [--run runs/demo --guidance 2]
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import typer
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from rectified_spaattn.lab.demo_model.prompts import PROMPTS
+
 from . import checkpoint
 from .feed import draw, sample_scenes
 from .fit import attention_kernels
 from .network import Network
-from .prompts import PROMPTS
 from .recipe import Recipe
 from .recognise import generated
 from .table import numbers_of

@@ -1,7 +1,7 @@
 """Can the main object be read from clips? A small classifier, trained on rendered clips, reads shape, colour, material
 and motion (and camera and floor) from rendered held-out clips and from clips that a trained run generates.
 
-python -m studies.solids.recognise --run runs/demo --out runs/demo [--reader runs/demo/reader.safetensors]
+python -m studies.demo_model.recognise --run runs/demo --out runs/demo [--reader runs/demo/reader.safetensors]
 """
 
 from __future__ import annotations

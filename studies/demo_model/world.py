@@ -92,15 +92,6 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _vocabulary() -> tuple[str, ...]:
-    motions = " ".join(MOTIONS.values()).replace("{go}", "rolls slides").replace("{other}", "")
-    phrases = ["a an and floor at sunset camera", motions, *COLOURS, *MATERIALS, *SHAPES, *PLACES, *CAMERAS, *FLOORS]
-    return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
-
-
-VOCABULARY: tuple[str, ...] = _vocabulary()
-
-
 def _places(motion: str) -> tuple[str, ...]:
     if motion in ACROSS:
         return ("in front of", "behind")

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from rectified_spaattn.lab.demo_model.model import VOCABULARY
 from slow_rays import Rays, outside
-from studies.solids.motion import HALF, contact, poses, sizes, view
-from studies.solids.render import NOWHERE, bodies_of, camera_rays, colours, nearest, render, render_numbers
-from studies.solids.table import Numbers, numbers_of
-from studies.solids.world import (
+from studies.demo_model.motion import HALF, contact, poses, sizes, view
+from studies.demo_model.render import NOWHERE, bodies_of, camera_rays, colours, nearest, render, render_numbers
+from studies.demo_model.table import Numbers, numbers_of
+from studies.demo_model.world import (
     CAMERAS,
     COLOURS,
     FLOORS,
@@ -23,7 +24,6 @@ from studies.solids.world import (
     MOTIONS,
     PLACES,
     SHAPES,
-    VOCABULARY,
     Scene,
     Solid,
     sample_scene,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .network import tokenize
+from rectified_spaattn.lab.demo_model.model import tokenize
+
 from .render import render_numbers
 from .table import Numbers, numbers_of
 from .world import Scene, sample_scene

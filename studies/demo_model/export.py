@@ -1,6 +1,6 @@
 """Write the averaged weights of a run as the package carries them: three folders that diffusers reads.
 
-python -m studies.solids.export --run runs/demo --out src/rectified_spaattn/lab/demo_model/weights --shift 3
+python -m studies.demo_model.export --run runs/demo --out src/rectified_spaattn/lab/demo_model/weights --shift 3
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ def main(
 ) -> None:
     """Export in float16."""
     recipe = Recipe.from_dict(json.loads((run / "run.json").read_text(encoding="utf-8"))["recipe"])
+    if recipe.prediction != "velocity":
+        raise RuntimeError(f"{run}: its output is {recipe.prediction!r}; the packaged pipeline takes velocities alone")
     network = Network(recipe)
     checkpoint.load(run, {"average": network})
     network.transformer.rope = network.transformer.rope.rope

@@ -1,6 +1,6 @@
 """Short runs that differ in a few settings, to choose by: `--variant` names the settings of one, after the recipe's.
 
-python -m studies.solids.study --seconds 40 --variant "" --variant prediction=velocity --variant optimizer=adamw
+python -m studies.demo_model.study --seconds 40 --variant "" --variant prediction=velocity --variant optimizer=adamw
 """
 
 from __future__ import annotations
