@@ -9,6 +9,7 @@ from diffusers.modular_pipelines.minimax_h3 import modular_blocks_minimax_h3 as 
 from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3ImageReference
 
 import rectified_spaattn as rsa
+from model_cases import built
 from rectified_spaattn.pipelines.state import LayerState
 from tiny_models import TEXT, noise
 from tiny_video_models import minimax_h3
@@ -116,3 +117,34 @@ def test_an_order_in_space_works_without_conditions_only() -> None:
             else:
                 with pytest.raises(ValueError, match="for tokens that lie in no grid"):
                     run(pipe, arguments)
+
+
+SOUND = {
+    "MiniMax-H3": ("audio_indices", "text_indices"),
+    "MiniMax-H3, references": ("audio_indices", "text_indices"),
+    "Cosmos 3": ("sound_sequence_indexes", "text_indexes"),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+@torch.no_grad()
+def test_sound_and_text_attend_in_full(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However sparse the video is: as queries they give what full attention gives, from the same keys."""
+    model, inputs = built(name, 16)
+    places = torch.cat([inputs[each] for each in SOUND[name]])
+    compared = []
+    attend = LayerState.attend
+
+    def both(layer: LayerState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sparse, full = attend(layer, q, k, v, *rest), layer._dense(q, k, v, None, None)
+        torch.testing.assert_close(sparse[:, places], full[:, places], rtol=1e-4, atol=1e-5)
+        others = torch.ones(q.shape[1], dtype=torch.bool)
+        others[places] = False
+        assert (sparse - full)[:, others].norm() > 0.1 * full[:, others].norm()
+        compared.append(layer.name)
+        return sparse
+
+    monkeypatch.setattr(LayerState, "attend", both)
+    with rsa.enable(model, sparsity=0.95, **{**PLAIN, "rectify": "none"}):
+        model(**inputs, return_dict=False)
+    assert len(compared) == 2
