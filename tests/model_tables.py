@@ -17,7 +17,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 # For whom the settings were published; for all others they are those of the nearest.
 PUBLISHED = ("HunyuanVideo T2V", "Wan 2.1 T2V", "Wan 2.1 I2V", "Wan 2.2 I2V", "Wan 2.2 TI2V", "CogVideoX 1.5 T2V")
 PUBLISHED += ("CogVideoX 1.5 I2V", "Flux.1")
-# Whose diffusers pipelines tests run, too: tiny_pipelines.py, tiny_later_pipelines.py, test_diffusers.py, test_minimax_h3.py.
+# Whose diffusers pipelines tests run, too: tiny_pipelines, tiny_later_pipelines, test_diffusers, test_minimax_h3.
 PIPELINES = ("HunyuanVideo", "HunyuanVideo15", "Wan", "WanVACE", "SkyReelsV2", "CogVideoX", "Flux", "LTXVideo")
 PIPELINES += ("QwenImage", "MiniMaxH3", "Kandinsky5", "ZImage")
 
