@@ -2,7 +2,7 @@
 
     python -m studies.groups --pairs 2
 
-The demo model's heads share nothing, so groups are made of its calls: 2 or 3 query heads get one key head, which is the
+The demo model's heads share nothing, so groups are made of its calls: 2 or 4 query heads get one key head, which is the
 mean of theirs (as long as they are on average) or that of the first. Heads that were trained together will be closer.
 """
 
@@ -20,7 +20,7 @@ from rectified_spaattn.lab.option import option
 
 from . import harness
 
-GROUPS = ((0, 1), (1, 2), (0, 1, 2))
+GROUPS = ((0, 1), (2, 3), (0, 1, 2, 3))
 WAYS = ("a key head", "a query head", "in space")
 KEYS = ("mean", "first")
 MODES = ("row", "row+slope")

@@ -85,7 +85,7 @@ def staged(inputs):
 
 
 # every shape, and every set of statistics that a rule asks for
-POOLED = [(case, "row+slope") for case in ("plain", "long text", "96", "256")]
+POOLED = [(case, "row+slope") for case in ("plain", "long text", "96")]
 POOLED += [
     ("ragged", "gated tail"),
     ("alone", "ipar+gapr"),
@@ -98,7 +98,7 @@ POOLED += [
 @pytest.mark.parametrize(("case", "mode"), POOLED)
 def test_tile_orders_and_pools_in_one_pass(case, mode):
     dtype = DTYPES[mode in ("ipar", "row")]
-    inputs = call(CASES[case], dtype, rectify=mode)[1]
+    inputs = call(CASES[case], dtype, heads=FEW if case == "96" else 2, rectify=mode)[1]
     (q, k, v, blocks, config, *_), keep = inputs, inputs.valid[:, None, :, None]
     for x in (k, v):  # whatever padding holds, it must not get further than here
         for sample in range(2):
@@ -283,7 +283,8 @@ def error_of(out, want):
     ],
 )
 def test_error_is_at_most_twice_that_of_sdpa(case, mode, dtype):
-    layout, inputs = call(CASES[case], DTYPES[dtype], rectify=mode, scale=None)
+    heads = FEW if case in ("96", "256") else 2
+    layout, inputs = call(CASES[case], DTYPES[dtype], heads=heads, rectify=mode, scale=None)
     out, stats = run(layout, inputs)
     want, exact = run(layout, inputs, "reference", block_mask=stats.block_mask)
     assert out.dtype == DTYPES[dtype]
