@@ -32,7 +32,7 @@ def test_defaults() -> None:
     assert SparseConfig().to_dict() == {
         "sparsity": 0.8,
         "top_p": 0.3,
-        "rectify": "row",
+        "rectify": "row+slope",
         "block_size": 128,
         "order": "content",
         "neighbours": False,
@@ -215,7 +215,8 @@ def test_other_presets_have_the_published_sparsity_and_schedule_and_our_defaults
     for config, published in zip(preset(name), preset(f"{name}-paper"), strict=True):
         schedule = (published.sparsity, published.dense_steps, published.dense_layers)
         assert config == SparseConfig(sparsity=schedule[0], dense_steps=schedule[1], dense_layers=schedule[2])
-        assert (config.rectify, config.order, config.neighbours, config.first_frame) == ("row", "content", False, False)
+        ours = ("row+slope", "content", False, False)
+        assert (config.rectify, config.order, config.neighbours, config.first_frame) == ours
 
 
 def test_an_unknown_preset_lists_each_model_once() -> None:
