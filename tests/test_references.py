@@ -97,7 +97,7 @@ def test_all_of_them_are_tiled(name: str) -> None:
         torch.testing.assert_close(forward(model, inputs), untouched, rtol=1e-4, atol=1e-5)
         assert handle.stats().density == pytest.approx(1.0)
     with rsa.enable(model, sparsity=0.8, **PLAIN) as handle:
-        assert (forward(model, inputs) - untouched).abs().max() > 1e-3 * untouched.abs().max()
+        assert (forward(model, inputs) - untouched).abs().max() > 1e-4 * untouched.abs().max()
         blocks, whole = tiled // 16, tiled + CASES[case].text
         density = 1 - (1 - int((1 - 0.8) * blocks) / blocks) * (16 * blocks / whole) ** 2  # all else is seen
         assert handle.stats().density == pytest.approx(density, abs=0.03)  # but for masked text
