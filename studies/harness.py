@@ -22,10 +22,11 @@ from rich.progress import Progress
 
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.cli.options import command
-from rectified_spaattn.lab.calls.capture import AttentionCall, capture_calls
+from rectified_spaattn.lab.calls.capture import AttentionCall, CaptureError, capture_calls
 from rectified_spaattn.lab.clips.clip import Pair
 from rectified_spaattn.lab.clips.evaluate import processes
 from rectified_spaattn.lab.clips.intervals import bootstrap
+from rectified_spaattn.lab.clips.options import ClipError
 from rectified_spaattn.lab.demo_model.model import CAPTION_LENGTH
 from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
 from rectified_spaattn.lab.demo_model.prompts import PROMPTS
@@ -45,19 +46,15 @@ EXACT = SparseConfig.paper(block_size=64, top_p=0.0, neighbours=False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What every study can be asked for. ValueError for a split or a device that does not exist."""
+class Sample:
+    """On what a study measures, whatever the model. ValueError for a split or a device that does not exist."""
 
     split: str = option("Pairs to measure on; held-out ones are for one look, at the end.", "dev", choices=SPLITS)
     pairs: int | None = option("Only the first so many prompt-seed pairs.", None, unset="all")
     batch: int = option("Pairs in one call of the pipeline.", 1)
-    sparsity: tuple[float, ...] = option("Share of blocks to drop.", (0.8, 0.9))
     step: tuple[int, ...] = option("Denoising steps whose attention calls are taken, from 0.", (3, 9))
     layer: tuple[int, ...] = option("Layers whose attention calls are taken.", (), unset="all")
-    size: int = option("Height and width in pixels.", 64)
-    steps: int = option("Denoising steps.", 12)
     device: str = option("auto, cpu or cuda.", "auto")
-    dtype: str = option("Of clips: float32, float16 or bfloat16.", "float32")
     out: Path = option("Folder of the CSV files.", Path("runs"))
     table_of: tuple[Path, ...] = option("CSV files of earlier runs to print; nothing is measured then.", ())
 
@@ -66,10 +63,31 @@ class Options:
         device_of(self.device)
 
     @property
+    def wanted(self) -> list[Pair]:
+        return split_pairs(self.split)[: self.pairs]
+
+    def load(self, device: torch.device) -> Any:
+        """The pipeline that is measured."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Sample):
+    """What every study of the demo model can be asked for."""
+
+    sparsity: tuple[float, ...] = option("Share of blocks to drop.", (0.8, 0.9))
+    size: int = option("Height and width in pixels.", 64)
+    steps: int = option("Denoising steps.", 12)
+    dtype: str = option("Of clips: float32, float16 or bfloat16.", "float32")
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """Of the pipeline's call."""
         size = {"height": self.size, "width": self.size, "num_frames": FRAMES}
         return {**size, "num_inference_steps": self.steps}
+
+    def load(self, device: torch.device) -> Any:
+        return load_demo_pipeline(device, getattr(torch, self.dtype))
 
     def calls(self, pipe: Any, pairs: Sequence[Pair], steps: Iterable[int] = ()) -> list[AttentionCall]:
         """Full-attention calls of one run of all pairs; steps: in place of the options' own."""
@@ -123,7 +141,7 @@ def drawn_captions(count: int, draw: str) -> tuple[str, ...]:
     return tuple(captions)
 
 
-def run(name: str, kind: type[R], options: Options, measure: Measure[R], show: Callable[[list[R]], None]) -> None:
+def run(name: str, kind: type[R], options: Sample, measure: Measure[R], show: Callable[[list[R]], None]) -> None:
     """Measure and show, or show the rows of earlier runs.
 
     name: of the study; the file is NAME-SPLIT.csv. measure(pipe, pairs, say): the rows of a batch of pairs; say(text)
@@ -137,12 +155,12 @@ def run(name: str, kind: type[R], options: Options, measure: Measure[R], show: C
 
     state = processes()
     device = device_of(options.device, state.local_process_index)
-    pipe = load_demo_pipeline(device, getattr(torch, options.dtype))
+    pipe = options.load(device)
     origin = machine(device).origin(shlex.join(["python", "-m", f"studies.{name}", *sys.argv[1:]]))
     path = options.out / f"{name}-{options.split}.csv"
     rows = []
     with (
-        state.split_between_processes(split_pairs(options.split)[: options.pairs]) as mine,
+        state.split_between_processes(options.wanted) as mine,
         Progress(disable=not state.is_main_process) as progress,
     ):
         task = progress.add_task("pairs", total=len(mine))
@@ -244,15 +262,15 @@ def interval(values: Sequence[float], sign: str = "") -> str:
     return "" if not values or math.isnan(fmean(values)) else bootstrap(values).text(3, sign)
 
 
-def main(kind: type[Options], study: Callable[[Any], None]) -> None:
+def main(kind: type[Sample], study: Callable[[Any], None]) -> None:
     """Run a study with options from the command line."""
     application(kind, study)()
 
 
-def application(kind: type[Options], study: Callable[[Any], None]) -> typer.Typer:
+def application(kind: type[Sample], study: Callable[[Any], None]) -> typer.Typer:
     """A command line of one command."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command(kind, study))
+    app.command()(command(kind, study, (ClipError, CaptureError)))
     return app
 
 

@@ -52,6 +52,7 @@ PROMPTS = (
 PAIRS = [(prompt, seed) for prompt in PROMPTS for seed in (0, 1)]
 MODES = ["full", "full-other-kernel", "none-50", "row-50"]
 LABELS = ["full attention", "full attention, math kernel (noise floor)", "none, 50%", "row, 50%"]
+PRINTED = ["full attention", "full-other-kernel", "none, 50%", "row, 50%"]  # where there is little room
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +63,7 @@ def arguments(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     options = ["--model", weights, "--prompts", prompts, "--seeds", 2, "--height", 32, "--width", 32, "--frames", 8]
     options += ["--steps", 2]
     options += ["--sparsity", 0.5, "--block-size", 32, "--device", "cpu", "--no-lpips"]
+    options += ["--rectify", "none", "--rectify", "row"]
     return ["evaluate", *map(str, options)]
 
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from studies.harness import Options, application
+from studies.harness import Sample, application
 
 
-def run_study(kind: type[Options], study: Callable[[Any], None], *arguments: str, code: int = 0) -> str:
+def run_study(kind: type[Sample], study: Callable[[Any], None], *arguments: str, code: int = 0) -> str:
     """What the study prints; its exit code must be `code`."""
     result = CliRunner().invoke(application(kind, study), arguments, env={"COLUMNS": "300"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):

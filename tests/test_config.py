@@ -189,12 +189,30 @@ TABLE = {
 
 
 def test_there_are_no_other_presets() -> None:
-    assert list(PRESETS) == [*TABLE, "video", *(f"{name}-paper" for name in TABLE)]
+    assert list(PRESETS) == [*TABLE, "video", *(f"{name}-paper" for name in TABLE), *WARM_UPS]
 
 
 def test_where_nothing_was_published_it_is_the_default_sparsity_with_the_schedule_of_the_nearest() -> None:
     (near,) = preset("wan2.1-t2v")
     assert preset("video") == (SparseConfig(dense_steps=near.dense_steps, dense_layers=near.dense_layers),)
+
+
+# Dense first steps of so many, as others publish them.
+WARM_UPS = {
+    "hunyuan-video-t2v-sol": (10, 50),
+    "hunyuan-video-t2v-svg": (5, 50),
+    "wan2.1-t2v-sol": (10, 50),
+    "wan2.1-t2v-svg": (10, 50),
+    "wan2.1-i2v-svg": (14, 40),
+}
+
+
+@pytest.mark.parametrize("name", WARM_UPS)
+def test_a_warm_up_of_others_is_all_that_differs_from_the_models_preset(name: str) -> None:
+    [config], [own] = preset(name), preset(name.rpartition("-")[0])
+    dense, steps = WARM_UPS[name]
+    assert (config.dense_step_count(steps), config.dense_layers) == (dense, (0,))
+    assert config == own.replace(dense_steps=config.dense_steps, dense_layers=(0,))
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -215,8 +233,9 @@ def test_other_presets_have_the_published_sparsity_and_schedule_and_our_defaults
     for config, published in zip(preset(name), preset(f"{name}-paper"), strict=True):
         schedule = (published.sparsity, published.dense_steps, published.dense_layers)
         assert config == SparseConfig(sparsity=schedule[0], dense_steps=schedule[1], dense_layers=schedule[2])
-        ours = ("row+slope", "content", False, False)
-        assert (config.rectify, config.order, config.neighbours, config.first_frame) == ours
+        assert (config.rectify, config.order) == ("row+slope", "content")
+        assert not config.neighbours
+        assert not config.first_frame
 
 
 def test_an_unknown_preset_lists_each_model_once() -> None:

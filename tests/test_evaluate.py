@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn.functional import scaled_dot_product_attention
 
 import tiny
-from clip_runs import LABELS, MODES, PAIRS, command, evaluate, rows
+from clip_runs import LABELS, MODES, PAIRS, PRINTED, command, evaluate, rows
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.clips import evaluate as work
 from rectified_spaattn.lab.clips import metrics
@@ -28,7 +28,16 @@ NO_LPIPS = "torchvision is not installed"
 
 def test_every_file_is_there_and_nothing_else(finished: tuple[Path, str]) -> None:
     out, printed = finished
-    files = {"manifest.json", "clips.csv", "summary.csv", "scores.png", "side-by-side.mp4", "report.html"}
+    files = {
+        "manifest.json",
+        "clips.csv",
+        "summary.csv",
+        "summary.json",
+        "gains.csv",
+        "scores.png",
+        "side-by-side.mp4",
+        "report.html",
+    }
     files |= {MARK, LOCK}
     assert {path.name for path in out.iterdir() if path.is_file()} == files
     for mode in MODES:
@@ -37,7 +46,9 @@ def test_every_file_is_there_and_nothing_else(finished: tuple[Path, str]) -> Non
         assert len(list((out / "clips" / mode).iterdir())) == len(PAIRS)
     assert not list(out.rglob(".partial-*")) + list(out.rglob("*.safetensors"))
     assert iio.imread(next((out / "videos" / "full").iterdir()), plugin="FFMPEG").shape == (8, 32, 32, 3)
-    assert all(label in printed for label in LABELS)
+    tables = [line for line in printed.splitlines() if line.startswith("|")]
+    assert all(sum(line.startswith(f"| {name} ") for line in tables) == 4 for name in PRINTED)  # three scores, the cost
+    assert max(map(len, tables)) <= 80
 
 
 def test_the_table_has_the_reference_the_noise_floor_and_every_configuration(finished: tuple[Path, str]) -> None:
@@ -59,6 +70,32 @@ def test_the_table_has_the_reference_the_noise_floor_and_every_configuration(fin
         assert by_mode[mode]["computed"] == by_mode[mode]["density"]  # no dense steps or layers
         assert (by_mode[mode]["sparsity"], by_mode[mode]["block_size"]) == ("0.5", "32")
     assert all(clip["lpips"] == "" for clip in clips)
+
+
+def test_the_worst_and_the_gains_are_those_of_the_clips(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    clips, summary = rows(out), {each["mode"]: each for each in rows(out, "summary.csv")}
+    for mode in MODES[1:]:
+        own = [clip for clip in clips if clip["mode"] == mode]
+        worst = min(own, key=lambda clip: float(clip["psnr_frame"]))
+        assert float(summary[mode]["psnr_worst"]) == min(float(clip["psnr"]) for clip in own)
+        assert summary[mode]["psnr_frame_worst"] == worst["psnr_frame"]
+        assert (summary[mode]["worst_video"], summary[mode]["worst_frame"]) == (worst["video"], worst["worst_frame"])
+        assert float(worst["psnr_frame"]) < float(worst["psnr"])
+    psnr = {(clip["prompt"], clip["seed"], clip["mode"]): float(clip["psnr"]) for clip in clips}
+    apart = [psnr[prompt, str(seed), "row-50"] - psnr[prompt, str(seed), "none-50"] for prompt, seed in PAIRS]
+    told, _ = rows(out, "gains.csv")
+    assert (told["mode"], told["against"], told["score"]) == ("row-50", "none-50", "psnr")
+    assert float(told["gain"]) == pytest.approx(sum(apart) / 4)
+    assert float(told["t_low"]) < float(told["low"]) < float(told["gain"]) < float(told["high"]) < float(told["t_high"])
+    assert int(told["wins"]) == sum(each > 0 for each in apart)
+    both = json.loads((out / "summary.json").read_text())
+    assert both["gains"][0]["gain"] == pytest.approx(float(told["gain"]))
+    assert [each["mode"] for each in both["configurations"]] == MODES
+    report = (out / "report.html").read_text()
+    for text in ("The worst clip and the worst frame", "Pair by pair against none-50", f"{float(told['gain']):.2f}"):
+        assert text in report
+    assert f"{float(summary['row-50']['psnr_frame_worst']):.2f}</td>" in report
 
 
 def test_the_report_has_all_rows(finished: tuple[Path, str]) -> None:

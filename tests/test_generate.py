@@ -107,9 +107,10 @@ def test_compare_writes_full_attention_and_both_side_by_side(wan_run: tuple[Path
     assert sparse["computed"] == told(out)["stats"]["overall_density"]
     assert sparse["psnr"] > 10
     assert 0 < sparse["ssim"] < 1
-    row = next(line.split("|") for line in printed.splitlines() if "rectified, 0.8 sparse" in line)
-    shown = [f"{100 * sparse['computed']:.1f}%", f"{sparse['psnr']:.2f}", f"{sparse['ssim']:.4f}"]
-    assert [cell.strip() for cell in row[2:5]] == shown
+    lines = [line.split("|") for line in printed.splitlines() if "| rectified, 0.8 sparse" in line]
+    shown = [f"{sparse['psnr']:.2f}", f"{sparse['ssim']:.4f}", f"{sparse['flicker']:.4f}"]
+    assert [row[2].strip() for row in lines] == [*shown, f"{100 * sparse['computed']:.1f}%"]
+    assert lines[0][4].strip() == f"{sparse['psnr_frame_worst']:.2f}"
     seconds = [[step["seconds"] for step in run["steps"][1:]] for run in (got["full"], told(out)["output"])]
     assert math.isclose(sparse["speedup"], sum(seconds[0]) / sum(seconds[1]))
     side = iio.imread(out.with_name("video-compare.mp4"))
@@ -186,7 +187,7 @@ def test_the_scheduler_can_be_changed_and_is_recorded(models: Path, tmp_path: Pa
     assert told(out)["scheduler"]["config"]["shift"] == 3.0
     result = generate(*words, "--scheduler", "flow=3.0")
     assert result.exit_code == 1
-    assert "--scheduler: got flow; allowed: num_train_timesteps, shift," in result.output
+    assert "--scheduler: got flow; allowed: class, num_train_timesteps, shift," in result.output
 
 
 def test_teacache_skips_steps_of_the_sparse_run_and_none_of_full_attention(models: Path, tmp_path: Path) -> None:

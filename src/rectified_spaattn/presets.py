@@ -22,15 +22,32 @@ _PUBLISHED: dict[str, tuple[SparseConfig, ...]] = {
 _NEAREST = {"video": (SparseConfig(dense_steps=0.1, dense_layers=(0, 1)),)}
 _OURS = {name: getattr(SparseConfig(), name) for name in ("rectify", "order", "neighbours", "first_frame")}
 
+# Warm-ups that others publish: the share of the first steps that is dense; besides, the first layer is, in every step.
+# sol: Sol-Attn (arXiv 2607.24027), the same for every model; it has no image-to-video model.
+# svg: SVG and SVG2, scripts for 720p in github.com/svg-project/Sparse-VideoGen (5ce7b01): first_times_fp, and
+# first_layers_fp = 0.03 of 60 or 40 layers, rounded down; 50 steps, 40 for I2V. SVG-EAR's was not found.
+_WARM_UPS: dict[str, dict[str, float]] = {
+    "hunyuan-video-t2v": {"sol": 0.2, "svg": 0.1},
+    "wan2.1-t2v": {"sol": 0.2, "svg": 0.2},
+    "wan2.1-i2v": {"svg": 0.35},
+}
+
 # Under the name of a model its published sparsity and schedule with the defaults of this package; under NAME-paper all
-# as published.
+# as published; under NAME-sol and NAME-svg the same sparsity and defaults with the warm-up of somebody else.
+_OWN = {name: tuple(each.replace(**_OURS) for each in published) for name, published in _PUBLISHED.items()}
+_OTHERS = {
+    f"{name}-{whose}": tuple(each.replace(dense_steps=share, dense_layers=(0,)) for each in _OWN[name])
+    for name, shares in _WARM_UPS.items()
+    for whose, share in shares.items()
+}
 PRESETS: dict[str, tuple[SparseConfig, ...]] = {
-    **{name: tuple(each.replace(**_OURS) for each in published) for name, published in _PUBLISHED.items()},
+    **_OWN,
     **_NEAREST,
     **{f"{name}-paper": published for name, published in _PUBLISHED.items()},
+    **_OTHERS,
 }
 # for people
-PRESET_NAMES = f"{', '.join(_PUBLISHED)}, each also with -paper behind it; {', '.join(_NEAREST)}"
+PRESET_NAMES = f"{', '.join(_PUBLISHED)}; each also with -paper behind it; {', '.join([*_NEAREST, *_OTHERS])}"
 
 
 def preset(name: str) -> tuple[SparseConfig, ...]:
@@ -38,6 +55,7 @@ def preset(name: str) -> tuple[SparseConfig, ...]:
     if name not in PRESETS:
         raise ValueError(
             f"preset: got {name!r}; allowed: one of {list(_PUBLISHED)}, or one of them with '-paper' behind it for all "
-            f"as published; or one of {list(_NEAREST)}."
+            "as published, or '-sol' and '-svg' for the warm-up of others where there is one (docs/models.md); or one "
+            f"of {list(_NEAREST)}."
         )
     return PRESETS[name]

@@ -12,7 +12,7 @@ from ..lab.clips.summary import summarise
 from ..lab.machine import device_of, load_average, machine
 from ..lab.pages.demo import FILES, results, study_attention, write_report, write_side_by_side
 from .console import plain_console, print_wide, progress_bars
-from .evaluate import fill, summary_table, usage_errors
+from .evaluate import fill, summary_tables, usage_errors
 from .options import command_line
 
 
@@ -24,7 +24,7 @@ def run(options: DemoOptions) -> None:
         evaluation = evaluation_of(options, device)
     pipe = load(evaluation.source, evaluation.options, device)
     where = machine(device).to_dict()
-    folder = Folder(options.out, evaluation.prompts, evaluation.settings(), console.print)
+    folder = Folder(options.out, list(evaluation.prompts), evaluation.settings(), console.print)
     first, call = evaluation.pairs[0], evaluation.call()
     with folder.claim("demo", evaluation.facts(command_line()), clear=FILES):
         console.print("Reading the attention calls of one step.")
@@ -49,5 +49,6 @@ def run(options: DemoOptions) -> None:
         report = write_report(folder, metrics)
     pairs = f"{len(evaluation.pairs)} prompt-seed pair{'s' * (len(evaluation.pairs) != 1)}"
     size = f"{call['height']} x {call['width']} x {call['num_frames']}, {call['num_inference_steps']} steps"
-    print_wide(console, summary_table(summaries, f"{pairs}, {size}, {where['device']['name']}"))
+    for table in summary_tables(summaries, f"{pairs}, {size}, {where['device']['name']}"):
+        print_wide(console, table)
     console.print(f"Report: {report.resolve()}")

@@ -14,13 +14,15 @@ from ..lab.clips.evaluate import Evaluation
 from ..lab.clips.folder import Folder, check_ours
 from ..lab.clips.models import load, source_of
 from ..lab.clips.options import EvaluateOptions
-from ..lab.clips.summary import SCORES, ModeSummary
+from ..lab.clips.summary import FRAMES, GAINS, SCORES, ModeSummary
 from ..lab.machine import device_of
-from ..lab.pages.clips import HEADS, score_text
+from ..lab.pages.clips import HEADS, number_text, score_text
 from ..lab.pages.evaluation import write_evaluation
 from ..lab.pages.html import percent
 from .console import markdown_table, plain_console, print_wide, progress_bars
 from .options import command_line
+
+_WIDEST = 28  # characters of a mode's name in a table
 
 
 def run(options: EvaluateOptions) -> None:
@@ -34,7 +36,7 @@ def run(options: EvaluateOptions) -> None:
         pipe = load(source, options, device)
         evaluation = work.with_sparse_modes(evaluation, options, pipe)
     facts = evaluation.facts(command_line(), state.num_processes)
-    folder = Folder(options.out, evaluation.prompts, evaluation.settings(), console.print)
+    folder = Folder(options.out, list(evaluation.prompts), evaluation.settings(), console.print)
     main = state.is_main_process
     with folder.claim("evaluate", facts) if main else nullcontext():
         state.wait_for_everyone()
@@ -47,8 +49,9 @@ def run(options: EvaluateOptions) -> None:
             manifest = {"settings": folder.settings, **facts}
             records = work.records_of(evaluation, folder)
             summaries = write_evaluation(folder, evaluation.modes, records, manifest, evaluation.fps)
-            pairs = f"{len(evaluation.pairs)} prompt-seed pairs; mean [95% interval]"
-            print_wide(console, summary_table(summaries, pairs))
+            pairs = f"{len(evaluation.pairs)} prompt-seed pairs; mean [95% interval]; all of it: summary.csv"
+            for table in summary_tables(summaries, pairs):
+                print_wide(console, table)
             console.print(f"Report: {(folder.root / 'report.html').resolve()}")
 
 
@@ -71,20 +74,28 @@ def fill(pipe: Any, evaluation: Evaluation, folder: Folder, pairs: Sequence[Pair
         folder.drop_reference(pair)
 
 
-def summary_table(summaries: Sequence[ModeSummary], title: str) -> Table:
-    """The means as a Markdown table that can be pasted."""
-    names = [name for name in SCORES if name in summaries[0].scores]
-    heads = [HEADS[name] for name in names]
-    columns = ["attention", "computed pairs", *heads, "s per clip", "s per step", "speed-up", "backend"]
-    rows = []
-    for each in summaries:
-        scores = [
-            "reference" if each.mode.name == FULL and name != "flicker" else score_text(each.scores[name], name)
-            for name in names
-        ]
-        times = [f"{each.seconds:.2f}", f"{each.step_seconds:.3f}", f"{each.speedup:.2f}x"]
-        rows.append([each.mode.label, percent(each.computed), *scores, *times, each.backend or "dense"])
-    return markdown_table(columns, rows, title)
+def summary_tables(summaries: Sequence[ModeSummary], title: str) -> Iterator[Table]:
+    """Markdown tables of at most 80 columns that can be pasted: one a score, then what it took."""
+    for name in (each for each in SCORES if each in summaries[0].scores):
+        worst = {"worst clip": name, "frame": FRAMES.get(name)} if name in GAINS else {}
+        columns, rows = {head: key for head, key in worst.items() if key}, []
+        for each in summaries:
+            cells = [score_text(each.scores[name], name), *(number_text(each.worst[x], name) for x in columns.values())]
+            if each.mode.name == FULL and name != "flicker":
+                cells = ["reference", *("" for _ in columns)]
+            rows.append([_name(each.mode), *cells])
+        yield markdown_table(("attention", HEADS[name], *columns), rows)
+    rows = [
+        [_name(each.mode), percent(each.computed), f"{each.step_seconds:.3f}", f"{each.speedup:.2f}x", each.backend]
+        for each in summaries
+    ]
+    yield markdown_table(("attention", "pairs", "s a step", "speed-up", "backend"), rows, title)
+
+
+def _name(mode: Mode) -> str:
+    """What the mode is called where there is little room."""
+    name = mode.label if len(mode.label) <= _WIDEST else mode.name
+    return name if len(name) <= _WIDEST else f"{name[: _WIDEST - 1]}…"
 
 
 @contextmanager

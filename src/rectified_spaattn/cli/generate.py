@@ -8,7 +8,7 @@ from rich.progress import TextColumn, TimeRemainingColumn
 
 from ..lab.clips import single
 from ..lab.clips.clip import OnStep, Pair, full_mode, generate
-from ..lab.clips.models import call_arguments, dtype_of, load, source_of, with_image
+from ..lab.clips.models import call_arguments, dtype_of, load, source_of, with_pictures
 from ..lab.clips.options import GenerateOptions
 from ..lab.clips.summary import plain
 from ..lab.machine import device_name, device_of
@@ -16,7 +16,7 @@ from ..lab.pages.clips import side_by_side
 from ..lab.pages.video import write_clip
 from ..lab.rows import write_json
 from .console import plain_console, print_wide, progress_bars
-from .evaluate import summary_table
+from .evaluate import summary_tables
 
 _WIDEST = 640  # pixels of one clip in the side-by-side picture
 
@@ -27,7 +27,7 @@ def run(options: GenerateOptions) -> None:
     source = source_of(options)
     outputs = single.outputs_of(options, source)
     arguments = call_arguments(source, options)
-    call = with_image(arguments)
+    call = with_pictures(arguments)
     dtype = dtype_of(source, options.dtype, device)
     console.print(f"Loading {source.model} ({source.pipeline.__name__}, {dtype})")
     pipe = load(source, options, device)
@@ -70,7 +70,8 @@ def run(options: GenerateOptions) -> None:
     }
     write_json(outputs.json, plain(record))
     where = f"{height} x {width} x {frames}, {len(full.steps)} steps, {device_name(device)}"
-    print_wide(console, summary_table(rows, where))
+    for table in summary_tables(rows, where):
+        print_wide(console, table)
     console.print(f"Side by side: {outputs.side_by_side}")
 
 

@@ -160,7 +160,7 @@ def _study(
     from ..lab.calls.capture import capture_calls
     from ..lab.calls.maps import one_head, study_head
     from ..lab.clips.clip import Pair
-    from ..lab.clips.models import with_image
+    from ..lab.clips.models import with_pictures
     from ..pipelines.adapters import adapter_for
 
     layer = _place("layer", options.layer, len(adapter_for(pipe.transformer).attentions(pipe.transformer)))
@@ -173,6 +173,6 @@ def _study(
         advance(f"denoising step {steps}")
 
     pair = Pair(prompt=options.prompt, seed=options.seed)
-    [call] = capture_calls(pipe, [pair], with_image(dict(arguments)), steps=[step], layers=[layer], on_step=on_step)
+    [call] = capture_calls(pipe, [pair], with_pictures(arguments), steps=[step], layers=[layer], on_step=on_step)
     alone = one_head(call, call.q.shape[2] // 2 if options.head is None else options.head, pipe._execution_device)
     return study_head(alone, config, options.sparsities, on_result=advance, backend=options.backend)

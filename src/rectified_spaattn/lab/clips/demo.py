@@ -38,7 +38,7 @@ def evaluation_of(options: DemoOptions, device: torch.device) -> Evaluation:
         source=demo_source(options.weights),
         device=device,
         modes=modes,
-        prompts=tuple(dict.fromkeys(captions)),
+        prompts={caption: {} for caption in captions},
         seeds=options.seeds,
         arguments={
             "height": options.size,

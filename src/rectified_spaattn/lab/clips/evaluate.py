@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from ..pages.video import write_clip
 from .clip import FULL, Clip, Mode, Pair, check_kernel, check_sparse, generate, warm_up
 from .folder import Folder
 from .metrics import Lpips, why_no_lpips
-from .models import Source, call_arguments, call_defaults, dtype_of, file_hash, with_image
-from .modes import check_names, file_mode, grid_modes, reference_modes
+from .models import Source, call_arguments, call_defaults, dtype_of, file_hash, with_pictures
+from .modes import check_names, check_schedule, file_mode, grid_modes, preset_mode, reference_modes
 from .options import SMALL_GRID, ClipError, EvaluateOptions, ModelOptions
+from .prompts import Prompts, read_prompts
 from .summary import ClipRecord, measure
 
 OnClip = Callable[[Mode, Pair, int], None]  # (mode, pair, steps done so far)
@@ -30,7 +30,8 @@ _PATIENCE = timedelta(days=14)  # a process that is done waits for the others, w
 class Evaluation:
     """What is made. modes: full attention first.
 
-    arguments  of the pipeline's call, the image a path
+    prompts    with the pictures of those that have some of their own
+    arguments  of the pipeline's call, pictures as paths
     width      of the videos in pixels, None for the clips' own
     no_lpips   why LPIPS is left out, None where it is computed
     """
@@ -39,7 +40,7 @@ class Evaluation:
     source: Source
     device: torch.device
     modes: Sequence[Mode]
-    prompts: Sequence[str]
+    prompts: Prompts
     seeds: int
     arguments: Mapping[str, Any]
     fps: int
@@ -51,8 +52,12 @@ class Evaluation:
         return [Pair(prompt=prompt, seed=seed) for prompt in self.prompts for seed in range(self.seeds)]
 
     def call(self) -> dict[str, Any]:
-        """What the pipeline is called with, its own defaults included."""
+        """What the pipeline is called with for every prompt alike, its own defaults included."""
         return call_defaults(self.source) | dict(self.arguments)
+
+    def call_of(self, pair: Pair) -> dict[str, Any]:
+        """Further arguments of the pipeline's call for one clip, its pictures read."""
+        return with_pictures(dict(self.arguments) | self.prompts[pair.prompt])
 
     def settings(self) -> dict[str, Any]:
         """Everything that has an influence on a clip, for the manifest."""
@@ -69,6 +74,12 @@ class Evaluation:
             "scheduler": self.options.scheduler_changes(),
             "call": self.call(),
             "image_sha256": file_hash(self.options.image),
+            "last_image_sha256": file_hash(self.options.last_image),
+            "pictures": {
+                prompt: {name: {"file": path, "sha256": file_hash(path)} for name, path in pictures.items()}
+                for prompt, pictures in self.prompts.items()
+                if pictures
+            },
             "fps": self.fps,
             "seeds": self.seeds,
             "prompts": list(self.prompts),
@@ -92,11 +103,12 @@ def evaluation_of(options: EvaluateOptions, source: Source, device: torch.device
 
     Raises ValueError, TypeError or ClipError, saying what to change.
     """
-    prompts = read_prompts(options.prompts, source)
+    prompts = prompts_of(options, source)
     arguments = call_arguments(source, options)
     floor = options.floor_kernel or ("math" if source.is_demo or device.type == "cpu" else "efficient")
     check_kernel(floor, device, dtype_of(source, options.dtype, device))
-    with_image(arguments)  # an unreadable one is told now
+    for pictures in prompts.values() or [{}]:
+        with_pictures(arguments | pictures)  # an unreadable one is told now
     call = call_defaults(source) | arguments
     return Evaluation(
         options=options,
@@ -114,15 +126,17 @@ def evaluation_of(options: EvaluateOptions, source: Source, device: torch.device
 def with_sparse_modes(evaluation: Evaluation, options: EvaluateOptions, pipe: Any) -> Evaluation:
     """With the modes of the grid and of the files. Raises TypeError or ValueError as SparseConfig does."""
     modes, grid = list(evaluation.modes), options.grid()
-    if any(grid.values()) or not options.config:
+    if any(grid.values()) or not (options.config or options.preset):
         default: dict[str, tuple[Any, ...]] = {"rectify": ("none", SparseConfig().rectify)}
         if evaluation.source.is_demo:
             default["sparsity"] = (0.8, 0.9)
         grid = {name: values or default.get(name, ()) for name, values in grid.items()}
         base = base_configs(evaluation.source, pipe, grid["sparsity"])
         modes += grid_modes(base, grid, options.overrides())
+    modes += [preset_mode(name) for name in options.preset]
     modes += [file_mode(path) for path in options.config]
     check_names(modes)
+    check_schedule(modes, evaluation.call().get("num_inference_steps"))
     return replace(evaluation, modes=modes)
 
 
@@ -153,12 +167,12 @@ def complete(
     """
     if not todo:
         return
-    backend, arguments = evaluation.options.backend, with_image(dict(evaluation.arguments))
+    backend, first = evaluation.options.backend, next(iter(todo))
     lpips = Lpips(evaluation.device) if evaluation.no_lpips is None else None
     needed = {mode.name: mode for modes in todo.values() for mode in modes}
-    warm_up(pipe, list(needed.values()), next(iter(todo)), arguments, backend=backend)
+    warm_up(pipe, list(needed.values()), first, evaluation.call_of(first), backend=backend)
 
-    def make(mode: Mode, pair: Pair) -> Clip:
+    def make(mode: Mode, pair: Pair, arguments: Mapping[str, Any]) -> Clip:
         on_step(mode, pair, 0)
         advance = lambda done, total, density: on_step(mode, pair, done)  # noqa: E731
         [clip] = generate(pipe, mode, [pair], arguments, backend=backend, on_step=advance)
@@ -173,16 +187,17 @@ def complete(
         return clip
 
     for pair, modes in todo.items():
+        arguments = evaluation.call_of(pair)
         reference = folder.read_reference(pair)
         if reference is None or modes[0].name == FULL:
-            clip = make(evaluation.modes[0], pair)
+            clip = make(evaluation.modes[0], pair, arguments)
             reference = clip.video
             folder.write_reference(pair, reference)
             if modes[0].name == FULL:
                 yield keep(clip, reference)
         for mode in modes:
             if mode.name != FULL:
-                yield keep(make(mode, pair), reference)
+                yield keep(make(mode, pair, arguments), reference)
         folder.drop_reference(pair)
 
 
@@ -195,25 +210,13 @@ def records_of(evaluation: Evaluation, folder: Folder) -> list[ClipRecord]:
     return [each for each in entries if each is not None]
 
 
-def read_prompts(path: Path | None, source: Source) -> list[str]:
-    """One a line of the file. Raises ValueError for a file without any, with the same twice, or that is no text."""
-    if path is None:
-        if not source.is_demo:
-            raise ValueError("prompts: got no file; allowed: a text file with one prompt a line. Give --prompts FILE.")
-        return list(PROMPTS)
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: got a file that cannot be read as UTF-8 text: {error}") from error
-    prompts = [line for line in lines if line]
-    repeated = sorted({prompt for prompt in prompts if prompts.count(prompt) > 1})
-    if not prompts or repeated:
-        got = f"{repeated[0]!r} more than once" if repeated else "no line with text"
-        raise ValueError(
-            f"{path}: got {got}; allowed: prompts that differ, one a line. --seeds makes more clips of each."
-        )
+def prompts_of(options: EvaluateOptions, source: Source) -> Prompts:
+    """Those of the file, or the demo's captions. Raises ValueError as `read_prompts` and the demo's tokenizer do."""
+    if options.prompts is None and not source.is_demo:
+        raise ValueError("prompts: got no file; allowed: a text file with one prompt a line. Give --prompts FILE.")
+    prompts = {prompt: {} for prompt in PROMPTS} if options.prompts is None else read_prompts(options.prompts)
     if source.is_demo:
-        tokenize(prompts)
+        tokenize(list(prompts))
     return prompts
 
 

@@ -190,7 +190,8 @@ def _record(path: Path) -> tuple[ClipRecord, str, int]:
     if values.pop("digest") != _digest(values):
         raise ValueError("changed since it was written")
     settings, size = values.pop("settings"), values.pop("video_bytes")
-    values["psnr"] = math.inf if values["psnr"] is None else values["psnr"]
+    for name in ("psnr", "psnr_frame"):
+        values[name] = math.inf if values[name] is None else values[name]
     return ClipRecord(**{**values, "step_seconds": tuple(values["step_seconds"])}), settings, size
 
 

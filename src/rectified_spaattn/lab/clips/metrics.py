@@ -27,8 +27,19 @@ def psnr(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return peak_signal_noise_ratio(video.float(), reference.float(), data_range=1.0, reduction="none", dim=clip)
 
 
+def frame_psnr(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The same of every frame by itself: float32 [B, T]. Raises as `psnr` does."""
+    _check(video, reference)
+    return psnr(video.flatten(0, 1)[:, None], reference.flatten(0, 1)[:, None]).view(video.shape[:2])
+
+
 def ssim(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Structural similarity of every frame, averaged over a clip: float32 [B], 1 for identical clips.
+    """Structural similarity of every frame, averaged over a clip: float32 [B]. The rest is that of `frame_ssim`."""
+    return frame_ssim(video, reference).mean(1)
+
+
+def frame_ssim(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Structural similarity of every frame: float32 [B, T], 1 for identical ones.
 
     video, reference: [B, T, 3, H, W], floating, values in [0, 1]; H and W at least 11, the side of the Gaussian window
     (sigma 1.5). Raises TypeError or ValueError for clips of another kind or of different shapes.
@@ -45,7 +56,7 @@ def ssim(video: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
             for some, others in zip(*parts, strict=True)
         ]
     )
-    return frames.view(video.shape[:2]).mean(1)
+    return frames.view(video.shape[:2])
 
 
 def flicker(video: torch.Tensor) -> torch.Tensor:

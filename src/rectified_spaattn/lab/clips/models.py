@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -14,7 +15,7 @@ from torch import nn
 from ...pipelines import ADAPTERS
 from ...pipelines.enabling import SLOTS
 from .hub import from_hub, read_index
-from .options import CALL, DEMO, ClipError, ModelOptions
+from .options import CALL, DEMO, PICTURES, ClipError, ModelOptions
 
 INSTALL = 'pip install ".[generate]" in a checkout of rectified-spaattn'
 _DEMO_PIPELINE = "DemoVideoPipeline"
@@ -99,7 +100,7 @@ def demo_source(folder: Path | None = None) -> Source:
 
 
 def call_arguments(source: Source, options: ModelOptions) -> dict[str, Any]:
-    """What the options say to the pipeline's call, the image still a path.
+    """What the options say to the pipeline's call, pictures still paths.
 
     Raises ClipError for what the pipeline does not take, or needs and does not get.
     """
@@ -109,13 +110,15 @@ def call_arguments(source: Source, options: ModelOptions) -> dict[str, Any]:
         raise ClipError(f"{name} takes no {', '.join(lacking)}: it cannot be run here.")
     asked = {argument: getattr(options, field, None) for field, argument in CALL.items()}
     arguments = {argument: value for argument, value in asked.items() if value is not None} | options.arguments()
-    unknown = [each for each in arguments if each not in parameters]
+    unknown = [each for each in arguments | dict.fromkeys(sorted(options.pictures)) if each not in parameters]
     if unknown:
         fields = {argument: field for field, argument in CALL.items()}
-        words = ", ".join(f"--{fields[each]}" if each in fields else f"--argument {each}" for each in unknown)
+        words = ", ".join(
+            f"--{fields[each].replace('_', '-')}" if each in fields else f"--argument {each}" for each in unknown
+        )
         raise ClipError(f"{name} takes no {words}; it takes {', '.join(parameters)}. Leave it out.")
     image = parameters.get("image")
-    if image is not None and image.default is inspect.Parameter.empty and "image" not in arguments:
+    if image is not None and image.default is inspect.Parameter.empty and "image" not in options.pictures:
         raise ClipError(f"{name} starts from an image. Give one: --image FILE.")
     return arguments
 
@@ -130,19 +133,20 @@ def call_defaults(source: Source) -> dict[str, Any]:
     }
 
 
-def with_image(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with the picture of the path in `image`. Raises ClipError where it cannot be read."""
-    path = arguments.get("image")
-    if path is None:
-        return dict(arguments)
+def with_pictures(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with the pictures of the paths in PICTURES. Raises ClipError where one cannot be read."""
     from diffusers.utils import load_image
 
-    if not path.startswith(("http://", "https://")) and not Path(path).is_file():
-        raise ClipError(f"--image: got {path}; allowed: a picture file or an address, and there is no such file.")
-    try:
-        return {**arguments, "image": load_image(path)}
-    except (OSError, ValueError) as error:
-        raise ClipError(f"--image: got {path}, which cannot be read as a picture: {error}") from error
+    read = dict(arguments)
+    for name in (each for each in PICTURES if each in arguments):
+        path, flag = arguments[name], f"--{name.replace('_', '-')}"
+        if not path.startswith(("http://", "https://")) and not Path(path).is_file():
+            raise ClipError(f"{flag}: got {path}; allowed: a picture file or an address, and there is no such file.")
+        try:
+            read[name] = load_image(path)
+        except (OSError, ValueError) as error:
+            raise ClipError(f"{flag}: got {path}, which cannot be read as a picture: {error}") from error
+    return read
 
 
 def file_hash(path: str | None) -> str | None:
@@ -200,14 +204,29 @@ def _load(source: Source, options: ModelOptions, dtype: torch.dtype) -> Any:
 def _change_scheduler(pipe: Any, changes: dict[str, Any]) -> None:
     if not changes:
         return
-    unknown = [key for key in changes if key not in pipe.scheduler.config]
+    kind, fields = type(pipe.scheduler), {key: value for key, value in changes.items() if key != "class"}
+    if "class" in changes:
+        kind = _scheduler_class(changes["class"])
+    allowed = [key for key in inspect.signature(kind.__init__).parameters if key not in ("self", "kwargs")]
+    unknown = [key for key in fields if key not in allowed]
     if unknown:
-        allowed = [key for key in pipe.scheduler.config if not key.startswith("_")]
-        raise ClipError(f"--scheduler: got {', '.join(unknown)}; allowed: {', '.join(allowed)}.")
+        raise ClipError(f"--scheduler: got {', '.join(unknown)}; allowed: class, {', '.join(allowed)}.")
     try:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **fields)
     except (TypeError, ValueError) as error:
         raise ClipError(f"--scheduler: {error}") from error
+
+
+def _scheduler_class(name: Any) -> type[Any]:
+    import diffusers
+
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise ClipError(
+            f"--scheduler: got the class {name!r}; allowed: a scheduler of the installed diffusers, such as "
+            "FlowMatchEulerDiscreteScheduler or UniPCMultistepScheduler."
+        )
+    return kind
 
 
 def place(pipe: Any, device: torch.device, offload: str) -> None:
@@ -257,7 +276,7 @@ def _pipeline_class(index: dict[str, Any], options: ModelOptions) -> type[Any]:
     if not isinstance(name, str) or not isinstance(getattr(diffusers, name, None), type):
         raise ClipError(f"{options.model}: got the pipeline {name!r}; allowed: a class of the installed diffusers.")
     pipeline = getattr(diffusers, name)
-    if options.image is None or "image" in inspect.signature(pipeline.__call__).parameters:
+    if "image" not in options.pictures or "image" in inspect.signature(pipeline.__call__).parameters:
         return pipeline
     if name == "WanPipeline" and index.get("expand_timesteps"):  # Wan2.2 TI2V: one set of weights for both
         return diffusers.WanImageToVideoPipeline

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ...config import SparseConfig, read_yaml
+from ...presets import preset
 from .clip import Mode, full_mode
+from .options import ClipError
 
 FLOOR = "full-other-kernel"
 
@@ -55,6 +57,26 @@ def file_mode(path: Path) -> Mode:
     except (TypeError, ValueError) as error:
         raise type(error)(f"{path}: {error}") from error
     return Mode(name=path.stem, label=path.stem, configs=configs)
+
+
+def preset_mode(name: str) -> Mode:
+    """The mode of a preset. Raises ValueError for one that there is not."""
+    return Mode(name=name, label=name, configs=preset(name))
+
+
+def check_schedule(modes: Sequence[Mode], steps: int | None) -> None:
+    """Raises ClipError where the dense steps of a mode are all that one transformer has to run.
+
+    steps: of the run, None where nobody says. Of two transformers nobody knows who runs which: `check_sparse` tells.
+    """
+    single = [(mode, *mode.configs) for mode in modes if len(mode.configs) == 1]
+    for mode, config in single if steps is not None else ():
+        if config.dense_step_count(steps) + config.dense_last_step_count(steps) >= (steps or 0):
+            raise ClipError(
+                f"{mode.name}: all {steps} steps are dense (dense_steps={config.dense_steps}, dense_last_steps="
+                f"{config.dense_last_steps}), so nothing would run sparse; allowed: fewer dense steps, or a fraction "
+                "(0.1 is 5 of 50 steps, 1 of 8 and 0 of 4), in a --config file, or more --steps."
+            )
 
 
 def check_names(modes: Sequence[Mode]) -> None:

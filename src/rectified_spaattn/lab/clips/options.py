@@ -28,11 +28,12 @@ FLOOR_KERNELS = tuple(KERNELS)[1:]
 DEMO = "demo"
 SMALL_GRID: dict[str, Any] = {"block_size": 64, "top_p": 0.0}  # what fits the demo model: exact sparsity
 CALL = {  # field -> argument of the pipeline's call
-    **{name: name for name in ("prompt", "negative_prompt", "image", "height", "width")},
+    **{name: name for name in ("prompt", "negative_prompt", "image", "last_image", "height", "width")},
     "frames": "num_frames",
     "steps": "num_inference_steps",
     "guidance": "guidance_scale",
 }
+PICTURES = ("image", "last_image")  # of those, what is read from a file or an address
 _TAKEN = {argument: f"the option --{name.replace('_', '-')}" for name, argument in CALL.items()} | {
     "generator": "the option --seed",
     "output_type": "nothing: the command needs tensors",
@@ -60,6 +61,7 @@ class ModelOptions:
     revision: str | None = option("Branch, tag or commit of the repository.", None)
     negative_prompt: str | None = option("What not to show.", None)
     image: str | None = option("File or address of the picture to start from.", None)
+    last_image: str | None = option("The same of the picture to end with.", None)
     height: int | None = option("Pixels.", None, **_THE_PIPELINES)
     width: int | None = option("Pixels.", None, **_THE_PIPELINES)
     frames: int | None = option("Frames of a video.", None, **_THE_PIPELINES)
@@ -67,7 +69,9 @@ class ModelOptions:
     guidance: float | None = option("guidance_scale.", None, **_THE_PIPELINES)
     argument: tuple[str, ...] = option("KEY=VALUE for the pipeline's call, the value in YAML; may be repeated.", ())
     scheduler: tuple[str, ...] = option(
-        "KEY=VALUE for the scheduler's configuration, such as flow_shift=5.0; may be repeated.", ()
+        "KEY=VALUE for the scheduler's configuration, such as flow_shift=5.0; class=NAME for another one; may be "
+        "repeated.",
+        (),
     )
     dtype: str = option("auto: bfloat16 on a GPU; float32 on a CPU and for demo.", "auto", choices=DTYPES)
     offload: str = option("What stays on the CPU until it is needed.", "none", choices=OFFLOADS)
@@ -85,6 +89,11 @@ class ModelOptions:
         device_of(self.device)
         self.arguments()
         self.scheduler_changes()
+
+    @property
+    def pictures(self) -> frozenset[str]:
+        """Arguments of the pipeline's call that are pictures."""
+        return frozenset(name for name in PICTURES if getattr(self, name) is not None)
 
     def arguments(self) -> dict[str, Any]:
         """What --argument says."""
@@ -111,7 +120,7 @@ class GenerateOptions(ModelOptions):
     out: Path | None = option("File to write, .mp4 or .png.", None, unset="generated.mp4 or .png")
     overwrite: bool = option("Replace files that are there.", False)
     sparsity: float | None = option("Share of blocks to drop.", None, unset="the preset's")
-    preset: str | None = option(f"{PRESET_NAMES}, for all as published.", None, unset="the one that fits the model")
+    preset: str | None = option(f"{PRESET_NAMES}.", None, unset="the one that fits the model")
     config: tuple[Path, ...] = option(
         "YAML file with fields of SparseConfig, instead of a preset; may be repeated, one each.", ()
     )
@@ -161,9 +170,14 @@ class EvaluateOptions(ModelOptions):
     """Clips of full attention and of a list of configurations."""
 
     out: Path = option("Folder for everything; one of a run that was stopped is gone on with.")
-    prompts: Path | None = option("Text file, one prompt a line.", None, unset="the demo's captions")
+    prompts: Path | None = option(
+        "Text file, one prompt a line; or .csv with columns prompt and image, last_image or both.",
+        None,
+        unset="the demo's captions",
+    )
     seeds: int = option("Clips a prompt, from seeds 0, 1, ...", 1)
     config: tuple[Path, ...] = option("YAML file with fields of SparseConfig; may be repeated.", ())
+    preset: tuple[str, ...] = option("Settings by name, as `generate --preset` has them; may be repeated.", ())
     rectify: tuple[str, ...] = option("This and the next three may be repeated.", (), choices=tuple(RECTIFY))
     sparsity: tuple[float, ...] = option("Share of blocks to drop.", ())
     block_size: tuple[int, ...] = option("Tokens a block.", ())
@@ -182,13 +196,23 @@ class EvaluateOptions(ModelOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_files((*self.config, *(() if self.prompts is None else (self.prompts,))))
+        for name in self.preset:
+            preset_of(name)
         if self.floor_kernel is not None:
             check_choice("floor_kernel", self.floor_kernel, FLOOR_KERNELS)
-        if self.overrides() and self.config and not any(self.grid().values()):
+        if self.overrides() and (self.config or self.preset) and not any(self.grid().values()):
             raise ValueError(
-                f"{', '.join(self.overrides())}: got a value, but only --config files; allowed: with grid options "
-                "such as --sparsity. A file says everything itself."
+                f"{', '.join(self.overrides())}: got a value, but only --config files and presets; allowed: with grid "
+                "options such as --sparsity. A file and a preset say everything themselves."
             )
+
+    @property
+    def pictures(self) -> frozenset[str]:
+        """Also those that a table of prompts has a column for."""
+        from .prompts import read_prompts
+
+        rows = {} if self.prompts is None else read_prompts(self.prompts)
+        return super().pictures | {name for pictures in rows.values() for name in pictures}
 
     def grid(self) -> dict[str, tuple[Any, ...]]:
         """The values to combine; an empty one keeps the model's own."""

@@ -110,6 +110,7 @@ def describe(
         "request": asdict(options),
         "call": call_defaults(source) | dict(arguments),
         "image_sha256": file_hash(options.image),
+        "last_image_sha256": file_hash(options.last_image),
         "dtypes": {name: part.dtype for name, part in parts.items()},
         "scheduler": {"class": type(pipe.scheduler).__name__, "config": dict(pipe.scheduler.config)},
     }

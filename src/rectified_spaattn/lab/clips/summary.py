@@ -12,9 +12,11 @@ import torch
 from ...config import SparseConfig
 from .clip import FULL, Clip, Mode, Pair
 from .intervals import Interval, bootstrap
-from .metrics import Lpips, flicker, psnr, ssim
+from .metrics import Lpips, flicker, frame_psnr, frame_ssim, psnr
 
 SCORES = ("psnr", "ssim", "lpips", "flicker")
+FRAMES = {"psnr": "psnr_frame", "ssim": "ssim_frame"}  # score -> the same of the worst frame of a clip
+GAINS = ("psnr", "ssim", "lpips")  # what configurations are compared in, pair by pair
 _SETTINGS = ("sparsity", "rectify", "block_size", "order", "top_p", "neighbours")
 
 
@@ -25,6 +27,8 @@ class ClipRecord:
     video         its file
     psnr          dB, inf for identical clips (so for full attention itself)
     ssim          1 for identical clips
+    psnr_frame    of the frame that is farthest by PSNR, and which that is (worst_frame, from 0)
+    ssim_frame    of the frame that is farthest by SSIM
     lpips         0 for identical clips; None where it was not asked for
     flicker       as metrics.flicker; None for a picture
     density       computed query-key pairs over all pairs, mean over the sparse calls, isolated tokens counted
@@ -40,6 +44,9 @@ class ClipRecord:
     video: str
     psnr: float
     ssim: float
+    psnr_frame: float
+    worst_frame: int
+    ssim_frame: float
     lpips: float | None
     flicker: float | None
     density: float
@@ -56,13 +63,17 @@ class ClipRecord:
 def measure(clip: Clip, reference: torch.Tensor, video: str, lpips: Lpips | None = None) -> ClipRecord:
     """reference: the frames of full attention, [T, 3, H, W]; video: where the clip is."""
     ours, full = clip.video[None], reference[None]
+    frames, likeness = frame_psnr(ours, full)[0], frame_ssim(ours, full)[0]
     return ClipRecord(
         mode=clip.mode.name,
         prompt=clip.pair.prompt,
         seed=clip.pair.seed,
         video=video,
         psnr=psnr(ours, full).item(),
-        ssim=ssim(ours, full).item(),
+        ssim=likeness.mean().item(),
+        psnr_frame=frames.min().item(),
+        worst_frame=int(frames.argmin()),
+        ssim_frame=likeness.min().item(),
         lpips=None if lpips is None else lpips(clip.video, reference),
         flicker=flicker(ours).item() if ours.shape[1] > 1 else None,
         density=clip.density,
@@ -75,15 +86,18 @@ def measure(clip: Clip, reference: torch.Tensor, video: str, lpips: Lpips | None
 
 @dataclass(frozen=True, kw_only=True)
 class ModeSummary:
-    """One mode over all its clips; intervals are 95%, bootstrapped over the prompt-seed pairs.
+    """One mode over all its clips; intervals are 95%, over the prompt-seed pairs.
 
     scores        psnr, ssim, lpips (where it was computed) and flicker (of videos)
+    worst         psnr, ssim and lpips of the clip that is farthest, psnr_frame and ssim_frame of the farthest frame of
+                  all clips; worst_video: the file of the clip with that frame by PSNR; worst_frame: which it is, from 0
     step_seconds  of one denoising step; speedup: that of full attention over it
     """
 
     mode: Mode
     clips: int
     scores: Mapping[str, Interval]
+    worst: Mapping[str, Any]
     density: float
     computed: float
     seconds: float
@@ -97,8 +111,9 @@ class ModeSummary:
         for name in SCORES:
             score = self.scores.get(name)
             row[name] = None if score is None else score.mean
-            for end in ("low", "high"):
+            for end in ("low", "high", "t_low", "t_high"):
                 row[f"{name}_{end}"] = None if score is None else plain(getattr(score, end))
+        row |= {name if name.startswith("worst") else f"{name}_worst": value for name, value in self.worst.items()}
         for name in ("density", "computed", "backend", "seconds", "step_seconds", "speedup"):
             row[name] = getattr(self, name)
         return row
@@ -122,6 +137,7 @@ def summarise(
                 mode=mode,
                 clips=len(own),
                 scores={name: bootstrap(column) for name, column in columns.items() if None not in column},
+                worst=_worst(own),
                 **{name: fmean(getattr(record, name) for record in own) for name in ("density", "computed", "seconds")},
                 step_seconds=steps[mode.name],
                 speedup=steps[FULL] / steps[mode.name],
@@ -129,6 +145,44 @@ def summarise(
             )
         )
     return summaries
+
+
+def _worst(records: Sequence[ClipRecord]) -> dict[str, Any]:
+    """What ModeSummary.worst holds; lpips None where it was not computed."""
+    farthest = min(records, key=lambda record: record.psnr_frame)
+    distances = [record.lpips for record in records if record.lpips is not None]
+    lowest = {name: min(getattr(record, name) for record in records) for name in ("psnr", "ssim", *FRAMES.values())}
+    return {
+        **lowest,
+        "lpips": max(distances) if distances else None,
+        "worst_video": farthest.video,
+        "worst_frame": farthest.worst_frame,
+    }
+
+
+def gains(modes: Sequence[Mode], records: Sequence[ClipRecord]) -> list[dict[str, Any]]:
+    """Every configuration against the first one, pair by pair: one row a configuration and score of GAINS.
+
+    gain: mean of its score less that of the other; low, high: bootstrap; t_low, t_high: paired t; wins: pairs in which
+    it is nearer to full attention.
+    """
+    names, rows = [mode.name for mode in modes if mode.configs], []
+    for name in names[1:]:
+        base = {record.pair: record for record in records if record.mode == names[0]}
+        own = [record for record in records if record.mode == name]
+        for score in GAINS:
+            both = [(getattr(record, score), getattr(base[record.pair], score)) for record in own]
+            if any(value is None or math.isinf(value) for pair in both for value in pair):
+                continue
+            apart = [mine - other for mine, other in both]
+            gain = bootstrap(apart)
+            nearer = [each < 0 if score == "lpips" else each > 0 for each in apart]
+            rows.append(
+                {"mode": name, "against": names[0], "score": score, "gain": gain.mean}
+                | {end: getattr(gain, end) for end in ("low", "high", "t_low", "t_high")}
+                | {"wins": sum(nearer), "pairs": len(nearer)}
+            )
+    return rows
 
 
 def after_the_first(steps: Sequence[float]) -> float:
@@ -141,7 +195,20 @@ def after_the_first(steps: Sequence[float]) -> float:
 def clip_rows(modes: Sequence[Mode], records: Sequence[ClipRecord]) -> list[dict[str, Any]]:
     """One row a clip with its mode's settings; seconds and step_seconds (their median) come last."""
     columns = {mode.name: mode_columns(mode) for mode in modes}
-    names = (*SCORES, "density", "computed", "backend", "video", "seconds")
+    names = (
+        "psnr",
+        "psnr_frame",
+        "worst_frame",
+        "ssim",
+        "ssim_frame",
+        "lpips",
+        "flicker",
+        "density",
+        "computed",
+        "backend",
+        "video",
+        "seconds",
+    )
     return [
         {"prompt": record.prompt, "seed": record.seed, **columns[record.mode]}
         | {name: getattr(record, name) for name in names}

@@ -34,4 +34,13 @@ def score_text(value: Interval, score: str) -> str:
     """A mean and its interval, with the digits that the score deserves; an infinite PSNR in words."""
     if math.isinf(value.mean):
         return "identical" if math.isinf(value.low) else "some identical"
-    return value.text(2 if score == "psnr" else 4)
+    return value.text(_digits(score))
+
+
+def number_text(value: float, score: str) -> str:
+    """One value with the digits of its score."""
+    return "identical" if math.isinf(value) else f"{value:.{_digits(score)}f}"
+
+
+def _digits(score: str) -> int:
+    return 2 if score.startswith("psnr") else 4

@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 from ..clips.clip import FULL, Mode
 from ..clips.folder import Folder
 from ..clips.modes import FLOOR
-from ..clips.summary import ClipRecord, ModeSummary, clip_rows, summarise
-from ..rows import write_atomically, write_rows
-from .clips import HEADS, score_text, side_by_side
+from ..clips.summary import FRAMES, ClipRecord, ModeSummary, clip_rows, gains, plain, summarise
+from ..rows import write_atomically, write_json, write_rows
+from .clips import HEADS, number_text, score_text, side_by_side
 from .figures import MODE_COLOURS, PALETTE
 from .html import data_uri, render
 from .video import read_mp4
 
-FILES = ("clips.csv", "summary.csv", "scores.png", "side-by-side.mp4", "report.html")
+FILES = ("clips.csv", "summary.csv", "summary.json", "scores.png", "side-by-side.mp4", "report.html")
 _COLUMNS, _ROWS = 6, 3  # of the side-by-side video
 _TITLES = {
     "psnr": "PSNR to full attention, dB (higher is closer)",
@@ -33,19 +33,26 @@ _TITLES = {
 def write_evaluation(
     folder: Folder, modes: Sequence[Mode], records: Sequence[ClipRecord], manifest: Mapping[str, Any], fps: int
 ) -> list[ModeSummary]:
-    """Writes FILES. manifest: as in manifest.json. Raises OSError where a clip cannot be read back."""
-    clips_csv, summary_csv, figure, video, report = (folder.root / name for name in FILES)
-    summaries, clips = summarise(modes, records), clip_rows(modes, records)
+    """Writes FILES and, of several configurations, gains.csv. manifest: as in manifest.json.
+
+    Raises OSError where a clip cannot be read back.
+    """
+    clips_csv, summary_csv, summary_json, figure, video, report = (folder.root / name for name in FILES)
+    summaries, clips, apart = summarise(modes, records), clip_rows(modes, records), gains(modes, records)
     write_rows(clips_csv, clips)
     write_rows(summary_csv, [each.row() for each in summaries])
+    write_json(summary_json, plain({"configurations": [each.row() for each in summaries], "gains": apart}))
+    if apart:
+        write_rows(folder.root / "gains.csv", apart)
     write_atomically(figure, lambda to: scores_figure(to, summaries))
     shown = [each for each in summaries if each.mode.name != FLOOR][:_COLUMNS]
     pairs = list(dict.fromkeys(record.pair for record in records))[:_ROWS]
     videos = {pair: [read_mp4(folder.video(each.mode.name, pair)) for each in shown] for pair in pairs}
     side_by_side(video, shown, videos, fps)
     floor = next(each for each in summaries if each.mode.name == FLOOR)
-    rows = {"summaries": summaries, "names": _names(summaries), "floor": floor, "clips": clips}
+    rows = {"summaries": summaries, "names": _names(summaries), "floor": floor, "clips": clips, "gains": apart}
     words = {"titles": _TITLES, "heads": HEADS, "full": FULL, "interval": score_text, "infinity": math.inf}
+    words |= {"frames": FRAMES, "number": number_text}
     media = {"figure": data_uri(figure), "video": data_uri(video)}
     render("evaluation.html", report, m=manifest, raw=json.dumps(manifest, indent=2), **rows, **words, **media)
     return summaries
