@@ -14,7 +14,7 @@ GPU_TESTS ?= tests
 GPU_PYTEST := PYTHONPATH=src OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(CURDIR)/build/triton \
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU_PYTHON) -m pytest
 
-.PHONY: demo test quick slow-test gpu-test upstream-test lint clean
+.PHONY: demo test quick slow-test gpu-test upstream-test engines-test lint clean
 
 demo: $(STAMP)
 	$(BIN)/rectified-spaattn demo --out demo-output
@@ -39,9 +39,16 @@ gpu-test:
 upstream-test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/upstream.py $(DIFFUSERS) -n auto
 
+# real engines, in the pythons that run them: make engines-test COMFYUI=checkout COMFYUI_PYTHON=python SGLANG_PYTHON=python
+COMFYUI_PYTHON ?= python
+engines-test:
+	$(if $(COMFYUI)$(SGLANG_PYTHON),,$(error say COMFYUI=checkout, or SGLANG_PYTHON=python, or both))
+	$(if $(COMFYUI),PYTHONPATH=src $(COMFYUI_PYTHON) tests/engine_comfyui.py $(COMFYUI))
+	$(if $(SGLANG_PYTHON),PYTHONPATH=src $(SGLANG_PYTHON) tests/engine_sglang.py)
+
 lint: $(STAMP)
-	$(BIN)/ruff check src studies tests benchmarks examples
-	$(BIN)/ruff format --check src studies tests benchmarks examples
+	$(BIN)/ruff check src studies tests benchmarks examples comfyui
+	$(BIN)/ruff format --check src studies tests benchmarks examples comfyui
 	$(BIN)/mypy
 
 # torch comes first and pinned: a range would pull a newer build than the one the project is tested with

@@ -7,6 +7,7 @@ the schedule may change without a recompilation; the handle is a tensor, so all 
 
 import copy
 import functools
+import sys
 import threading
 import weakref
 from typing import Any
@@ -155,11 +156,7 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def backend_member() -> AttentionBackendName:
     """Our member of diffusers' closed enum of backends, registered the first time it is asked for."""
-    member = str.__new__(AttentionBackendName, BACKEND_NAME)
-    member._name_, member._value_ = BACKEND_NAME.upper(), BACKEND_NAME
-    AttentionBackendName._member_map_[member._name_] = member
-    AttentionBackendName._value2member_map_[BACKEND_NAME] = member
-    AttentionBackendName._member_names_.append(member._name_)
+    member = _with_our_name(AttentionBackendName)
     _AttentionBackendRegistry.register(member)(_backend)
     return member
 
@@ -231,6 +228,7 @@ def _pickled(self: Any, protocol: Any) -> Any:
 def wrap(processor: Any, layer: LayerState) -> Any:
     """A copy of `processor` that attends through `layer`; the original stays as it is."""
     processor = original(processor)
+    tell_cache_dit()
     wrapped = copy.copy(processor)
     wrapped.__class__ = _wrapped_class(processor.__class__)
     wrapped._attention_backend = backend_member()
@@ -284,3 +282,24 @@ def is_enabled(module: Any) -> bool:
     """Whether the processor of an attention module is one of ours that works there."""
     layer = getattr(module.processor, "rectified_layer", None)
     return layer is not None and layer.owner.active and _is_of(layer, module)
+
+
+def tell_cache_dit() -> None:
+    """Our name in the enum in which cache-dit's own processors look up a backend, where that package is loaded.
+
+    Its registry then hands the call on to the row of the same name in diffusers' dispatcher.
+    """
+    register = sys.modules.get("cache_dit.attention.backends.register")
+    if register is None or BACKEND_NAME in register._AttnBackend._value2member_map_:
+        return
+    _with_our_name(register._AttnBackend)
+
+
+def _with_our_name(kind: Any) -> Any:
+    """A closed enum of strings gets a member of our name."""
+    member = str.__new__(kind, BACKEND_NAME)
+    member._name_, member._value_ = BACKEND_NAME.upper(), BACKEND_NAME
+    kind._member_map_[member._name_] = member
+    kind._value2member_map_[BACKEND_NAME] = member
+    kind._member_names_.append(member._name_)
+    return member

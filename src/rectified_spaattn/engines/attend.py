@@ -1,0 +1,104 @@
+"""One call of the video's self-attention: sparse where the schedule and the tensors allow it, and noted either way."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..attention import DTYPES, rectified_attention
+from ..config import SparseConfig
+from ..layout import TokenLayout
+from .masks import Masks
+from .record import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in a run a call stands: index and name of its layer, the step, the number of steps; None: unknown."""
+
+    layer: int | None
+    name: str
+    step: int | None
+    total: int | None
+
+
+@dataclass(kw_only=True)
+class Seam:
+    """What the attention calls of one model share. record: of the run that goes on, or else of the last one."""
+
+    config: SparseConfig
+    record: Record = field(default_factory=Record)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layout: TokenLayout | str,
+        place: Place,
+        *,
+        mask: torch.Tensor | None = None,
+        scale: float | None = None,
+        masks: Masks,
+    ) -> torch.Tensor | None:
+        """out [B, S, H, D]; None where the call must run dense, which is noted with its reason.
+
+        q, k, v: [B, S, H, D]. layout: of their tokens, or the reason why nobody knows it. mask: as masks.masked takes
+        it. masks: those of the forward that runs.
+        """
+        plain = layout if isinstance(layout, str) else self.why_dense(place) or unfit(q, k, v, layout, self.config)
+        text_mask = None
+        if plain is None and mask is not None:
+            read = masks.of(mask, layout, len(q))  # type: ignore[arg-type]  # no reason, so a layout
+            if isinstance(read, str):
+                plain = read
+            else:
+                layout, text_mask = read
+                plain = unfit(q, k, v, layout, self.config)
+        if plain is not None or isinstance(layout, str):
+            self.record.note_dense(place.name, place.step, str(plain))
+            return None
+        out, stats = rectified_attention(
+            q, k, v, layout, self.config, text_mask=text_mask, scale=scale, return_stats=True
+        )
+        self.record.note_sparse(place.name, place.step, stats)
+        return out
+
+    def why_dense(self, place: Place) -> str | None:
+        """What the schedule says of a call; None where it may run sparse."""
+        config = self.config
+        if place.layer in config.dense_layers:
+            return "dense_layers"
+        if config.dense_layers and place.layer is None:
+            return "dense_layers, as the layer is unknown"
+        if config.dense_steps and (place.step is None or place.total is None):
+            return "dense_steps, as the step is unknown"
+        if config.dense_last_steps and (place.step is None or place.total is None):
+            return "dense_last_steps, as the step is unknown"
+        if place.step is None or place.total is None:
+            return None
+        if place.step < config.dense_step_count(place.total):
+            return "dense_steps"
+        if place.step >= place.total - config.dense_last_step_count(place.total):
+            return "dense_last_steps"
+        return None
+
+
+def unfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, config: SparseConfig) -> str | None:
+    """Why the operator cannot take a call of self-attention; None where it can."""
+    if layout.video < config.block_size:
+        return f"{layout.video} tokens that can be tiled, less than one block of {config.block_size}"
+    if layout.grid is None and not config.by_content:
+        return f"order={config.order!r}, which needs the grid of the tokens, and there is none"
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        return f"its dtypes {q.dtype}, {k.dtype} and {v.dtype}"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return "the gradient that it is asked for"
+    return None
+
+
+def settings(config: SparseConfig) -> str:
+    """A config in words, for the head of a summary."""
+    return (
+        f"sparsity {config.sparsity:g}, top_p {config.top_p:g}, rectify {config.rectify}, block {config.block_size}, "
+        f"order {config.order}"
+    )
