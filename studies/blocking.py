@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rectified_spaattn.attention import density
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.error import full_attention, kept_mass
 from rectified_spaattn.lab.option import option
+from rectified_spaattn.method.density import density
 from rectified_spaattn.method.select import select
 
 from . import harness

@@ -3,7 +3,6 @@
     python -m studies.slope --pairs 4 --step 3 --step 6 --step 9
 
 `error` is that of single attention calls that full attention led to; all keep exactly as many blocks (`top_p` of 0).
-`density` counts no pooled key.
 """
 
 import itertools

@@ -207,7 +207,7 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         return "i64" if model_strides or argument.endswith("_sb") else "i32"
     if kernel == "_project_kernel" and argument == "places_ptr":
         return "*i64"
-    if argument in ("from_ptr", "to_ptr", "count_ptr", "index_ptr", "end_ptr", "places_ptr", "turn_ptr"):
+    if argument in ("from_ptr", "to_ptr", "count_ptr", "index_ptr", "end_ptr", "places_ptr", "turn_ptr", "top_k_ptr"):
         return "*i32"
     if argument in (
         "critical_ptr",

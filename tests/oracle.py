@@ -192,7 +192,10 @@ def oracle(
         within = torch.eye(sequence, dtype=torch.float64) - member @ member_b.T
         moved = scale * q @ (within @ k).transpose(-1, -2) * torch.einsum("bhm,tm->bht", mass, member_b)[:, :, None]
         weights = weights + pooled.sum(-1, keepdim=True) * (moved @ within)
-    pairs = sees.double().mean(1).sum((1, 2)) / (sequence * valid.sum(1))
+    executed = sees.double().mean(1).sum((1, 2))
+    if config.rectify in ("row", "row+slope"):  # a pooled key of a block is one key to each of b queries
+        executed = executed + b * compensated.double().mean(1).sum((1, 2))
+    pairs = executed / (sequence * valid.sum(1))
     return Truth(
         out=(weights @ v).transpose(1, 2),
         weights=weights,

@@ -94,7 +94,8 @@ def test_rows_are_complete_and_consistent() -> None:
         assert (row.repeats, row.input_sets) == (2, 2)
     blocks = 256 // 32
     for row, kept in zip(measured[1:], (4, 2), strict=True):
-        assert row.density == pytest.approx((blocks * kept * 32**2 + 256 * 10 + 10 * 266) / 266**2)
+        pooled = 256 * (blocks - kept)  # one key a dropped block and query
+        assert row.density == pytest.approx((blocks * kept * 32**2 + pooled + 256 * 10 + 10 * 266) / 266**2)
         ran = SparseConfig(sparsity=row.sparsity, block_size=32, top_p=0.0)  # the package's defaults but for top_p
         assert SparseConfig.from_dict(json.loads(row.config)) == ran
         assert (row.rectify, row.order) == (ran.rectify, ran.order)
@@ -286,7 +287,7 @@ def test_command_prints_unsqueezed_tables_and_writes_files_that_can_be_read_back
             shown = [line for line in lines if line.startswith(f"| {'dense ' * (row.kind == 'dense')}{row.name} ")]
             assert any(f" {row.ms:.3f} " in line and line.endswith(f" {row.ratio:.2f}x |") for line in shown)
     assert any("results checked before timing" in line for line in lines)
-    assert sum("stages of torch, row, content, at" in line for line in lines) == 2
+    assert sum("stages of torch, row+slope, content, at" in line for line in lines) == 2
     assert "speed-up over sdpa" in result.output
 
 

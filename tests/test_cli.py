@@ -168,7 +168,8 @@ def test_metrics_json_agrees_with_itself_and_with_the_report(run: tuple[Path, st
         assert mean["backend"] == "torch"
     assert metrics["means"][0]["psnr"] is None
     density = {each["mode"]: each["density"] for each in metrics["means"]}
-    assert density["sparse-80"] == density["rectified-80"] == density["default-80"]
+    assert density["sparse-80"] == density["rectified-80"]
+    assert density["sparse-80"] < density["default-80"] < density["sparse-80"] + 1 / 64  # the same and pooled keys
     assert density["sparse-90"] < density["sparse-80"] < 0.3
     assert metrics["settings"]["seeds"] == 2
     assert metrics["speed"] == []

@@ -38,16 +38,19 @@ def arguments(
     text_mask: torch.Tensor | None = None,
     block_mask: torch.Tensor | None = None,
     token_order: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
     backend: str = "torch",
     **settings: Any,
 ) -> tuple[Any, ...]:
     q, k, v = video_like(0, 2, layout.sequence, HEADS, HEAD_DIM, dtype, key_heads)
     if strides:
         q, k, v = (STRIDED[strides](x) for x in (q, k, v))
-    return q, k, v, text_mask, block_mask, token_order, layout.key, SMALL.replace(**settings).key, 0.3, backend
+    keys = layout.key, SMALL.replace(**settings).key
+    return q, k, v, text_mask, block_mask, token_order, top_k, *keys, 0.3, backend
 
 
 ORDER = blocks_of(LAYOUT, SMALL).tiled.flip(0).expand(2, HEADS, -1)
+GIVEN = {"block_mask", "token_order", "top_k"}  # what no plan is asked for with
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "bfloat16": {"dtype": torch.bfloat16},
@@ -66,6 +69,8 @@ CASES: dict[str, dict[str, Any]] = {
     "content, no grid": {"order": "content", "layout": TokenLayout.of(90, [(3, 40), (45, 80)])},
     "token_order": {"order": "content", "token_order": ORDER},
     "token_order, int32": {"order": "content", "token_order": ORDER.int(), "rectify": "row"},
+    "top_k": {"top_k": torch.tensor([[1.0, 2.0], [3.5, 5.0]])},
+    "top_k by error": {"top_k": torch.tensor([[1.0, 2.0], [3.5, 5.0]]), "rectify": "row+slope"},
     "block_mask": {"block_mask": BLOCKS},
     "block_mask, transposed": {"block_mask": BLOCKS.transpose(2, 3)},
     "block_mask, transposed, none": {"block_mask": BLOCKS.transpose(2, 3), "rectify": "none"},
@@ -83,9 +88,11 @@ def test_opcheck(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not {"block_mask", "token_order"} & {*case}])
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if not {"block_mask", "token_order", "top_k"} & {*case}]
+)
 def test_opcheck_of_a_plan(name: str, backend: str) -> None:
-    q, k, v, text_mask, _, _, *rest = arguments(**CASES[name], backend=backend)
+    q, k, v, text_mask, _, _, _, *rest = arguments(**CASES[name], backend=backend)
     torch.library.opcheck(ops.plan, (q, k, v, text_mask, *rest))
 
 

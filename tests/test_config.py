@@ -40,6 +40,9 @@ def test_defaults() -> None:
         "dense_steps": 0,
         "dense_last_steps": 0,
         "dense_layers": [],
+        "tolerance": None,
+        "max_density": 0.5,
+        "probes": None,
     }
     assert list(SparseConfig().to_dict()) == [field.name for field in dataclasses.fields(SparseConfig) if field.init]
 
@@ -71,11 +74,12 @@ def test_numbers_of_numpy_are_numbers(real: type, whole: type) -> None:
     layers = np.array([1, 2]) if whole is np.int64 else [whole(1), whole(2)]
     config = SparseConfig(
         sparsity=real(0.5), top_p=real(0.25), block_size=whole(64), dense_steps=whole(3), dense_last_steps=real(0.125),
-        dense_layers=layers,
+        dense_layers=layers, tolerance=real(0.125), max_density=real(0.5), probes=whole(8),
     )  # fmt: skip
     want = SparseConfig(
-        sparsity=0.5, top_p=0.25, block_size=64, dense_steps=3, dense_last_steps=0.125, dense_layers=(1, 2)
-    )
+        sparsity=0.5, top_p=0.25, block_size=64, dense_steps=3, dense_last_steps=0.125, dense_layers=(1, 2),
+        tolerance=0.125, max_density=0.5, probes=8,
+    )  # fmt: skip
     assert config == want
     assert config.key == want.key
     assert {type(value) for value in config.to_dict().values()} == {float, str, int, bool, list}

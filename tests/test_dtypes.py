@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 import rectified_spaattn as rsa
 from cases import MODES, video_like
 from rectified_spaattn import SparseConfig, TokenLayout
-from rectified_spaattn.attention import density
 from rectified_spaattn.backends import BACKENDS
+from rectified_spaattn.method.density import density
 from rectified_spaattn.method.inputs import Inputs
 from rectified_spaattn.orders import blocks_of
 

@@ -87,8 +87,9 @@ class AttentionCall:
             valid = self.mask.view(len(self.mask), whole).expand(len(self.q), -1)
         video = int(valid[:, self.layout.video_places].all(0).sum())  # hidden ones stand alone
         kept = max(1, int((1 - 0.8) * (video // 16))) / (video // 16)  # blocks of 16; what stands alone is always seen
-        assert kept * (video / whole) ** 2 - 1e-6 <= self.density
-        assert self.density <= 1 - (1 - kept) * ((video - video % 16) / whole) ** 2 + 1e-6
+        dropped = (1 - kept) * 15 / 16  # a key for each other block
+        assert (1 - dropped) * (video / whole) ** 2 - 1e-6 <= self.density
+        assert self.density <= 1 - dropped * ((video - video % 16) / whole) ** 2 + 1e-6
         q, k, v = (x.transpose(1, 2) for x in (self.q, self.k, self.v))
         exact = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, attn_mask=valid[:, None, None], enable_gqa=q.shape[1] != k.shape[1]

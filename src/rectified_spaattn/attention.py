@@ -10,7 +10,8 @@ from . import ops
 from .backends import BACKENDS, Call, choose
 from .config import SparseConfig
 from .layout import TokenLayout
-from .method.apart import pairs_apart
+from .method.density import density
+from .method.probe import Probe
 from .orders import blocks_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -25,14 +26,14 @@ class SparseStats:
     compensated  bool [B, H, nb, nb], the dropped blocks that got their pooled contribution back
     probability  [B, H, nb, nb + 1], the estimated full attention; the last column is all isolated tokens
     r            [B, H, nb], the full-attention mass that was not compensated
-    density      computed query-key pairs over all pairs of full attention, queries with the valid keys that they see,
-                 isolated ones counted, pooled keys of a tail not; reading it waits for the device, reading
-                 `device_density`, the same as a float32 scalar tensor, does not
+    density      executed query-key pairs over all pairs of full attention, as method.density counts them; reading it
+                 waits for the device, reading `device_density`, the same as a float32 scalar tensor, does not
     backend      name of what attended
     sorting      name of what sorted the tokens: "triton" or "torch"; empty where nothing did
     token_order  int64 [B, Hk, nb * b], places in the sequence of the tiled tokens, block after block, where every key
                  head has an order of its own, which the query heads that share it share (order "content"); None where
                  `blocks_of(layout, config).tiled` holds for all
+    probe        what config.probe_rows rows of every head got wrong; None without such rows
     """
 
     block_mask: torch.Tensor
@@ -43,6 +44,7 @@ class SparseStats:
     backend: str
     sorting: str
     token_order: torch.Tensor | None = None
+    probe: Probe | None = None
 
     @property
     def density(self) -> float:
@@ -93,6 +95,7 @@ class _Options(TypedDict, total=False):
     scale: float | None
     block_mask: torch.Tensor | None
     token_order: torch.Tensor | None
+    top_k: torch.Tensor | None
     backend: str
 
 
@@ -133,6 +136,7 @@ def rectified_attention(
     scale: float | None = None,
     block_mask: torch.Tensor | None = None,
     token_order: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
     backend: str = "auto",
     return_stats: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, SparseStats]:
@@ -147,6 +151,8 @@ def rectified_attention(
     scale: factor of the logits, D**-0.5 by default.
     block_mask: bool [B, H, nb, nb], critical blocks chosen by the caller in place of stage 3.
     token_order: integers [B, Hk, nb * b], an order of the tiled tokens in place of the sorting, for order "content".
+    top_k: float [B, H], at least how many blocks a row of each head keeps, in place of what config.sparsity says: whole
+    ones in every row, or, where the mode chooses by error, as many on average. A tolerance needs it: `enable` finds it.
     backend: "auto", "fa4", "triton", "torch" or "reference"; `rectified-spaattn doctor` tells which can run here.
 
     Returns out [B, S, H, D] in q's dtype (float64 from "reference"), and SparseStats with return_stats=True.
@@ -159,12 +165,18 @@ def rectified_attention(
     nb = layout.video // config.block_size
     _check_mask("block_mask", block_mask, (q.shape[0], q.shape[2], nb, nb), q)
     _check_order(token_order, (q.shape[0], k.shape[2], nb * config.block_size), q, config)
+    _check_top_k(top_k, block_mask, q, config)
     name = choose(backend, Call(q.device, q.dtype, q.shape[-1], config.block_size, nb))
     out, critical, compensated, probability, r, order = ops.attention(
-        q, k, v, text_mask, block_mask, token_order, layout.key, config.key, _scale(scale, q), name
+        q, k, v, text_mask, block_mask, token_order, top_k, layout.key, config.key, _scale(scale, q), name
     )
     if not return_stats:
         return out
+    own_order = order if config.by_content else None
+    probed = None
+    if config.probe_rows:
+        rows = (text_mask, own_order, layout.key, config.key, _scale(scale, q), config.probe_rows)
+        probed = Probe(*ops.probe(q, k, v, out, *rows))
     return out, SparseStats(
         block_mask=critical,
         compensated=compensated,
@@ -173,7 +185,8 @@ def rectified_attention(
         device_density=density(critical, layout, config, text_mask),
         backend=name,
         sorting=BACKENDS[name].sorting if config.by_content and token_order is None else "",
-        token_order=order if config.by_content else None,
+        token_order=own_order,
+        probe=probed,
     )
 
 
@@ -196,6 +209,7 @@ def plan(
     q, k, v = _checked(q, k, v, layout, config, backend)
     _check_mask("text_mask", text_mask, (q.shape[0], layout.text), q)
     nb = layout.video // config.block_size
+    _check_top_k(None, None, q, config)
     name = choose(backend, Call(q.device, q.dtype, q.shape[-1], config.block_size, nb))
     scale = _scale(scale, q)
     mask, order = ops.plan(q, k, v, text_mask, layout.key, config.key, scale, name)
@@ -246,32 +260,6 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> tor
         token_order=plan.token_order,
         backend=plan.backend,
     )
-
-
-def density(
-    block_mask: torch.Tensor, layout: TokenLayout, config: SparseConfig, text_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """Computed query-key pairs over all pairs of full attention; a float32 scalar tensor, no sync.
-
-    block_mask: bool [B, H, nb, nb]; text_mask: bool [B, text] or None.
-    """
-    batch, heads, nb, _ = block_mask.shape
-    tiled = nb * config.block_size
-    leftover = layout.video - tiled
-    if text_mask is None:
-        text = torch.full((batch,), layout.text, dtype=torch.float32, device=block_mask.device)
-    else:
-        text = text_mask.sum(1).float()
-    keys = tiled + leftover + text  # [B] valid ones
-    kept = block_mask.sum((1, 2, 3)).float() / max(1, heads * nb) * config.block_size  # [B] tiled keys a tiled query
-    saved = tiled * (keys - kept - leftover - text)  # [B] pairs
-    if not layout.apart:
-        return (1 - saved / (layout.sequence * keys)).mean()
-    if text_mask is None:
-        text_mask = torch.ones(batch, layout.text, dtype=torch.bool, device=block_mask.device)
-    apart = torch.cat([text_mask[:, first:last] for first, last in layout.apart_text], dim=1)  # [B, A]
-    others = layout.sequence - apart.shape[1]
-    return (1 - saved / (others * keys + pairs_apart(apart, layout.causal))).mean()
 
 
 def _checked(
@@ -354,6 +342,26 @@ def _check_order(order: torch.Tensor | None, shape: tuple[int, ...], q: torch.Te
         raise ValueError(
             f"token_order: got shape {tuple(order.shape)} on {order.device}; allowed: {shape} on {q.device}."
         )
+
+
+def _check_top_k(
+    top_k: torch.Tensor | None, block_mask: torch.Tensor | None, q: torch.Tensor, config: SparseConfig
+) -> None:
+    shape = (q.shape[0], q.shape[2])
+    if top_k is None:
+        if config.tolerance is not None and block_mask is None:
+            raise ValueError(
+                f"tolerance: got {config.tolerance} for a single call; allowed: None, or top_k with it, as a tolerance "
+                "is held from the errors of calls before. rsa.enable(pipe, tolerance=...) keeps them."
+            )
+        return
+    if block_mask is not None:
+        raise ValueError("top_k: got one together with a block_mask; allowed: one of them.")
+    if not isinstance(top_k, torch.Tensor) or not top_k.is_floating_point():
+        got = top_k.dtype if isinstance(top_k, torch.Tensor) else type(top_k).__name__
+        raise TypeError(f"top_k: got {got}; allowed: a floating-point tensor {list(shape)}, blocks a row.")
+    if tuple(top_k.shape) != shape or top_k.device != q.device:
+        raise ValueError(f"top_k: got shape {tuple(top_k.shape)} on {top_k.device}; allowed: {shape} on {q.device}.")
 
 
 def _scale(scale: float | None, q: torch.Tensor) -> float:

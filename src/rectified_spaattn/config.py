@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row", "row+slope"]
 Order = Literal["content", "gilbert", "tile", "raster"]
 ORDERS: tuple[str, ...] = get_args(Order)
+PROBES = 64  # query rows a head that measure the error where there is a tolerance
 _OPERATOR = ("sparsity", "top_p", "rectify", "block_size", "order", "neighbours", "first_frame")  # the rest is schedule
 
 
@@ -69,8 +70,14 @@ class SparseConfig:
     dense_steps       full attention in the first denoising steps: a count, or a fraction of all steps below 1
     dense_last_steps  full attention in the last denoising steps, likewise
     dense_layers      indices of the layers that keep full attention
+    tolerance         in place of a guessed sparsity the output error that heads shall have, |out - full| / |full|, root
+                      mean square over those of a step, in (0, 1): how many blocks each keeps follows what probe rows
+                      measure, step by step, from what `sparsity` says on; None: as many as `sparsity` says
+    max_density       the largest share of a head's blocks that a tolerance keeps, in (0, 1]
+    probes            query rows a head that are also computed exactly, to measure the error; None: 64 with a tolerance,
+                      else 0
 
-    The schedule (the last three) is read by `enable`, all else by the operator.
+    The schedule (the dense ones), tolerance and max_density are read by `enable`, all else by the operator.
 
     Raises TypeError for a wrong type or an unknown key, ValueError for a value out of range.
     """
@@ -85,6 +92,9 @@ class SparseConfig:
     dense_steps: int | float = 0
     dense_last_steps: int | float = 0
     dense_layers: tuple[int, ...] = ()
+    tolerance: float | None = None
+    max_density: float = 0.5
+    probes: int | None = None
     key: str = field(init=False, repr=False, compare=False)  # what the operator reads, as its schema carries it
 
     def __post_init__(self) -> None:
@@ -104,6 +114,7 @@ class SparseConfig:
         for name in ("dense_steps", "dense_last_steps"):
             object.__setattr__(self, name, _steps(name, getattr(self, name)))
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
+        _check_tolerance(self)
         object.__setattr__(self, "key", repr([getattr(self, name) for name in _OPERATOR]))
 
     @classmethod
@@ -152,6 +163,13 @@ class SparseConfig:
     def by_content(self) -> bool:
         """Whether a call sorts its tokens, head by head; no grid is needed then."""
         return self.order == "content"
+
+    @property
+    def probe_rows(self) -> int:
+        """How many query rows a head are computed exactly, too, where there are as many."""
+        if self.probes is None:
+            return 0 if self.tolerance is None else PROBES
+        return self.probes
 
     def dense_step_count(self, total_steps: int | None) -> int:
         """How many leading steps run full attention; a fraction is rounded to the nearest step (half up)."""
@@ -204,6 +222,31 @@ def _fraction(name: str, value: float, closed: bool) -> float:
     if not 0 <= value <= 1 or (value == 1 and not closed):  # NaN fails the first comparison
         raise ValueError(f"{name}: got {value!r}; allowed: {allowed}.")
     return float(value)
+
+
+def _check_tolerance(config: SparseConfig) -> None:
+    """Raises TypeError or ValueError; numbers of other kinds become int and float."""
+    for name in ("tolerance", "max_density"):
+        value, closed = getattr(config, name), name == "max_density"
+        if value is None and not closed:
+            continue
+        number = _fraction(name, value, closed)
+        if number == 0:
+            raise ValueError(f"{name}: got {value!r}; allowed: a number above 0.")
+        object.__setattr__(config, name, number)
+    probes = config.probes
+    if probes is not None and (isinstance(probes, bool) or not isinstance(probes, Integral)):
+        raise TypeError(f"probes: got {probes!r}; allowed: an integer of 0 or more, or None.")
+    if probes is not None:
+        if probes < 0:
+            raise ValueError(f"probes: got {probes}; allowed: an integer of 0 or more, or None.")
+        object.__setattr__(config, "probes", int(probes))
+    if config.tolerance is None:
+        return
+    if probes == 0:
+        raise ValueError("probes: got 0 with a tolerance; allowed: 1 or more, or None, as they measure the error.")
+    if config.top_p == 1:
+        raise ValueError("top_p: got 1 with a tolerance; allowed: below 1, as 1 keeps every block whatever the error.")
 
 
 def _block_size(value: int) -> int:

@@ -11,6 +11,7 @@ from .backends import BACKENDS
 from .backends.calls import Backend
 from .config import SparseConfig
 from .layout import TokenLayout
+from .method import probe as method_probe
 from .method.inputs import Inputs
 from .method.plan import Choices
 from .orders import blocks_of
@@ -28,6 +29,7 @@ def attention(
     text_mask: torch.Tensor | None,
     block_mask: torch.Tensor | None,
     token_order: torch.Tensor | None,
+    top_k: torch.Tensor | None,
     layout: str,
     config: str,
     scale: float,
@@ -40,6 +42,7 @@ def attention(
     # the stages choose their dtypes themselves; kernels are launched on the current GPU, which need not be q's
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         inputs = _inputs(q, k, v, text_mask, block_mask, token_order, layout, config, scale, BACKENDS[backend])
+        inputs = inputs._replace(top_k=top_k)
         choices, prepared = BACKENDS[backend].plan(inputs)
         out = BACKENDS[backend].attend(inputs, prepared)
     critical, order = _outputs(choices, inputs, block_mask, token_order)
@@ -62,6 +65,33 @@ def plan(
         inputs = _inputs(q, k, v, text_mask, None, None, layout, config, scale, BACKENDS[backend])
         choices, _ = BACKENDS[backend].plan(inputs)
     return _outputs(choices, inputs, None, None)
+
+
+@torch.library.custom_op("rectified_spaattn::probe", mutates_args=(), **TAGS)
+def probe(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    text_mask: torch.Tensor | None,
+    token_order: torch.Tensor | None,
+    layout: str,
+    config: str,
+    scale: float,
+    rows: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two norms of `method.probe.Probe` for the output of `attention`; token_order: as that gave it, or None."""
+    blocks = blocks_of(TokenLayout.from_key(layout), SparseConfig.from_key(config)).on(q.device)
+    order = blocks.tiled.expand(len(q), k.shape[2], -1) if token_order is None else token_order
+    order = order.repeat_interleave(q.shape[2] // k.shape[2], dim=1)  # query heads that share keys share their order
+    valid = None
+    if text_mask is not None:
+        valid = text_mask.new_ones(q.shape[:2])
+        valid[:, blocks.isolated[blocks.leftover :]] = text_mask
+    with torch.autocast(q.device.type, enabled=False):
+        places = method_probe.probe_places(order, rows)
+        wrong, full = method_probe.probe(q, k, v, out, places, valid=valid, scale=scale)
+    return wrong, full
 
 
 def _inputs(
@@ -120,6 +150,12 @@ def _attention_fake(q: torch.Tensor, k: torch.Tensor, *rest: Any) -> tuple[torch
             (k.shape[0], k.shape[2], nb * settings.block_size) if settings.by_content else (0,), dtype=torch.int64
         ),
     )
+
+
+@probe.register_fake
+def _probe_fake(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    norms = q.new_empty(q.shape[0], q.shape[2], dtype=torch.float32)
+    return norms, torch.empty_like(norms)
 
 
 @plan.register_fake

@@ -82,6 +82,7 @@ def _plan_sample(inputs: Inputs, i: int) -> Sample:
         v=inputs.v[one],
         text_mask=inputs.text_mask[one],
         block_mask=None if inputs.block_mask is None else inputs.block_mask[one],
+        top_k=None if inputs.top_k is None else inputs.top_k[one],
     )
     alone = blocks.isolated[inputs.valid[0]]
     tiled = blocks.tiled if inputs.token_order is None else inputs.token_order[i].long()

@@ -20,6 +20,7 @@ class Inputs(NamedTuple):
     block_mask   bool [B, H, nb, nb], contiguous: critical blocks in place of stage 3; None: to be chosen
     token_order  int [B, Hk, nb*b], places of the tiled tokens where every key head has an order of its own, which the
                  queries that share it share; None: they are those of blocks.tiled
+    top_k        float [B, H], how many blocks a row stage 3 keeps at least; None: what the sparsity says
     """
 
     q: torch.Tensor
@@ -31,6 +32,7 @@ class Inputs(NamedTuple):
     scale: float
     block_mask: torch.Tensor | None = None
     token_order: torch.Tensor | None = None
+    top_k: torch.Tensor | None = None
 
     @property
     def group(self) -> int:

@@ -55,7 +55,7 @@ def decide(
         if rule.choice == "error" and spread is not None and blocks.num_blocks:
             seen = directions(inputs.q, inputs.k, blocks.tiled, inputs.scale)
             left = residual(probability, spread, responses(q_tiled, k_tiled, v_tiled, seen))
-        critical = select(probability, blocks, inputs.config, left)
+        critical = select(probability, blocks, inputs.config, left, inputs.top_k)
     compensated = gain(pooled, critical, rule)
     rectification = rectify(probability, compensated, pooled.v)
     if spread is not None:

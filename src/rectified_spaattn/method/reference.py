@@ -57,12 +57,14 @@ def reference(inputs: "Inputs") -> Reference:
             if block_mask is not None:
                 keep = block_mask[i, h].cpu()
             else:
-                keep = torch.stack([critical_row(p[n], n, blocks, config) for n in range(nb)]) if nb else critical[i, h]
+                top_k = max(1, int((1 - config.sparsity) * nb)) if inputs.top_k is None else inputs.top_k[i, h].item()
+                rows = [critical_row(p[n], n, blocks, config, top_k) for n in range(nb)]
+                keep = torch.stack(rows) if nb else critical[i, h]
                 if config.rectify == "row+slope":
                     sample = blocks.tiled.cpu()[:: -(-len(tiled) // 2048)] if nb else tiled
                     sharing = q[i, sample, of_k * group : (of_k + 1) * group].flatten(0, 1)
                     left = _errors_left(p, qt, kt, vt, sharing, k[i, sample, of_k], scale)
-                    keep = keep | _largest_errors(left, max(1, int((1 - config.sparsity) * nb)) * nb)
+                    keep = keep | _largest_errors(left, int(top_k * nb))
             compensate = ~keep
             if config.rectify == "none":
                 compensate = torch.zeros_like(keep)
@@ -205,19 +207,22 @@ def _largest_errors(left: torch.Tensor, budget: int) -> torch.Tensor:
     return keep
 
 
-def critical_row(p: torch.Tensor, n: int, blocks: "Blocks", config: "SparseConfig") -> torch.Tensor:
-    """bool [nb]: stage 3 for query block n, from its row of the estimate, p [nb + 1]."""
+def critical_row(
+    p: torch.Tensor, n: int, blocks: "Blocks", config: "SparseConfig", top_k: float | None = None
+) -> torch.Tensor:
+    """bool [nb]: stage 3 for query block n, from its row of the estimate, p [nb + 1]. top_k: in place of sparsity."""
     nb = len(p) - 1
     if config.top_p == 1 or not p.isfinite().all():
         return torch.ones(nb, dtype=torch.bool)
     by_probability = sorted(range(nb), key=lambda m: (-p[m].item(), m))
-    top_k = 0 if config.rectify == "row+slope" else max(1, int((1 - config.sparsity) * nb))
+    at_least = int((1 - config.sparsity) * nb) if top_k is None else int(top_k)
+    at_least = 0 if config.rectify == "row+slope" else max(1, at_least)
     reached, for_top_p = p[nb].item(), 0
     while reached < config.top_p and for_top_p < nb:
         reached += p[by_probability[for_top_p]].item()
         for_top_p += 1
     keep = torch.zeros(nb, dtype=torch.bool)
-    keep[by_probability[: max(top_k, for_top_p)]] = True
+    keep[by_probability[: max(at_least, for_top_p)]] = True
     if config.neighbours:
         keep |= blocks.neighbours[n].cpu()
     if config.first_frame and blocks.first_frame[n]:

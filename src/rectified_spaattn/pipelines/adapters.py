@@ -270,16 +270,17 @@ def adapter_for(model: nn.Module) -> Adapter:
 def default_configs(
     model: nn.Module, pipeline: Any, overrides: Mapping[str, Any], name: str | None = None
 ) -> tuple[SparseConfig, ...]:
-    """The preset `name`, or else the one that fits a transformer; without any, SparseConfig's defaults with a sparsity.
+    """The preset `name`, or else the one that fits a transformer; without any, SparseConfig's defaults.
 
-    Raises ValueError where nothing was published and the overrides leave the sparsity open.
+    Raises ValueError where nothing was published and the overrides leave sparsity and tolerance open.
     """
     name = name or adapter_for(model).preset(model, pipeline)
     if name is not None:
         return preset_of(name)
-    if "sparsity" in overrides:
+    if {"sparsity", "tolerance"} & set(overrides):
         return (SparseConfig(),)
     raise ValueError(
         f"enable: no settings were published for {type(model).__name__}, so none is chosen for you; allowed: "
-        "sparsity=..., config=SparseConfig(...) or preset=... by name. Try sparsity=0.8 and look at the result."
+        "sparsity=..., tolerance=..., config=SparseConfig(...) or preset=... by name. Try sparsity=0.8 and look at the "
+        "result."
     )

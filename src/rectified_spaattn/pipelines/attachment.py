@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapter
+from .budgets import Budgets
 from .forwards import RunningForwards
 from .hooks import Hooks, remove_hooks
 from .processor import dense_backend, original, wrap
@@ -86,6 +87,7 @@ class Attachment:
         for module in [each() for each in self.modules]:
             if module is not None:
                 remove_hooks(module, self)
+        self.state.budgets = Budgets()
         self.state.forwards = RunningForwards()  # what an interrupted forward left there leads to the model
 
 

@@ -22,6 +22,7 @@ class ForwardState:
     layouts      that its calls may have, told apart by their length, padding included; the first is of most calls
     padding      how many tokens, at the end of the first, are padding in all rows
     step, total  the denoising step and the number of steps; None where nobody knows
+    turn         how many forwards this step had before: guidance calls come in the same order at every step
     problem      why the step is unknown
     why_dense    why every call in it is dense; None where calls may be sparse
     calls        attention calls so far; sparse: those of them that were sparse; density: their sum, on the device
@@ -32,6 +33,7 @@ class ForwardState:
     padding: int = 0
     step: int | None = None
     total: int | None = None
+    turn: int = 0
     problem: str = ""
     why_dense: str | None = None
     calls: int = 0

@@ -4,7 +4,7 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from ..attention import rectified_attention
 from ..config import SparseConfig
 from ..layout import TokenLayout
+from .budgets import Budgets, Place
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .masks import key_mask, masked_layout
@@ -20,6 +21,8 @@ from .masks import key_mask, masked_layout
 OUTSIDE = "a call outside of the transformer's forward"
 
 _handles = itertools.count()
+_TURNS = 100  # forwards of one step that are told apart
+_PROBED = 1000  # calls of a layer whose errors are kept
 
 
 @dataclass(kw_only=True, eq=False)
@@ -32,7 +35,9 @@ class TransformerState:
     forwards    the ones that are running
     run         number of the run that the figures below are of
     first_step  the step at which this transformer's share of the run began
+    last_step   of the forward before, the `turn`-th of its step
     count       forwards of the run; skipped: those in which a cache left out every block
+    budgets     what a tolerance learnt in the run
     completed   whether any forward ever came to its end
     """
 
@@ -50,9 +55,12 @@ class TransformerState:
     run: int = -1
     first_step: int | None = None
     last_total: int | None = None
+    last_step: int | None = None
+    turn: int = 0
     steps_seen: set[int] = field(default_factory=set)
     count: int = 0
     skipped: int = 0
+    budgets: Budgets = field(default_factory=Budgets)
     completed: bool = False
     said_outside: bool = False
 
@@ -80,7 +88,8 @@ class TransformerState:
         """Called before every forward of the transformer, with the timestep that it gets.
 
         layouts, padding: as in ForwardState.
-        Raises RuntimeError where the step decides what is dense and two pipelines or threads share it.
+        Raises RuntimeError where the step decides what is dense and two pipelines or threads share it, and where there
+        is a tolerance and nobody knows the step.
         """
         with self.lock:
             step, total = self.clock.read(timestep, exact=self.needs_steps)
@@ -91,7 +100,15 @@ class TransformerState:
                     "should be dense. Enable without dense steps, or give each pipeline a transformer of its own "
                     "(copy.deepcopy(transformer) shares no state) and enable each."
                 )
+            if step is None and self.config.tolerance is not None:
+                raise RuntimeError(
+                    f"{self.name}: tolerance={self.config.tolerance} needs the denoising step, to tell guidance calls "
+                    f"and runs apart, but {problem}. Enable on the pipeline you call, tell each step with "
+                    "handle.set_step(step, total), or give a sparsity without a tolerance."
+                )
             self.catch_up()
+            self.turn = min(self.turn + 1, _TURNS) if step == self.last_step else 0
+            self.last_step = step
             if self.first_step is None:
                 self.first_step = 0 if self.is_first and self.clock.is_told else step
             if step is not None:
@@ -103,6 +120,7 @@ class TransformerState:
                 padding=padding,
                 step=step,
                 total=total,
+                turn=self.turn,
                 problem=problem,
                 why_dense=self._scheduled(step, total),
             )
@@ -114,8 +132,9 @@ class TransformerState:
         with self.lock:
             if self.run == self.clock.run:
                 return
-            self.run, self.first_step, self.steps_seen = self.clock.run, None, set()
+            self.run, self.first_step, self.steps_seen, self.last_step = self.clock.run, None, set(), None
             self.count = self.skipped = 0
+            self.budgets = Budgets()
             for layer in self.layers:
                 layer.record = Record()
 
@@ -132,12 +151,17 @@ class TransformerState:
 
 @dataclass
 class Record:
-    """Calls of one layer in one run. `density` is a running sum that stays on the device: no synchronisation."""
+    """Calls of one layer in one run. Tensors stay on the device: no synchronisation.
+
+    density  a running sum
+    probes   of the last calls: the error of every head, and whether it kept all that max_density allows; [B, H] each
+    """
 
     sparse: int = 0
     density: torch.Tensor | float = 0.0
     dense: Counter[str] = field(default_factory=Counter)
     backends: set[str] = field(default_factory=set)
+    probes: deque[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=lambda: deque(maxlen=_PROBED))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -183,10 +207,11 @@ class LayerState:
             self._count_dense(OUTSIDE)
             return self._dense(q, k, v, mask, scale)
         layout = self._layout_of(forward, q.shape[1])
-        if self.owner.needs_steps and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        varied = self.owner.steps_wanted or ("" if self.owner.config.tolerance is None else "tolerance")
+        if varied and q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{self.name}: a CUDA graph is being captured, in which every step would do what this one does, but "
-                f"{self.owner.steps_wanted} asks for others. Compile in the default mode, or enable without them."
+                f"{varied} asks for others. Compile in the default mode, or enable without them."
             )
         forward.calls += 1
         reason = self.why_dense(forward, layout)
@@ -223,11 +248,19 @@ class LayerState:
                 return self._dense(q, k, v, mask, scale)
         if padding:
             q, k, v = (x[:, : layout.sequence] for x in (q, k, v))
-        out, stats = rectified_attention(
-            q, k, v, layout, state.config, text_mask=text_mask, scale=scale, backend=state.backend, return_stats=True
-        )
+        options: dict[str, Any] = {"text_mask": text_mask, "scale": scale, "backend": state.backend}
+        budgets, config = state.budgets, state.config
+        if config.tolerance is not None:
+            place = Place(self.index, forward.turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
+            options["top_k"] = budgets.top_k(place, config)
+        out, stats = rectified_attention(q, k, v, layout, config, return_stats=True, **options)
         density = stats.device_density
         with state.lock:
+            if stats.probe is not None:
+                full = torch.zeros_like(stats.probe.error, dtype=torch.bool)
+                if config.tolerance is not None:
+                    full = budgets.learn(place, forward.step, options["top_k"], stats, config)
+                self.record.probes.append((stats.probe.error, full))
             self.record.sparse += 1
             self.record.density = self.record.density + density
             self.record.backends.add(stats.backend)

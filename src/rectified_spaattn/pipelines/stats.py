@@ -4,14 +4,21 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
-from .state import TransformerState
-from .watch import ALL_KEPT, Watch, is_replaced, lost_layers, nothing_saved, shortened, uncalled_layers
+import torch
+
+from .state import Record, TransformerState
+from .watch import ALL_KEPT, Watch, is_replaced, lost_layers, nothing_saved, saves, shortened, uncalled_layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerStats:
-    """Calls of one layer in the last run. density: mean over its sparse calls, NaN without any."""
+    """Calls of one layer in the last run. density: mean over its sparse calls, NaN without any.
+
+    error, error_p99  median and 99th percentile of what probe rows measured, |out - full| / |full| of a head, over its
+                      heads and last 1,000 sparse calls; NaN without probe rows
+    """
 
     transformer: str
     layer: int
@@ -19,6 +26,8 @@ class LayerStats:
     sparse_calls: int
     dense_calls: int
     density: float
+    error: float = math.nan
+    error_p99: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,9 @@ class RunStats:
     steps            denoising steps seen, 0 where nobody told them
     forwards         calls of the transformers
     skipped          those in which a cache left out every block, so no attention ran
+    error, error_p99 as of a layer, over all of them
+    probed           how many heads of calls these are of
+    unheld           those of them that kept as many blocks as max_density allows, and were above the tolerance still
     """
 
     sparse_calls: int
@@ -44,12 +56,17 @@ class RunStats:
     forwards: int
     skipped: int
     layers: tuple[LayerStats, ...]
+    error: float = math.nan
+    error_p99: float = math.nan
+    probed: int = 0
+    unheld: int = 0
 
 
 def run_stats(states: Sequence[TransformerState]) -> RunStats:
     """Figures of the last run. Waits for the device."""
     layers, reasons, backends = [], Counter[str](), set[str]()
-    density_sum, steps, forwards, skipped = 0.0, 0, 0, 0
+    density_sum, steps, forwards, skipped, unheld = 0.0, 0, 0, 0, 0
+    probed = []
     for state in states:
         with state.lock:
             state.catch_up()
@@ -62,6 +79,11 @@ def run_stats(states: Sequence[TransformerState]) -> RunStats:
                 density_sum += total
                 reasons.update(record.dense)
                 backends |= record.backends
+                errors, full = _probed(record)
+                probed.append(errors)
+                if state.config.tolerance is not None:
+                    unheld += int((full & (errors > state.config.tolerance)).sum())
+                error, error_p99 = _percentiles(errors)
                 layers.append(
                     LayerStats(
                         transformer=state.name,
@@ -70,9 +92,13 @@ def run_stats(states: Sequence[TransformerState]) -> RunStats:
                         sparse_calls=record.sparse,
                         dense_calls=record.dense.total(),
                         density=total / record.sparse if record.sparse else math.nan,
+                        error=error,
+                        error_p99=error_p99,
                     )
                 )
     sparse, dense = sum(layer.sparse_calls for layer in layers), reasons.total()
+    every = torch.cat(probed) if probed else torch.zeros(0)
+    error, error_p99 = _percentiles(every)
     return RunStats(
         sparse_calls=sparse,
         dense_calls=dense,
@@ -84,7 +110,27 @@ def run_stats(states: Sequence[TransformerState]) -> RunStats:
         forwards=forwards,
         skipped=skipped,
         layers=tuple(layers),
+        error=error,
+        error_p99=error_p99,
+        probed=len(every),
+        unheld=unheld,
     )
+
+
+def _probed(record: Record) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all calls and heads that were probed, what `Record.probes` holds, [n] each, on the CPU."""
+    if not record.probes:
+        return torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+    errors, full = (torch.cat([x.flatten() for x in of]).cpu() for of in zip(*record.probes, strict=True))
+    return errors, full
+
+
+def _percentiles(errors: torch.Tensor) -> tuple[float, float]:
+    """Median and 99th percentile of the finite ones; NaN without any."""
+    finite = errors[errors.isfinite()].sort().values
+    if not len(finite):
+        return math.nan, math.nan
+    return finite[(len(finite) - 1) // 2].item(), finite[math.ceil(0.99 * (len(finite) - 1))].item()
 
 
 def run_summary(states: Sequence[TransformerState], watch: Watch) -> str:
@@ -108,11 +154,12 @@ def run_summary(states: Sequence[TransformerState], watch: Watch) -> str:
         lines.append(f"  sparse: {run.sparse_calls} calls, density {run.density:.1%}, backend {run.backend}")
     else:
         lines.append("  sparse: none")
-    if run.density >= ALL_KEPT and states[0].config.sparsity:
+    if run.density >= ALL_KEPT and saves(states[0].config):
         lines.append(f"  NOTHING SAVED: {nothing_saved(states[0])}")
     lines += [f"  dense:  {count} calls, because of {reason}" for reason, count in sorted(run.dense_reasons.items())]
     if calls:
         lines.append(f"  computed attention pairs: {run.overall_density:.1%} of full attention in these layers")
+    lines += _measured(run, states)
     for state in states:
         lost = lost_layers(state) if state.active else []
         if lost:
@@ -125,9 +172,32 @@ def run_summary(states: Sequence[TransformerState], watch: Watch) -> str:
     return "\n".join(lines)
 
 
+def _measured(run: RunStats, states: Sequence[TransformerState]) -> list[str]:
+    """What probe rows measured, and what a tolerance made of it."""
+    layers = [layer for layer in run.layers if layer.sparse_calls]
+    if not run.probed:
+        return []
+    lines = []
+    if any(state.config.tolerance is not None for state in states):
+        densities = [layer.density for layer in layers]
+        lines.append(
+            f"  density of a layer under the tolerance: median {median(densities):.1%}, {min(densities):.1%} to "
+            f"{max(densities):.1%}; {run.unheld} of {run.probed} heads of calls kept all that max_density allows and "
+            "were above the tolerance still"
+        )
+    lines.append(f"  measured error of a head: median {run.error:.3f}, 99th percentile {run.error_p99:.3f}; by layer")
+    lines += [
+        f"    {layer.name}: {layer.error:.3f}, {layer.error_p99:.3f}, density {layer.density:.1%}" for layer in layers
+    ]
+    return lines
+
+
 def _settings(state: TransformerState) -> str:
     config = state.config
+    wanted = f"sparsity {config.sparsity:g}"
+    if config.tolerance is not None:
+        wanted = f"tolerance {config.tolerance:g} from {wanted} on, max_density {config.max_density:g}"
     return (
-        f"  {state.name} ({state.kind}): {len(state.layers)} layers, sparsity {config.sparsity:g}, "
+        f"  {state.name} ({state.kind}): {len(state.layers)} layers, {wanted}, "
         f"top_p {config.top_p:g}, rectify {config.rectify}, block {config.block_size}, order {config.order}"
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..config import SparseConfig
 from .forwards import ForwardState
 from .hooks import living_hooks
 from .processor import is_wrapped
@@ -34,7 +35,9 @@ class Watch:
 
     def complaints_after(self, state: TransformerState, forward: ForwardState) -> list[str]:
         """What to warn of now that it ended."""
-        if not forward.sparse or not state.config.sparsity or not self._once(("all kept", state.name, forward.layout)):
+        if not forward.sparse or not saves(state.config):
+            return []
+        if not self._once(("all kept", state.name, forward.layout)):
             return []
         density = float(forward.density) / forward.sparse  # waits for the device, once a grid
         if density < ALL_KEPT:
@@ -121,6 +124,11 @@ class Watch:
 
 ALL_KEPT = 0.9995
 """Mean density from which on a forward computed everything."""
+
+
+def saves(config: SparseConfig) -> bool:
+    """Whether it asks for fewer blocks than all, however large the error."""
+    return config.sparsity > 0 and config.tolerance is None
 
 
 def nothing_saved(state: TransformerState) -> str:

@@ -10,7 +10,7 @@ from ...method.estimate import pooled_columns
 from ...method.inputs import Inputs
 from ...method.plan import Choices
 from ...method.rectify import Rectification
-from ...method.select import edge, top_k_of
+from ...method.select import edge, head_budget, row_budget, top_k_of
 from ...method.tail import CAP, Tail
 from . import BlockLists, columns_of
 from .slope import slope
@@ -108,11 +108,17 @@ def select(
     """
     batch, heads, nb, _ = choices.probability.shape
     config, blocks = inputs.config, inputs.blocks
-    width, top_k = triton.next_power_of_2(nb + 1), top_k_of(config, nb)
+    width, least = triton.next_power_of_2(nb + 1), top_k_of(config, nb)
+    if inputs.top_k is None:
+        top_k = torch.full((batch, heads), least, dtype=torch.int32, device=choices.r.device)
+        edges = None if residual is None else edge(residual, least * nb)
+    else:
+        top_k = row_budget(inputs.top_k, nb).int()
+        edges = None if residual is None else edge(residual, head_budget(inputs.top_k, nb))
     _select_kernel[(lists.counts.shape[2], batch * heads)](
         choices.probability, choices.block_mask, choices.compensated, choices.r, bias, lists.counts, lists.indices,
-        blocks.neighbours, blocks.first_frame, residual, None if residual is None else edge(residual, top_k * nb),
-        blocks.idle, nb, top_k, config.top_p,
+        blocks.neighbours, blocks.first_frame, residual, edges, top_k,
+        blocks.idle, nb, config.top_p,
         WIDTH=width, GIVEN=inputs.block_mask is not None, TOP_P=config.top_p > 0,
         NEIGHBOURS=config.neighbours, FIRST_FRAME=config.first_frame,
         COMPENSATE=config.rule.gate != "none", GAIN=config.rule.gate == "gain", TAIL=config.rule.tail,
@@ -258,8 +264,8 @@ def _leaders_kernel(logits_ptr, residual_ptr, num_blocks, WIDTH: tl.constexpr):
 @triton.jit
 def _select_kernel(
     logits_ptr, critical_ptr, compensated_ptr, r_ptr, bias_ptr, count_ptr, index_ptr,
-    neighbours_ptr, first_frame_ptr, residual_ptr, residual_edge_ptr, idle_ptr,
-    num_blocks, top_k, top_p,
+    neighbours_ptr, first_frame_ptr, residual_ptr, residual_edge_ptr, top_k_ptr, idle_ptr,
+    num_blocks, top_p,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, TOP_P: tl.constexpr,
     NEIGHBOURS: tl.constexpr, FIRST_FRAME: tl.constexpr,
     COMPENSATE: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr, RESIDUAL: tl.constexpr, IDLE: tl.constexpr,
@@ -290,6 +296,7 @@ def _select_kernel(
         # The bits of a float >= 0 are ordered as the float is: two thresholds, built from the highest bit down.
         # kth: the top_k-th largest probability; edge: the smallest one above which blocks hold less than top_p.
         bits = tl.where(inside, probability.to(tl.int32, bitcast=True), -1)
+        top_k = tl.load(top_k_ptr + head)
         kth = 0
         edge = 0
         for place in tl.static_range(15):

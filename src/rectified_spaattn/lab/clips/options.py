@@ -112,7 +112,7 @@ class ModelOptions:
 class GenerateOptions(ModelOptions):
     """One video or picture.
 
-    config    YAML files, one for all transformers or one each; sparsity overrides theirs and the preset's
+    config    YAML files, one for all transformers or one each; sparsity and tolerance override theirs and the preset's
     """
 
     model: str = option("Folder or repository of a diffusers pipeline.", flag="ARGUMENT")
@@ -120,6 +120,7 @@ class GenerateOptions(ModelOptions):
     out: Path | None = option("File to write, .mp4 or .png.", None, unset="generated.mp4 or .png")
     overwrite: bool = option("Replace files that are there.", False)
     sparsity: float | None = option("Share of blocks to drop.", None, unset="the preset's")
+    tolerance: float | None = option("Error of a call to hold, in place of a sparsity.", None, unset="none")
     preset: str | None = option(f"{PRESET_NAMES}.", None, unset="the one that fits the model")
     config: tuple[Path, ...] = option(
         "YAML file with fields of SparseConfig, instead of a preset; may be repeated, one each.", ()
@@ -150,7 +151,8 @@ class GenerateOptions(ModelOptions):
 
     def overrides(self) -> dict[str, Any]:
         """What changes the preset."""
-        return {} if self.sparsity is None else {"sparsity": self.sparsity}
+        given = {"sparsity": self.sparsity, "tolerance": self.tolerance}
+        return {name: value for name, value in given.items() if value is not None}
 
     def command_line(self, **changes: Any) -> str:
         """The command that asks for the same again, `changes` apart: what was left out stays out."""

@@ -83,9 +83,11 @@ def mode_of(options: GenerateOptions, pipe: Any) -> Mode:
     except (TypeError, ValueError) as error:
         raise ClipError(str(error)) from error
     cached = " + TeaCache" if options.teacache else ""
+    first = configs[0]
+    how = f"{first.sparsity:.4g} sparse" if first.tolerance is None else f"within {first.tolerance:g}"
     return Mode(
         name="sparse",
-        label=f"rectified, {configs[0].sparsity:.4g} sparse{cached}",
+        label=f"rectified, {how}{cached}",
         configs=configs,
         teacache=options.teacache,
         threshold=options.teacache_threshold,

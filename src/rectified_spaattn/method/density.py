@@ -1,0 +1,39 @@
+"""What a call costs: its query-key pairs."""
+
+import torch
+
+from ..config import SparseConfig
+from ..layout import TokenLayout
+from .apart import pairs_apart
+
+
+def density(
+    block_mask: torch.Tensor, layout: TokenLayout, config: SparseConfig, text_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Executed query-key pairs over all pairs of full attention, queries with the valid keys that they see; a float32
+    scalar tensor, no sync.
+
+    Counted are the keys of kept blocks and isolated keys, one pooled key of a tail for every dropped block, all valid
+    keys of isolated queries, and all valid keys of probe rows, which are computed twice: with nothing dropped it is 1,
+    or with probe rows a little more. Not counted is planning, which multiplies block means.
+
+    block_mask: bool [B, H, nb, nb]; text_mask: bool [B, text] or None.
+    """
+    batch, heads, nb, _ = block_mask.shape
+    tiled = nb * config.block_size
+    leftover = layout.video - tiled
+    if text_mask is None:
+        text = torch.full((batch,), layout.text, dtype=torch.float32, device=block_mask.device)
+    else:
+        text = text_mask.sum(1).float()
+    keys = tiled + leftover + text  # [B] valid ones
+    kept = block_mask.sum((1, 2, 3)).float() / max(1, heads * nb)  # [B] blocks a tiled query
+    dropped = (nb - kept) * (config.block_size - config.rule.tail)  # [B] keys a tiled query, less their pooled ones
+    saved = tiled * dropped - min(config.probe_rows, tiled) * keys  # [B] pairs
+    if not layout.apart:
+        return (1 - saved / (layout.sequence * keys)).mean()
+    if text_mask is None:
+        text_mask = torch.ones(batch, layout.text, dtype=torch.bool, device=block_mask.device)
+    apart = torch.cat([text_mask[:, first:last] for first, last in layout.apart_text], dim=1)  # [B, A]
+    others = layout.sequence - apart.shape[1]
+    return (1 - saved / (others * keys + pairs_apart(apart, layout.causal))).mean()
