@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..budgets import Budgets
 from .adapters import Adapter
-from .budgets import Budgets
 from .forwards import RunningForwards
 from .hooks import Hooks, remove_hooks
 from .processor import dense_backend, original, wrap

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..attention import rectified_attention
+from ..budgets import BudgetKey, Budgets
 from ..config import SparseConfig
 from ..layout import TokenLayout
-from .budgets import Budgets, Place
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .masks import key_mask, masked_layout
@@ -251,15 +251,15 @@ class LayerState:
         options: dict[str, Any] = {"text_mask": text_mask, "scale": scale, "backend": state.backend}
         budgets, config = state.budgets, state.config
         if config.tolerance is not None:
-            place = Place(self.index, forward.turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
-            options["top_k"] = budgets.top_k(place, config)
+            key = BudgetKey(self.index, forward.turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
+            options["top_k"] = budgets.top_k(key, config)
         out, stats = rectified_attention(q, k, v, layout, config, return_stats=True, **options)
         density = stats.device_density
         with state.lock:
             if stats.probe is not None:
                 full = torch.zeros_like(stats.probe.error, dtype=torch.bool)
                 if config.tolerance is not None:
-                    full = budgets.learn(place, forward.step, options["top_k"], stats, config)
+                    full = budgets.learn(key, forward.step, options["top_k"], stats, config)
                 self.record.probes.append((stats.probe.error, full))
             self.record.sparse += 1
             self.record.density = self.record.density + density
