@@ -1,6 +1,5 @@
 """One layer over several processes, on the same queries, keys and values to the bit. Run as `rank_tests.py` is."""
 
-import math
 import types
 from typing import Any
 
@@ -13,26 +12,23 @@ from rank_group import CONTENT, COUNT, GPU, PLAIN, RANK, apart
 from rectified_spaattn.layout import TokenLayout
 from rectified_spaattn.pipelines import processor
 from rectified_spaattn.pipelines.clock import RunClock
-from rectified_spaattn.pipelines.ranks import ranks_of
-from rectified_spaattn.pipelines.state import LayerState, TransformerState, streams_of
+from rectified_spaattn.pipelines.ranks import ranks_of, streams_of
+from rectified_spaattn.pipelines.state import LayerState, TransformerState
 from tensors import video_like
 
 
 class Layer(torch.nn.Module):
     """A self-attention layer with nothing around it, on a part of the tokens."""
 
-    def __init__(self, config: rsa.SparseConfig, backend: str, text_first: bool) -> None:
+    def __init__(self, config: rsa.SparseConfig, backend: str) -> None:
         super().__init__()
-        self.state = TransformerState(config=config, backend=backend, clock=RunClock(None), text_first=text_first)
+        self.state = TransformerState(config=config, backend=backend, clock=RunClock(None))
         self.layer = LayerState(index=0, name="layer", owner=self.state, dense_backend=None)
         processor._layers[int(self.layer.handle)] = self.layer
 
-    def forward(
-        self, qkv: list[torch.Tensor], mask: torch.Tensor, grid: tuple[int, int, int], config: Any
-    ) -> torch.Tensor:
-        text = mask.shape[-1] - math.prod(grid)
+    def forward(self, qkv: list[torch.Tensor], mask: torch.Tensor, layout: TokenLayout, config: Any) -> torch.Tensor:
         ranks = ranks_of(types.SimpleNamespace(_parallel_config=config))
-        self.state.begin_forward(grid, text=text, ranks=ranks)
+        self.state.begin_forward((layout,), ranks=ranks)
         processor._caller.handle, processor._caller.heads = self.layer.handle, self.layer.heads
         try:
             return processor._backend(*qkv, attn_mask=mask, _parallel_config=config)
@@ -72,8 +68,8 @@ def test_a_layer(
     mask[:, layout.text_tokens] = valid
     if not placed:
         monkeypatch.setattr(TokenLayout, "cut", lambda layout, streams, ranks: layout)
-    layer = Layer(config, backend, text_first)
-    got = layer([x[:, mine] for x in qkv], mask[:, None, None], grid, model._parallel_config).float()
+    layer = Layer(config, backend)
+    got = layer([x[:, mine] for x in qkv], mask[:, None, None], layout, model._parallel_config).float()
     off = apart(got[0], want[0, mine])  # of the second sample some tokens are padding
     if not placed:
         assert off > 0.05
@@ -96,10 +92,10 @@ def test_heads_are_dealt_out_where_some_have_much_more_to_do() -> None:
     mine = slice(RANK * layout.sequence // COUNT, (RANK + 1) * layout.sequence // COUNT)
     mask = torch.ones(1, layout.sequence, dtype=torch.bool, device=q.device)
     want = rsa.rectified_attention(q, k, v, layout, config).float()
-    layer, spread = Layer(config, "auto", text_first=False), []
+    layer, spread = Layer(config, "auto"), []
     for _ in range(3):
         layer.state.ranks = type(layer.state.ranks)()
-        got = layer([x[:, mine] for x in (q, k, v)], mask, grid, model._parallel_config).float()
+        got = layer([x[:, mine] for x in (q, k, v)], mask, layout, model._parallel_config).float()
         assert apart(got, want[:, mine]) < (2e-2 if GPU else 1e-5)
         spread.append(layer.state.ranks.imbalance())
     assert spread[0] > 0.2

@@ -36,6 +36,7 @@ from rank_group import (
     sparse,
 )
 from rectified_spaattn.layout import TokenLayout
+from rectified_spaattn.pipelines.adapters import adapter_for
 from rectified_spaattn.pipelines.plans import cp_plan
 
 SLOW = GPU or "RANK_TESTS_SLOW" in os.environ
@@ -46,11 +47,17 @@ EVERY = [name for name in CASES if name != REFUSED and (SLOW or name not in COUS
 @pytest.mark.skipif(COUNT != 2, reason="these models have two heads")
 @pytest.mark.parametrize("name", EVERY)
 def test_every_model_and_back(name: str) -> None:
-    """Both orders of tokens; enabled after it was cut, then disabled, which leaves the dense model cut."""
+    """Both orders of tokens; enabled after it was cut, then disabled, which leaves the dense model cut. Where nobody
+    says how to cut a model, it is refused.
+    """
     model, inputs = made(name)
+    if cp_plan(model) is None:
+        on_all_ranks(RuntimeError, "nobody has a plan", lambda: rsa.parallelize(model))
+        return
     dense = forward(model, inputs)
-    alone = {config: sparse(model, inputs, config) for config in (CONTENT, PAPER)}
-    assert apart(alone[CONTENT], dense) > 1e-3
+    in_grid = all(layout.grid is not None for layout in adapter_for(model).layouts(model, inputs))
+    alone = {config: sparse(model, inputs, config) for config in (CONTENT, PAPER)[: 1 + in_grid]}
+    assert apart(alone[CONTENT], dense) > 2e-4
     rsa.parallelize(model, uneven=name.startswith(UNEVEN))
     cut_dense = forward(model, inputs)
     noise = apart(cut_dense, dense)
@@ -265,7 +272,7 @@ def test_a_length_that_is_not_divided_is_refused_with_the_remedy() -> None:
     inputs["encoder_hidden_states"], inputs["txt_ids"] = inputs["encoder_hidden_states"][:, :11], inputs["txt_ids"][:11]
     rsa.parallelize(model)
     with rsa.enable(model, CONTENT):
-        on_all_ranks(RuntimeError, "and 11 tokens.*uneven=True", lambda: forward(model, inputs))
+        on_all_ranks(RuntimeError, r"11 and \d+ tokens.*uneven=True", lambda: forward(model, inputs))
 
 
 def test_other_noise_on_another_rank_is_refused() -> None:

@@ -264,6 +264,9 @@ def test_the_inputs_of_the_node_become_a_config():
         assert config.dense_layers == (0, 3)
         assert config.rectify == ("ipar+gapr" if mode == "paper" else mode)
         assert config.order == ("gilbert" if mode == "paper" else "content")
+    assert config_of(0.9, "row", 0, 0, "", "custom").tolerance is None
+    for preset in ("custom", "wan2.1-t2v"):
+        assert config_of(0.9, "row", 0, 0, "", preset, 0.05).tolerance == 0.05
     with pytest.raises(ValueError, match="dense_blocks"):
         config_of(0.9, "row", 0, 0, "0-3", "custom")
 

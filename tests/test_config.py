@@ -193,7 +193,12 @@ TABLE = {
 
 
 def test_there_are_no_other_presets() -> None:
-    assert list(PRESETS) == [*TABLE, *(f"{name}-paper" for name in TABLE), *WARM_UPS]
+    assert list(PRESETS) == [*TABLE, "video", *(f"{name}-paper" for name in TABLE), *WARM_UPS]
+
+
+def test_where_nothing_was_published_it_is_the_default_sparsity_with_the_schedule_of_the_nearest() -> None:
+    (near,) = preset("wan2.1-t2v")
+    assert preset("video") == (SparseConfig(dense_steps=near.dense_steps, dense_layers=near.dense_layers),)
 
 
 # Dense first steps of so many, as others publish them.

@@ -11,7 +11,7 @@ import torch
 
 from rectified_spaattn import PRESETS, SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.engines import sglang
-from rectified_spaattn.engines.attend import Place, Seam
+from rectified_spaattn.engines.attend import Place, Seam, settings
 from rectified_spaattn.engines.masks import HIDDEN, Masks, masked
 from rectified_spaattn.engines.picture import picture
 from rectified_spaattn.engines.record import Record
@@ -85,6 +85,22 @@ def test_a_call_is_the_operators_and_is_noted():
     assert seam.record.backends == {"torch"}
 
 
+def test_a_tolerance_learns_from_step_to_step_and_forgets_with_the_run():
+    q, k, v = tensors()
+    seam = Seam(config=CONFIG.replace(tolerance=1e-6, max_density=1.0))
+    for step in range(4):
+        for turn in range(2):  # two guidance calls a step
+            assert seam.record.calls("block 0", step) == turn
+            assert seam.attend(q, k, v, LAYOUT, place(step=step), masks=Masks()) is not None
+    densities = [float(seam.record.cells["block 0", step].density) for step in range(4)]
+    assert densities[0] < densities[1] <= densities[3]
+    assert len(seam.budgets) == 2
+    assert "error of probe rows: median" in seam.record.summary(settings(seam.config))
+    assert "tolerance 1e-06" in settings(seam.config)
+    seam.begin_run()
+    assert (len(seam.budgets), seam.record.sparse) == (0, 0)
+
+
 DENSE = {
     "dense_layers": ({"dense_layers": (0,)}, {}, {}),
     "dense_layers, as the layer is unknown": ({"dense_layers": (7,)}, {"layer": None}, {}),
@@ -93,6 +109,8 @@ DENSE = {
     "dense_last_steps": ({"dense_last_steps": 1}, {"step": 3}, {}),
     "dense_last_steps, as the step is unknown": ({"dense_last_steps": 1}, {"total": None}, {}),
     "64 tokens that can be tiled, less than one block of 128": ({"block_size": 128}, {}, {}),
+    "tolerance, as the layer is unknown": ({"tolerance": 0.1}, {"layer": None}, {}),
+    "tolerance, as the step is unknown": ({"tolerance": 0.1}, {"step": None}, {}),
     "a mask for each query or head": ({}, {}, {"mask": torch.zeros(70, 70)}),
     "its dtypes torch.float64, torch.float64 and torch.float64": ({}, {}, {"dtype": torch.float64}),
     "the gradient that it is asked for": ({}, {}, {"gradient": True}),
@@ -116,7 +134,7 @@ def test_a_record_adds_up_and_is_drawn():
     assert math.isnan(record.density)
     assert picture(record, record.summary("")).ndim == 3
     for step in range(3):
-        record.note_sparse("a", step, SimpleNamespace(device_density=torch.tensor(0.25), backend="triton"))
+        record.note_sparse("a", step, SimpleNamespace(device_density=torch.tensor(0.25), backend="triton", probe=None))
         record.note_dense("b", step, "dense_layers")
     record.note_dense("a", 0, "dense_steps")
     record.note_other("cross-attention")

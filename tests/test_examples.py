@@ -56,7 +56,7 @@ def test_there_is_one_for_every_preset() -> None:
     shown = {preset for preset in PRESETS for path in MODELS if f"the preset {preset}:" in path.read_text()}
     for_models = {name for name in PRESETS if not name.endswith(("-paper", "-sol", "-svg"))}
     assert shown == for_models
-    assert len(MODELS) == len(for_models)
+    assert len(MODELS) >= len(for_models)
 
 
 @names

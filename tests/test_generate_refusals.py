@@ -103,8 +103,8 @@ def test_a_model_that_is_not_there_or_not_supported_is_named(
     index = json.loads((models / "wan" / "model_index.json").read_text())
     for changes, says in (
         (
-            {"transformer": ["diffusers", "SD3Transformer2DModel"]},
-            "got SD3Transformer2DModel; allowed: a pipeline with",
+            {"transformer": ["diffusers", "PixArtTransformer2DModel"]},
+            "got PixArtTransformer2DModel; allowed: a pipeline with",
         ),
         ({"_class_name": "NoPipeline"}, "got the pipeline 'NoPipeline'"),
         ({"transformer": [None, None]}, "a WanPipeline without a transformer"),

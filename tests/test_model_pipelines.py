@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import rectified_spaattn as rsa
+import tiny_later_pipelines  # noqa: F401, its pipelines
 from tiny_pipelines import PIPELINES, run
 
 pytestmark = [
@@ -19,9 +20,9 @@ PLAIN: dict[str, Any] = {"block_size": 16, "neighbours": False, "first_frame": F
 PLAIN |= {"dense_layers": (), "dense_steps": 0, "backend": "torch"}
 
 
-def grids_of(handle: rsa.Handle) -> list[tuple[int, int, int]]:
+def grids_of(handle: rsa.Handle) -> list[tuple[int, int, int] | None]:
     """A list that gets the grid of every forward of the enabled transformers."""
-    grids: list[tuple[int, int, int]] = []
+    grids: list[tuple[int, int, int] | None] = []
     for item in handle._enabled:
         model = item.state.model()
         assert model is not None
@@ -29,7 +30,7 @@ def grids_of(handle: rsa.Handle) -> list[tuple[int, int, int]]:
         def note(*_: Any, state: Any = item.state) -> None:
             forward = state.forwards.current()
             if forward is not None:  # not once it is disabled
-                grids.append(forward.grid)
+                grids.append(forward.layout.grid)
 
         model.register_forward_pre_hook(note)
     return grids

@@ -335,22 +335,23 @@ def ltx_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-def ltx2(head_dim: int) -> torch.nn.Module:
-    return diffusers.LTX2VideoTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=head_dim,
-        cross_attention_dim=2 * head_dim,
-        audio_in_channels=4,
-        audio_out_channels=4,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=head_dim // 2,
-        audio_cross_attention_dim=head_dim,
-        num_layers=2,
-        caption_channels=16,
-        rope_double_precision=False,
-    )
+def ltx2(head_dim: int, **overrides: Any) -> torch.nn.Module:
+    settings = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": head_dim,
+        "cross_attention_dim": 2 * head_dim,
+        "audio_in_channels": 4,
+        "audio_out_channels": 4,
+        "audio_num_attention_heads": 2,
+        "audio_attention_head_dim": head_dim // 2,
+        "audio_cross_attention_dim": head_dim,
+        "num_layers": 2,
+        "caption_channels": 16,
+        "rope_double_precision": False,
+    }
+    return diffusers.LTX2VideoTransformer3DModel(**{**settings, **overrides})
 
 
 def ltx2_inputs(model: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Pipeline:
     arguments: Callable[[], dict[str, Any]]
     calls: int
     preset: str | None
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int] | None
 
 
 PIPELINES: dict[str, Pipeline] = {}
@@ -353,7 +353,7 @@ def ltx_arguments() -> dict[str, Any]:
 
 for name, kind in (("text", diffusers.LTXPipeline), ("conditions", diffusers.LTXConditionPipeline)):
     PIPELINES[f"LTX-Video, {name}"] = Pipeline(
-        make=functools.partial(ltx, kind), arguments=ltx_arguments, calls=2, preset=None, grid=VIDEO
+        make=functools.partial(ltx, kind), arguments=ltx_arguments, calls=2, preset="video", grid=VIDEO
     )
 
 

@@ -101,7 +101,7 @@ class TokenLayout:
 
         tiled: the places that can be tiled, as half-open spans (start, end), or as an integer tensor of places.
         """
-        places = tiled.flatten().tolist() if isinstance(tiled, torch.Tensor) else _places(tiled)
+        places = tiled.flatten() if isinstance(tiled, torch.Tensor) else _places(tiled)
         return TokenLayout(sequence=sequence, spans=_spans(places))
 
     def without(self, places: Sequence[int]) -> "TokenLayout":
@@ -170,6 +170,11 @@ class TokenLayout:
         return self.place[self.text_tokens]
 
     @property
+    def places(self) -> str:
+        """Where the tokens that can be tiled lie, in words."""
+        return f"{self.video} tokens of no grid" if self.grid is None else f"grid {self.grid}"
+
+    @property
     def apart_text(self) -> tuple[Span, ...]:
         """`apart` as places among the tokens that stand alone."""
         return tuple((self._alone_before(first), self._alone_before(last)) for first, last in self.apart)
@@ -229,15 +234,14 @@ def _places(spans: Iterable[Span]) -> list[int]:
     return [place for first, last in spans for place in range(first, last)]
 
 
-def _spans(places: Iterable[int]) -> tuple[Span, ...]:
+def _spans(places: Iterable[int] | torch.Tensor) -> tuple[Span, ...]:
     """The fewest half-open spans that hold exactly these places."""
-    spans: list[Span] = []
-    for place in sorted(set(places)):
-        if spans and spans[-1][1] == place:
-            spans[-1] = (spans[-1][0], place + 1)
-        else:
-            spans.append((place, place + 1))
-    return tuple(spans)
+    at = torch.as_tensor(places if isinstance(places, torch.Tensor) else list(places), device="cpu").long().unique()
+    if not len(at):
+        return ()
+    gaps = (at.diff() > 1).nonzero().flatten()
+    firsts, lasts = at[torch.cat([gaps.new_zeros(1), gaps + 1])], at[torch.cat([gaps, gaps.new_full((1,), -1)])]
+    return tuple(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
 
 
 def _is_int(value: object) -> bool:

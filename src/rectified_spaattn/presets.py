@@ -18,6 +18,8 @@ _PUBLISHED: dict[str, tuple[SparseConfig, ...]] = {
     "cogvideox1.5-i2v": (SparseConfig.paper(sparsity=0.75, dense_steps=0.1),),
     "flux.1-dev-4096": (SparseConfig.paper(sparsity=0.90),),
 }
+# Of models for which nothing was published: the default sparsity with the schedule of Wan 2.1 T2V.
+_NEAREST = {"video": (SparseConfig(dense_steps=0.1, dense_layers=(0, 1)),)}
 _OURS = {name: getattr(SparseConfig(), name) for name in ("rectify", "order", "neighbours", "first_frame")}
 
 # Warm-ups that others publish: the share of the first steps that is dense; besides, the first layer is, in every step.
@@ -40,10 +42,12 @@ _OTHERS = {
 }
 PRESETS: dict[str, tuple[SparseConfig, ...]] = {
     **_OWN,
+    **_NEAREST,
     **{f"{name}-paper": published for name, published in _PUBLISHED.items()},
     **_OTHERS,
 }
-PRESET_NAMES = f"{', '.join(_PUBLISHED)}; each also with -paper behind it; {', '.join(_OTHERS)}"  # for people
+# for people
+PRESET_NAMES = f"{', '.join(_PUBLISHED)}; each also with -paper behind it; {', '.join([*_NEAREST, *_OTHERS])}"
 
 
 def preset(name: str) -> tuple[SparseConfig, ...]:
@@ -51,6 +55,7 @@ def preset(name: str) -> tuple[SparseConfig, ...]:
     if name not in PRESETS:
         raise ValueError(
             f"preset: got {name!r}; allowed: one of {list(_PUBLISHED)}, or one of them with '-paper' behind it for all "
-            "as published, or '-sol' and '-svg' for the warm-up of others where there is one (docs/models.md)."
+            "as published, or '-sol' and '-svg' for the warm-up of others where there is one (docs/models.md); or one "
+            f"of {list(_NEAREST)}."
         )
     return PRESETS[name]

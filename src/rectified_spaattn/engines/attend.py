@@ -1,10 +1,12 @@
 """One call of the video's self-attention: sparse where the schedule and the tensors allow it, and noted either way."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ..attention import DTYPES, rectified_attention
+from ..budgets import BudgetKey, Budgets
 from ..config import SparseConfig
 from ..layout import TokenLayout
 from .masks import Masks
@@ -23,10 +25,19 @@ class Place:
 
 @dataclass(kw_only=True)
 class Seam:
-    """What the attention calls of one model share. record: of the run that goes on, or else of the last one."""
+    """What the attention calls of one model share.
+
+    record   of the run that goes on, or else of the last one
+    budgets  what a tolerance learnt in it
+    """
 
     config: SparseConfig
     record: Record = field(default_factory=Record)
+    budgets: Budgets = field(default_factory=Budgets)
+
+    def begin_run(self) -> None:
+        """Forget the run before."""
+        self.record, self.budgets = Record(), Budgets()
 
     def attend(
         self,
@@ -57,15 +68,23 @@ class Seam:
         if plain is not None or isinstance(layout, str):
             self.record.note_dense(place.name, place.step, str(plain))
             return None
-        out, stats = rectified_attention(
-            q, k, v, layout, self.config, text_mask=text_mask, scale=scale, return_stats=True
-        )
+        options: dict[str, Any] = {"text_mask": text_mask, "scale": scale}
+        if self.config.tolerance is not None:
+            turn = self.record.calls(place.name, place.step)
+            blocks = layout.video // self.config.block_size
+            key = BudgetKey(place.layer or 0, turn, len(q), q.shape[2], blocks, q.device)
+            options["top_k"] = self.budgets.top_k(key, self.config)
+        out, stats = rectified_attention(q, k, v, layout, self.config, return_stats=True, **options)
+        if self.config.tolerance is not None:
+            self.budgets.learn(key, place.step, options["top_k"], stats, self.config)
         self.record.note_sparse(place.name, place.step, stats)
         return out
 
     def why_dense(self, place: Place) -> str | None:
         """What the schedule says of a call; None where it may run sparse."""
         config = self.config
+        if config.tolerance is not None and (place.layer is None or place.step is None):
+            return f"tolerance, as the {'layer' if place.layer is None else 'step'} is unknown"
         if place.layer in config.dense_layers:
             return "dense_layers"
         if config.dense_layers and place.layer is None:
@@ -98,7 +117,8 @@ def unfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout
 
 def settings(config: SparseConfig) -> str:
     """A config in words, for the head of a summary."""
+    tolerance = "" if config.tolerance is None else f"tolerance {config.tolerance:g}, first step at "
     return (
-        f"sparsity {config.sparsity:g}, top_p {config.top_p:g}, rectify {config.rectify}, block {config.block_size}, "
-        f"order {config.order}"
+        f"{tolerance}sparsity {config.sparsity:g}, top_p {config.top_p:g}, rectify {config.rectify}, "
+        f"block {config.block_size}, order {config.order}"
     )

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -34,6 +34,7 @@ class Record:
     cells     calls of the video's self-attention, by layer and step
     others    calls that are none of the video's self-attention, by reason; they run dense
     backends  names of what attended
+    errors    what probe rows measured in the last 1,000 sparse calls, float32 [B, H] each; empty without probe rows
     forwards  calls of the model, 0 where nobody counts them; skipped: those without the video's self-attention
     """
 
@@ -41,6 +42,7 @@ class Record:
         self.cells: dict[Cell, Tally] = {}
         self.others: Counter[str] = Counter()
         self.backends: set[str] = set()
+        self.errors: deque[torch.Tensor] = deque(maxlen=1000)
         self.forwards = 0
         self.skipped = 0
         self._lock = threading.Lock()
@@ -51,6 +53,13 @@ class Record:
             tally.sparse += 1
             tally.density = tally.density + stats.device_density
             self.backends.add(stats.backend)
+            if stats.probe is not None:
+                self.errors.append(stats.probe.error)
+
+    def calls(self, layer: str, step: int | None) -> int:
+        """How many sparse calls a layer made at a step."""
+        with self._lock:
+            return self.cells.get((layer, step), Tally()).sparse
 
     def note_dense(self, layer: str, step: int | None, reason: str) -> None:
         with self._lock:
@@ -115,6 +124,10 @@ class Record:
             yield f"  sparse: {self.sparse} calls, density {self.density:.1%}, backend {names}"
         else:
             yield "  sparse: none"
+        if self.errors:
+            errors = torch.cat([each.flatten().cpu() for each in self.errors])
+            median, high = errors.quantile(torch.tensor([0.5, 0.99])).tolist()
+            yield f"  error of probe rows: median {median:.3f}, 99th percentile {high:.3f}"
         for reason, count in sorted(dense.items()):
             yield f"  dense:  {count} calls, because of {reason}"
         for reason, count in sorted(self.others.items()):

@@ -19,7 +19,6 @@ from ..layout import TokenLayout
 from ..presets import preset
 from .attend import Place, Seam, settings
 from .masks import Masks
-from .record import Record
 
 KEY = "rectified_spaattn"
 BORROWED = "SPARGE_ATTN"  # the closed enum has no member of ours; this one is sparse and wants no metadata
@@ -48,7 +47,8 @@ class Component:
         batch, step = context.forward_batch, int(context.current_timestep)
         if batch is not self.batch() or step < self.step:
             self.batch = weakref.ref(batch) if batch is not None else lambda: None
-            self.seam.record, self.first_step = Record(), step
+            self.seam.begin_run()
+            self.first_step = step
         self.step = step
         total = getattr(batch, "num_inference_steps", None)
         return Place(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import diffusers
@@ -9,8 +10,9 @@ from torch import nn
 
 from ..config import SparseConfig
 from ..presets import preset as preset_of
-from . import tokens
-from .tokens import Grid, Inputs
+from . import packed, tokens
+from .refused import REFUSED
+from .tokens import Inputs, Layouts, joint, joint_and_alone, joint_text
 
 Preset = Callable[[nn.Module, Any], str | None]
 
@@ -19,32 +21,34 @@ Preset = Callable[[nn.Module, Any], str | None]
 class Adapter:
     """What the attention seam must know of one transformer class.
 
-    attentions   the video self-attention modules in the order of the layers, as (name, module)
-    grid         (T, H, W) in tokens, read from the transformer and its forward arguments; ValueError for tokens that
-                 are no such grid
-    text         number of text tokens in joint attention, padding included, read from the forward arguments
-    padding      how many of them, at the end of the sequence, are padding in the whole batch: left out of sparse calls
-    text_first   True where text stands before the video in joint attention
-    preset       name of the preset, read from the transformer and its pipeline (None: transformer alone); None
-                 where nothing was published for this model or one of its family
+    attentions  the self-attention modules of video or images in the order of the layers, as (name, module)
+    layouts     of the sequences that they attend over, told apart by their length, read from the transformer and its
+                forward arguments; ValueError for tokens that have none
+    padding     how many tokens at the end of the first are padding in the whole batch: left out of sparse calls
+    timestep    the forward's argument that holds it
+    optional    block lists that a forward may leave out
+    packed      all tokens, text included, are one tensor outside of attention
+    preset      name of the preset, read from the transformer and its pipeline (None: transformer alone); None
+                where nothing was published for this model or one of its family
     """
 
     attentions: Callable[[nn.Module], list[tuple[str, nn.Module]]]
-    grid: Callable[[nn.Module, Inputs], Grid]
-    text: Callable[[Inputs], int] = tokens.no_text
+    layouts: Layouts
     padding: Callable[[Inputs], int] = tokens.no_text
-    text_first: bool = False
+    timestep: str = "timestep"
+    optional: tuple[str, ...] = ()
+    packed: bool = False
     preset: Preset = lambda model, pipeline: None
 
 
 def _attentions_of(**lists: str) -> Callable[[nn.Module], list[tuple[str, nn.Module]]]:
-    """{block list: attribute of the self-attention in each block}, in the order given."""
+    """{block list: attribute of the self-attention in each block}, in the order given; both may be paths."""
 
     def find(model: nn.Module) -> list[tuple[str, nn.Module]]:
         return [
-            (f"{blocks}.{i}.{attribute}", getattr(block, attribute))
+            (f"{blocks}.{i}.{attribute}", attrgetter(attribute)(block))
             for blocks, attribute in lists.items()
-            for i, block in enumerate(getattr(model, blocks))
+            for i, block in enumerate(attrgetter(blocks)(model))
         ]
 
     return find
@@ -105,74 +109,142 @@ def _cogvideox_preset(model: nn.Module, pipeline: Any) -> str:
     return "cogvideox1.5-i2v" if config.in_channels > config.out_channels else "cogvideox1.5-t2v"
 
 
+def _sd3_attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Some blocks of SD3.5 medium attend over the image alone, too."""
+    blocks: Any = model.transformer_blocks
+    return [
+        (f"transformer_blocks.{i}.{name}", module)
+        for i, block in enumerate(blocks)
+        for name in ("attn", "attn2")
+        if (module := getattr(block, name, None)) is not None
+    ]
+
+
 _JOINT = _attentions_of(transformer_blocks="attn", single_transformer_blocks="attn")
+_NEAREST = _always("video")
+_WAN = _attentions_of(blocks="attn1")
+_ATTN = _attentions_of(transformer_blocks="attn")
+_ATTN1 = _attentions_of(transformer_blocks="attn1")
+_TEXT = joint_text("encoder_hidden_states")
 
 ADAPTERS: dict[str, Adapter] = {
     "HunyuanVideoTransformer3DModel": Adapter(
-        attentions=_JOINT,
-        grid=tokens.video_grid,
-        text=tokens.joint_text("encoder_hidden_states"),
-        preset=_always("hunyuan-video-t2v"),
+        attentions=_JOINT, layouts=joint(tokens.video_grid, _TEXT), preset=_always("hunyuan-video-t2v")
     ),
     "HunyuanVideo15Transformer3DModel": Adapter(
-        attentions=_attentions_of(transformer_blocks="attn"),
-        grid=tokens.video_grid,
-        text=tokens.joint_text(*tokens.HUNYUAN15_TEXT),
+        attentions=_ATTN,
+        layouts=joint(tokens.video_grid, joint_text(*tokens.HUNYUAN15_TEXT)),
         padding=tokens.hunyuan15_padding,
         preset=_always("hunyuan-video-t2v"),
     ),
-    "WanTransformer3DModel": Adapter(
-        attentions=_attentions_of(blocks="attn1"), grid=tokens.video_grid, preset=_wan_preset
+    "HunyuanVideoFramepackTransformer3DModel": Adapter(
+        attentions=_JOINT, layouts=packed.framepack, preset=_always("hunyuan-video-t2v")
     ),
+    "WanTransformer3DModel": Adapter(attentions=_WAN, layouts=joint(tokens.video_grid), preset=_wan_preset),
     "WanVACETransformer3DModel": Adapter(
-        attentions=_attentions_of(blocks="attn1", vace_blocks="attn1"), grid=tokens.video_grid, preset=_wan_preset
+        attentions=_attentions_of(blocks="attn1", vace_blocks="attn1"),
+        layouts=joint(tokens.video_grid),
+        preset=_wan_preset,
     ),
     "WanAnimateTransformer3DModel": Adapter(
-        attentions=_attentions_of(blocks="attn1"), grid=tokens.video_grid, preset=_always("wan2.1-i2v")
+        attentions=_WAN, layouts=joint(tokens.video_grid), preset=_always("wan2.1-i2v")
     ),
     "SkyReelsV2Transformer3DModel": Adapter(
-        attentions=_attentions_of(blocks="attn1"), grid=tokens.bidirectional_grid, preset=_skyreels_preset
+        attentions=_WAN, layouts=joint(tokens.bidirectional_grid), preset=_skyreels_preset
+    ),
+    "ChronoEditTransformer3DModel": Adapter(
+        attentions=_WAN, layouts=joint(tokens.video_grid), preset=_always("wan2.1-i2v")
+    ),
+    "AnyFlowTransformer3DModel": Adapter(
+        attentions=_WAN, layouts=joint(tokens.frames_first_grid), preset=_always("wan2.1-t2v")
     ),
     "CogVideoXTransformer3DModel": Adapter(
-        attentions=_attentions_of(transformer_blocks="attn1"),
-        grid=tokens.frames_first_grid,
-        text=tokens.joint_text("encoder_hidden_states"),
-        text_first=True,
+        attentions=_ATTN1,
+        layouts=joint(tokens.frames_first_grid, _TEXT, text_first=True),
         preset=_cogvideox_preset,
     ),
-    "LTXVideoTransformer3DModel": Adapter(
-        attentions=_attentions_of(transformer_blocks="attn1"), grid=tokens.named_grid
+    "ConsisIDTransformer3DModel": Adapter(
+        attentions=_ATTN1,
+        layouts=joint(tokens.frames_first_grid, _TEXT, text_first=True),
+        preset=_always("cogvideox1.5-i2v"),
     ),
-    "LTX2VideoTransformer3DModel": Adapter(
-        attentions=_attentions_of(transformer_blocks="attn1"), grid=tokens.named_grid
+    "LTXVideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset=_NEAREST),
+    "LTX2VideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset=_NEAREST),
+    "MiniMaxH3Transformer3DModel": Adapter(attentions=_ATTN, layouts=packed.minimax_h3, packed=True, preset=_NEAREST),
+    "Kandinsky5Transformer3DModel": Adapter(
+        attentions=_attentions_of(visual_transformer_blocks="self_attention"),
+        layouts=joint(tokens.fractal_grid),
+        preset=_NEAREST,
+    ),
+    "Kandinsky6Transformer3DModel": Adapter(
+        attentions=_attentions_of(visual_transformer_blocks="video_dec_block.self_attention"),
+        layouts=joint(tokens.channels_last_grid),
+        preset=_NEAREST,
+    ),
+    "Kandinsky6SRTransformer3DModel": Adapter(
+        attentions=_attentions_of(visual_transformer_blocks="self_attention"),
+        layouts=joint(tokens.reordered_grid),
+        preset=_NEAREST,
+    ),
+    "CosmosTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset=_NEAREST),
+    "Cosmos3OmniTransformer": Adapter(
+        attentions=_attentions_of(layers="self_attn"),
+        layouts=packed.cosmos3,
+        timestep="vision_timesteps",
+        preset=_NEAREST,
+    ),
+    "MotifVideoTransformer3DModel": Adapter(attentions=_JOINT, layouts=packed.motif_video, preset=_NEAREST),
+    "MochiTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid, _TEXT), preset=_NEAREST),
+    "AllegroTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset=_NEAREST),
+    "EasyAnimateTransformer3DModel": Adapter(
+        attentions=_ATTN1,
+        layouts=joint(
+            tokens.video_grid, joint_text("encoder_hidden_states", "encoder_hidden_states_t5"), text_first=True
+        ),
+        preset=_NEAREST,
     ),
     "FluxTransformer2DModel": Adapter(
         attentions=_JOINT,
-        grid=tokens.image_grid,
-        text=tokens.joint_text("encoder_hidden_states"),
-        text_first=True,
+        layouts=joint(tokens.image_grid, _TEXT, text_first=True),
         preset=_always("flux.1-dev-4096"),
     ),
-    "Flux2Transformer2DModel": Adapter(
+    "Flux2Transformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
+    "Flux3Transformer2DModel": Adapter(
+        attentions=_attentions_of(
+            **{"mode_blocks.image": "attn", "mode_blocks.image_cond": "attn", "single_transformer_blocks": "attn"}
+        ),
+        layouts=packed.flux3,
+        optional=("mode_blocks.image_cond",),
+    ),
+    "QwenImageTransformer2DModel": Adapter(attentions=_ATTN, layouts=joint(tokens.shapes_grid, _TEXT, text_first=True)),
+    "LongCatImageTransformer2DModel": Adapter(
+        attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)
+    ),
+    "OvisImageTransformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
+    "BriaTransformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
+    "BriaFiboTransformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
+    "JoyImageEditTransformer3DModel": Adapter(
+        attentions=_attentions_of(double_blocks="attn"), layouts=joint(tokens.items_grid, _TEXT)
+    ),
+    "JoyImageEditPlusTransformer3DModel": Adapter(
+        attentions=_attentions_of(double_blocks="attn"), layouts=joint(tokens.packed_count, _TEXT)
+    ),
+    "HunyuanImageTransformer2DModel": Adapter(
         attentions=_JOINT,
-        grid=tokens.image_grid,
-        text=tokens.joint_text("encoder_hidden_states"),
-        text_first=True,
+        layouts=joint(tokens.picture_grid, joint_text("encoder_hidden_states", "encoder_hidden_states_2")),
     ),
-    "QwenImageTransformer2DModel": Adapter(
-        attentions=_attentions_of(transformer_blocks="attn"),
-        grid=tokens.single_shape_grid,
-        text=tokens.joint_text("encoder_hidden_states"),
-        text_first=True,
+    "ErnieImageTransformer2DModel": Adapter(
+        attentions=_attentions_of(layers="self_attention"),
+        layouts=joint(tokens.picture_grid, joint_text("text_bth")),
     ),
-}
-
-# Classes somebody may well try, and why they have no row.
-REFUSED: dict[str, str] = {
-    "HunyuanVideoFramepackTransformer3DModel": "its history tokens stand before the video and its text after it, and "
-    "one grid takes other tokens on one side only",
-    "WanAnimate2Transformer3DModel": "it attends through a key-value cache, frame block by frame block",
-    "QwenImage21Transformer2DModel": "its text and image tokens are packed into one masked sequence",
+    "ZImageTransformer2DModel": Adapter(
+        attentions=_attentions_of(noise_refiner="attention", layers="attention"),
+        layouts=packed.z_image,
+        timestep="t",
+    ),
+    "Krea2Transformer2DModel": Adapter(attentions=_ATTN, layouts=joint(tokens.positions_grid, _TEXT, text_first=True)),
+    "Ideogram4Transformer2DModel": Adapter(attentions=_attentions_of(layers="attention"), layouts=packed.ideogram4),
+    "SD3Transformer2DModel": Adapter(attentions=_sd3_attentions, layouts=joint_and_alone(tokens.picture_grid, _TEXT)),
 }
 
 

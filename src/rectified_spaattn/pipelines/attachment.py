@@ -1,7 +1,6 @@
 """What enabling puts on one transformer, processors and hooks, and takes away again."""
 
 import inspect
-import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..budgets import Budgets
 from .adapters import Adapter
-from .budgets import Budgets
 from .forwards import RunningForwards
 from .hooks import Hooks, remove_hooks
 from .plans import check_cut
@@ -39,12 +38,11 @@ class ForwardHooks(Hooks):
         if not self.alive or not self.state.active:
             return
         inputs = inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments
-        text, padding = self.adapter.text(inputs), self.adapter.padding(inputs)
-        grid = self.adapter.grid(model, inputs)
-        check_cut(model, self.adapter, (math.prod(grid), text), self.state.name)
-        ranks = ranks_of(model)
+        layouts, padding = self.adapter.layouts(model, inputs), self.adapter.padding(inputs)
+        check_cut(model, self.adapter, layouts, self.state.name)
+        ranks, timestep = ranks_of(model), inputs.get(self.adapter.timestep)
         forward = self.state.begin_forward(
-            grid, text=text, padding=padding, timestep=inputs.get("timestep"), ranks=ranks
+            layouts, padding=padding, timestep=timestep, ranks=ranks, packed=self.adapter.packed
         )
         if ranks is not None and self.compared != self.state.run:
             self.compared = self.state.run
@@ -94,7 +92,7 @@ class Attachment:
         for layer in self.state.layers:
             module = layer.module()
             if module is not None and getattr(module.processor, "rectified_layer", None) is layer:
-                module.set_processor(original(module.processor))
+                put(module, original(module.processor))
         for module in [each() for each in self.modules]:
             if module is not None:
                 remove_hooks(module, self)
@@ -115,7 +113,15 @@ def attach(
             module=weakref.ref(module),
         )
         state.layers.append(layer)
-        module.set_processor(wrap(module.processor, layer))
+        put(module, wrap(module.processor, layer))
+
+
+def put(module: Any, processor: Any) -> None:
+    """Give an attention module a processor; Mochi's has no method for it."""
+    if hasattr(module, "set_processor"):
+        module.set_processor(processor)
+    else:
+        module.processor = processor
 
 
 def _say(complaints: list[str]) -> None:

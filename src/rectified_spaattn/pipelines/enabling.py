@@ -18,7 +18,8 @@ from .processor import check_processor, is_enabled
 from .state import TransformerState
 from .watch import Watch
 
-SLOTS = ("transformer", "transformer_2")
+EXPERTS = ("transformer", "transformer_2")  # of one model; the others are models of their own
+SLOTS = (*EXPERTS, "transformer_ref", "unconditional_transformer")
 
 
 def enable(
@@ -72,7 +73,6 @@ def enable(
                 config=each,
                 backend=backend,
                 clock=clock,
-                text_first=adapter.text_first,
                 is_first=not watch.states,
             )
             watch.states.append(state)
@@ -139,15 +139,15 @@ def _of_each(
     configs: tuple[SparseConfig, ...], transformers: list[tuple[str, nn.Module]], pipeline: Any
 ) -> tuple[SparseConfig, ...]:
     """Of a preset for two experts, the config of the one that is there alone."""
-    if len(configs) != len(SLOTS) or len(transformers) != 1:
+    if len(configs) != len(EXPERTS) or len(transformers) != 1:
         return configs
     if configs[0] == configs[1]:
         return configs[:1]
     ((name, model),) = transformers
     if pipeline is None:
         name = checkpoint(model).replace("\\", "/").rpartition("/")[2]
-    if name in SLOTS:
-        return (configs[SLOTS.index(name)],)
+    if name in EXPERTS:
+        return (configs[EXPERTS.index(name)],)
     raise ValueError(
         "enable: got a transformer alone and a preset with a config for each of two experts; allowed: the pipeline, or "
         "config=rsa.preset(name)[0] for the expert for high noise and config=rsa.preset(name)[1] for the other."
@@ -192,3 +192,5 @@ def _check_models(
 def _enable_one(model: nn.Module, adapter: Adapter, attachment: Attachment, watch: Watch) -> None:
     ForwardHooks(attachment, adapter, watch).register(model)
     attach(adapter.attentions(model), attachment.state)
+    for layer in attachment.state.layers:  # no reason to warn where it is never called
+        layer.called = layer.name.partition(".")[2].startswith(adapter.optional)

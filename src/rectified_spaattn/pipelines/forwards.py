@@ -13,7 +13,6 @@ from torch import nn
 from ..layout import TokenLayout
 from .masks import KeyMasks
 from .ranks import Ranks
-from .tokens import Grid
 
 _MODULE_CODE = nn.Module._call_impl.__code__.co_filename
 
@@ -22,9 +21,10 @@ _MODULE_CODE = nn.Module._call_impl.__code__.co_filename
 class ForwardState:
     """One forward of a transformer.
 
-    layout       of all its tokens, padding included
-    padding      how many of them, at the end of the sequence, are padding in all rows
-    ranks        the processes that share it, and streams, the lengths of what was cut between them; None: one process
+    layouts      that its calls may have, told apart by their length, padding included; the first is of most calls
+    padding      how many tokens, at the end of the first, are padding in all rows
+    ranks        the processes that share it, and streams, of every layout the lengths of what was cut between them;
+                 None: one process
     step, total  the denoising step and the number of steps; None where nobody knows
     turn         how many forwards this step had before: guidance calls come in the same order at every step
     problem      why the step is unknown
@@ -34,10 +34,10 @@ class ForwardState:
     calls        attention calls so far; sparse: those of them that were sparse; density: their sum, on the device
     """
 
-    layout: TokenLayout
+    layouts: tuple[TokenLayout, ...]
     padding: int = 0
     ranks: Ranks | None = None
-    streams: tuple[int, ...] = ()
+    streams: tuple[tuple[int, ...], ...] = ()
     step: int | None = None
     total: int | None = None
     turn: int = 0
@@ -49,19 +49,35 @@ class ForwardState:
     shared: list[tuple[Any, torch.Tensor]] = field(default_factory=list)
     call: FrameType = field(default_factory=lambda: innermost_call())
 
-    @cached_property
-    def masks(self) -> KeyMasks:
-        return KeyMasks(layout=self.layout, ranks=self.ranks, streams=self.streams)
-
     @property
-    def grid(self) -> Grid:
-        assert self.layout.grid is not None
-        return self.layout.grid
+    def layout(self) -> TokenLayout:
+        """Of most calls."""
+        return self.layouts[0]
+
+    def layout_of(self, sequence: int) -> TokenLayout | None:
+        """Of a call over so many tokens; None where there is none."""
+        return next((layout for layout in self.layouts if layout.sequence == sequence), None)
+
+    def unpadded(self, layout: TokenLayout) -> TokenLayout:
+        """A layout of this forward in which padding takes no part."""
+        return self._unpadded if self.padding and layout is self.layout else layout
 
     @cached_property
-    def unpadded(self) -> TokenLayout:
-        """In which padding takes no part."""
-        return self.layout.padded(self.padding) if self.padding else self.layout
+    def _unpadded(self) -> TokenLayout:
+        return self.layout.padded(self.padding)
+
+    def masks(self, layout: TokenLayout) -> KeyMasks:
+        """What the masks of calls with a layout of this forward say."""
+        index = next(i for i, each in enumerate(self.layouts) if each is layout)
+        return self._masks[index]
+
+    @cached_property
+    def _masks(self) -> tuple[KeyMasks, ...]:
+        streams = self.streams or ((),) * len(self.layouts)
+        return tuple(
+            KeyMasks(layout=layout, ranks=self.ranks, streams=each)
+            for layout, each in zip(self.layouts, streams, strict=True)
+        )
 
 
 class RunningForwards(threading.local):

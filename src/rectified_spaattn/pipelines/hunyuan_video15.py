@@ -32,8 +32,7 @@ class HunyuanVideo15Processor:
         q, k, v = (self._heads(attn, project(hidden_states)) for project in (attn.to_q, attn.to_k, attn.to_v))
         q, k = attn.norm_q(q), attn.norm_k(k)
         if image_rotary_emb is not None:
-            q = apply_rotary_emb(q, image_rotary_emb, sequence_dim=1)
-            k = apply_rotary_emb(k, image_rotary_emb, sequence_dim=1)
+            q, k = self._rotated(q, image_rotary_emb), self._rotated(k, image_rotary_emb)
 
         projections = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         text_q, text_k, text_v = (self._heads(attn, project(encoder_hidden_states)) for project in projections)
@@ -51,7 +50,15 @@ class HunyuanVideo15Processor:
             parallel_config=self._parallel_config,
         )
         out = out.flatten(2)
-        return attn.to_out[1](attn.to_out[0](out[:, :video])), attn.to_add_out(out[:, video:])
+        text = out[:, video:]
+        if hasattr(attn, "to_add_out"):  # not in Mochi's last block
+            text = attn.to_add_out(text)
+        return attn.to_out[1](attn.to_out[0](out[:, :video])), text
+
+    @staticmethod
+    def _rotated(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        rotated: torch.Tensor = apply_rotary_emb(x, rotary, sequence_dim=1)
+        return rotated
 
     def _mask(self, text: torch.Tensor, video: int) -> torch.Tensor:
         """bool [B, 1, 1, S] of all tokens. text: [B, L]; video: how many tokens of it there are here."""

@@ -59,9 +59,9 @@ def masked_layout(valid: torch.Tensor, layout: TokenLayout) -> tuple[TokenLayout
 
     valid: bool [B, S], token after token. Waits for the device.
     """
-    ((start, end),) = layout.spans
-    hidden = (~valid[:, start:end]).any(0).nonzero().flatten() + start
-    masked = layout.without(hidden.tolist()) if len(hidden) else layout
+    tokens = layout.video_tokens
+    hidden = (~valid[:, tokens.to(valid.device)]).any(0).cpu()
+    masked = layout.without(tokens[hidden].tolist()) if hidden.any() else layout
     return masked, valid[:, masked.text_tokens.to(valid.device)]
 
 

@@ -7,11 +7,13 @@ pipelines always pass, and for LTX-2's keys of the video are missing where audio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import diffusers
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from torch import nn
 
+from ..layout import TokenLayout
 from .adapters import ADAPTERS, Adapter
-from .ranks import context_parallel
+from .ranks import context_parallel, streams_of
 
 Plan = dict[str, Any]
 
@@ -108,12 +110,15 @@ PLANS: Mapping[str, Callable[[nn.Module], Plan]] = {
 
 def why_not_cut(model: Any, adapter: Adapter, ranks: int) -> str | None:
     """Why a model cannot be cut over so many processes, and what to do; None where it can."""
+    if cp_plan(model) is None:
+        known = sorted(
+            name for name in ADAPTERS if name in PLANS or getattr(getattr(diffusers, name), "_cp_plan", None)
+        )
+        return f"nobody has a plan of where to cut a {type(model).__name__}; allowed: {known}."
     heads = heads_of(model, adapter)
     if heads % ranks:
         divisors = [n for n in range(2, heads + 1) if heads % n == 0]
         return f"got {heads} heads for {ranks} processes; allowed: as many heads for each. Start {divisors} processes."
-    if cp_plan(model) is None:
-        return f"nobody has a plan of where to cut a {type(model).__name__}; allowed: {list(ADAPTERS)}."
     if getattr(model.config, "image_condition_type", None) == "token_replace":
         return (
             "got image_condition_type='token_replace', whose first-frame modulation every process would apply to the "
@@ -127,10 +132,10 @@ def why_not_cut(model: Any, adapter: Adapter, ranks: int) -> str | None:
     return None
 
 
-def check_cut(model: Any, adapter: Adapter, streams: Sequence[int], name: str) -> None:
+def check_cut(model: Any, adapter: Adapter, layouts: Sequence[TokenLayout], name: str) -> None:
     """At the beginning of a forward, on every rank alike. Raises RuntimeError, saying what to do.
 
-    streams: lengths of video and text, on all ranks together.
+    layouts: of its calls, on all ranks together.
     """
     config = context_parallel(model)
     if config is None:
@@ -142,9 +147,17 @@ def check_cut(model: Any, adapter: Adapter, streams: Sequence[int], name: str) -
         )
     count = config.ulysses_degree
     reason = why_not_cut(model, adapter, count)
-    if reason is None and not config.ulysses_anything and any(length % count for length in streams):
+    if reason is None and not adapter.packed and any(len(layout.spans) != 1 for layout in layouts):
         reason = (
-            f"got {' and '.join(map(str, streams))} tokens for {count} processes; allowed: multiples of {count}. "
+            f"got {layouts[0]} with tokens to tile in several places, which nobody says how to cut over processes. Run "
+            "it in one process."
+        )
+    if reason is not None:
+        raise RuntimeError(f"{name}: {reason}")
+    lengths = [length for layout in layouts for length in streams_of(layout, adapter.packed)]
+    if not config.ulysses_anything and any(length % count for length in lengths):
+        reason = (
+            f"got {' and '.join(map(str, lengths))} tokens for {count} processes; allowed: multiples of {count}. "
             "Change the size or the text length, or pass uneven=True to parallelize (ulysses_anything=True to "
             "ContextParallelConfig)."
         )

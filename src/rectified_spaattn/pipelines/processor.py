@@ -20,9 +20,17 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     _templated_context_parallel_attention,
 )
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0, FusedCogVideoXAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    CogVideoXAttnProcessor2_0,
+    FusedCogVideoXAttnProcessor2_0,
+    MochiAttnProcessor2_0,
+)
+from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
+from diffusers.models.transformers.transformer_cosmos3 import Cosmos3AttnProcessor
 from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
 from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
+from diffusers.models.transformers.transformer_ideogram4 import Ideogram4AttnProcessor
+from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
 from torch.overrides import _get_current_function_mode_stack
 
 from ..ops import TAGS
@@ -31,6 +39,16 @@ from .hooks import refuse_pickling
 from .hunyuan_video import CutHunyuanVideoProcessor
 from .hunyuan_video15 import CutHunyuanVideo15Processor, HunyuanVideo15Processor
 from .ranks import context_parallel
+from .redirect import REDIRECTED, Redirected
+from .stand_ins import (
+    SR,
+    Cosmos3Processor,
+    CosmosProcessor,
+    Ideogram4Processor,
+    Kandinsky5Processor,
+    Kandinsky6SRProcessor,
+    MochiProcessor,
+)
 from .state import LayerState
 
 BACKEND_NAME = "rectified_spaattn"
@@ -42,6 +60,12 @@ STAND_INS: dict[Any, Any] = {
     HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor,
     CutHunyuanVideo15Processor: HunyuanVideo15Processor,
     CutHunyuanVideoProcessor: HunyuanVideoAttnProcessor2_0,
+    CosmosAttnProcessor2_0: CosmosProcessor,
+    Cosmos3AttnProcessor: Cosmos3Processor,
+    Ideogram4AttnProcessor: Ideogram4Processor,
+    Kandinsky5AttnProcessor: Kandinsky5Processor,
+    MochiAttnProcessor2_0: MochiProcessor,
+    **({SR.Kandinsky6SRAttnProcessor: Kandinsky6SRProcessor} if SR else {}),
 }
 # Stock processors that are wrong on a part of the tokens, and ours for a dense model that is cut over processes.
 CUT: dict[Any, Any] = {
@@ -186,6 +210,7 @@ def backend_member() -> AttentionBackendName:
 def _wrapped_class(processor_class: Any) -> Any:
     """A subclass that names its layer while its __call__ runs; modules read its signature, hence wraps."""
     base = STAND_INS.get(processor_class, processor_class)
+    redirected = processor_class in REDIRECTED
 
     @functools.wraps(base.__call__)
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -199,11 +224,14 @@ def _wrapped_class(processor_class: Any) -> Any:
         before = _caller.handle, _caller.heads
         _caller.handle, _caller.heads = self.rectified_handle, layer.heads
         try:
-            return base.__call__(self, attn, *args, **kwargs)
+            if not redirected:
+                return base.__call__(self, attn, *args, **kwargs)
+            with Redirected(self._attention_backend, self._parallel_config):
+                return base.__call__(self, attn, *args, **kwargs)
         finally:
             _caller.handle, _caller.heads = before
 
-    members = {
+    members: dict[str, Any] = {
         "__call__": call,
         "__module__": __name__,
         "__copy__": _copied,
@@ -214,6 +242,8 @@ def _wrapped_class(processor_class: Any) -> Any:
         "rectified_stock": processor_class,
         "rectified_backend": backend_member(),
     }
+    if redirected:
+        members |= {"_attention_backend": None, "_parallel_config": None}
     wrapped = type(processor_class.__name__, (base,), members)
     AttentionProcessorRegistry._register()  # it fills itself when first asked
     if processor_class in AttentionProcessorRegistry._registry:  # skip-layer guidance looks processors up by class
@@ -293,7 +323,8 @@ def cut_processor(processor: Any) -> Any:
 def check_processor(processor: Any, name: str) -> None:
     """Raises TypeError for a processor whose attention cannot be redirected."""
     processor = original(processor)
-    if type(processor) not in STAND_INS and not hasattr(processor, "_attention_backend"):
+    known = type(processor) in STAND_INS or type(processor) in REDIRECTED
+    if not known and not hasattr(processor, "_attention_backend"):
         raise TypeError(
             f"{name}: got a {type(processor).__name__}, which calls its attention itself; allowed: a processor that "
             "uses diffusers' dispatch_attention_fn. Put the model's own processor back, then enable."

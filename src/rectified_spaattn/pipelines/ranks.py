@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..layout import part_sizes
+from ..layout import TokenLayout, part_sizes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,3 +69,13 @@ def ranks_of(model: nn.Module) -> Ranks | None:
         rank=config._ulysses_local_rank,
         uneven=config.ulysses_anything,
     )
+
+
+def streams_of(layout: TokenLayout, packed: bool = False) -> tuple[int, ...]:
+    """Lengths of what a model keeps apart outside of attention, in the order of the sequence: what can be tiled, in one
+    span, and the text before and behind it; or all tokens, where they are packed into one tensor.
+    """
+    if packed:
+        return (layout.sequence,)
+    ((start, end),) = layout.spans
+    return tuple(length for length in (start, end - start, layout.sequence - end) if length)

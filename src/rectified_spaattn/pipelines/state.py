@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from ..attention import rectified_attention
+from ..budgets import BudgetKey, Budgets
 from ..config import SparseConfig
 from ..layout import TokenLayout
 from .balance import TOLERATED, RankRecord, dealt_out
-from .budgets import Budgets, Place
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .masks import key_mask, masked_layout
-from .ranks import Ranks
-from .tokens import Grid
+from .ranks import Ranks, streams_of
 
 OUTSIDE = "a call outside of the transformer's forward"
 
@@ -49,7 +48,6 @@ class TransformerState:
     config: SparseConfig
     backend: str
     clock: RunClock
-    text_first: bool
     name: str = "transformer"
     kind: str = ""
     is_first: bool = True
@@ -91,12 +89,17 @@ class TransformerState:
         return None if forward is None else forward.step
 
     def begin_forward(
-        self, grid: Grid, *, text: int = 0, padding: int = 0, timestep: Any = None, ranks: Ranks | None = None
+        self,
+        layouts: tuple[TokenLayout, ...],
+        *,
+        padding: int = 0,
+        timestep: Any = None,
+        ranks: Ranks | None = None,
+        packed: bool = False,
     ) -> ForwardState:
         """Called before every forward of the transformer, with the timestep that it gets.
 
-        text: number of text tokens in joint attention; padding: how many of them, at the end, are padding in all rows.
-        ranks: the processes that share the forward.
+        layouts, padding: as in ForwardState. ranks: the processes that share the forward; packed: as in Adapter.
         Raises RuntimeError where the step decides what is dense and two pipelines or threads share it, and where there
         is a tolerance and nobody knows the step.
         """
@@ -124,10 +127,12 @@ class TransformerState:
                 self.steps_seen.add(step)
             self.last_total = total
             self.count += 1
-            layout = TokenLayout.build(grid, text, self.text_first and text > 0)
-            streams = streams_of(layout)
+            streams: tuple[tuple[int, ...], ...] = ()
+            if ranks is not None:
+                streams = tuple(streams_of(layout, packed) for layout in layouts)
+                layouts = tuple(layout.cut(each, ranks.count) for layout, each in zip(layouts, streams, strict=True))
             forward = ForwardState(
-                layout=layout if ranks is None else layout.cut(streams, ranks.count),
+                layouts=layouts,
                 padding=padding,
                 ranks=ranks,
                 streams=streams,
@@ -196,12 +201,6 @@ class TransformerState:
         return None
 
 
-def streams_of(layout: TokenLayout) -> tuple[int, ...]:
-    """Lengths of what a model keeps apart outside of attention: video and text, in the order of the sequence."""
-    ((start, end),) = layout.spans
-    return tuple(length for length in (start, end - start, layout.sequence - end) if length)
-
-
 @dataclass
 class Record:
     """Calls of one layer in one run. Tensors stay on the device: no synchronisation.
@@ -244,14 +243,14 @@ class LayerState:
     masks_text_only: bool = False
     called: bool = False
 
-    def why_dense(self, forward: ForwardState) -> str | None:
+    def why_dense(self, forward: ForwardState, layout: TokenLayout) -> str | None:
         if self.index in self.owner.config.dense_layers:
             return "dense_layers"
         if forward.why_dense is not None:
             return forward.why_dense
         block_size = self.owner.config.block_size
-        if forward.layout.video < block_size:
-            return f"grid {forward.grid} is smaller than one block of {block_size}"
+        if layout.video < block_size:
+            return f"{layout.places} is smaller than one block of {block_size}"
         return None
 
     def attend(
@@ -266,7 +265,7 @@ class LayerState:
             self._say_outside()
             self._count_dense(OUTSIDE)
             return self._dense(q, k, v, mask, scale)
-        self._check_sequence(forward, q.shape[1])
+        layout = self._layout_of(forward, q.shape[1])
         varied = self.owner.steps_wanted or ("" if self.owner.config.tolerance is None else "tolerance")
         if varied and q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -274,7 +273,7 @@ class LayerState:
                 f"{varied} asks for others. Compile in the default mode, or enable without them."
             )
         forward.calls += 1
-        reason = self.why_dense(forward)
+        reason = self.why_dense(forward, layout)
         if reason is not None:
             self._count_dense(reason)
             return self._dense(q, k, v, mask, scale)
@@ -283,11 +282,12 @@ class LayerState:
                 f"{self.name}: sparse attention is for inference and has no gradient. Call the model inside "
                 "torch.no_grad(); to train, call disable() first."
             )
-        return self._sparse(forward, q, k, v, mask, scale)
+        return self._sparse(forward, layout, q, k, v, mask, scale)
 
     def _sparse(
         self,
         forward: ForwardState,
+        whole: TokenLayout,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -295,11 +295,11 @@ class LayerState:
         scale: float | None,
     ) -> torch.Tensor:
         state = self.owner
-        layout, text_mask = forward.unpadded, None
+        layout, text_mask = forward.unpadded(whole), None
         if mask is not None and self.masks_text_only:
-            text_mask = forward.masks.valid(mask, len(q))[:, layout.video : layout.video + layout.text]
+            text_mask = forward.masks(whole).valid(mask, len(q))[:, layout.video : layout.video + layout.text]
         elif mask is not None:
-            layout, text_mask = forward.masks.masked(mask, len(q), layout)
+            layout, text_mask = forward.masks(whole).masked(mask, len(q), layout)
             if layout.video < state.config.block_size:
                 block_size = state.config.block_size
                 self._count_dense(f"its mask leaves {layout.video} tokens, less than one block of {block_size}")
@@ -307,15 +307,15 @@ class LayerState:
         options: dict[str, Any] = {"text_mask": text_mask, "scale": scale, "backend": state.backend}
         budgets, config = state.budgets, state.config
         if config.tolerance is not None:
-            place = Place(self.index, forward.turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
-            options["top_k"] = budgets.top_k(place, config)
+            key = BudgetKey(self.index, forward.turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
+            options["top_k"] = budgets.top_k(key, config)
         out, stats = rectified_attention(q, k, v, layout, config, return_stats=True, **options)
         density = stats.device_density
         with state.lock:
             if stats.probe is not None:
                 full = torch.zeros_like(stats.probe.error, dtype=torch.bool)
                 if config.tolerance is not None:
-                    full = budgets.learn(place, forward.step, options["top_k"], stats, config)
+                    full = budgets.learn(key, forward.step, options["top_k"], stats, config)
                 self.record.probes.append((stats.probe.error, full))
             if forward.ranks is None:
                 self.record.add(density)
@@ -337,8 +337,9 @@ class LayerState:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         forward = self.owner.forwards.current()
-        if mask is not None and forward is not None and forward.ranks is not None:
-            mask = forward.masks.in_place(mask, len(q))
+        layout = None if forward is None or forward.ranks is None else forward.layout_of(k.shape[1])
+        if mask is not None and forward is not None and layout is not None:
+            mask = forward.masks(layout).in_place(mask, len(q))
         grouped = q.shape[2] != k.shape[2]
         return dispatch_attention_fn(
             q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped, backend=self.dense_backend
@@ -360,13 +361,14 @@ class LayerState:
                 stacklevel=2,
             )
 
-    def _check_sequence(self, forward: ForwardState, sequence: int) -> None:
-        if sequence != forward.layout.sequence:
+    def _layout_of(self, forward: ForwardState, sequence: int) -> TokenLayout:
+        layout = forward.layout_of(sequence)
+        if layout is None:
             raise RuntimeError(
-                f"{self.name}: got {sequence} tokens; allowed: {forward.layout.sequence}, a grid of {forward.grid} and "
-                f"{forward.layout.text} of text. Something adds tokens (reference images, keyframes) or drops them "
-                "(token merging); disable one of the two."
+                f"{self.name}: got {sequence} tokens; allowed: {' or '.join(map(str, forward.layouts))}. Something "
+                "adds tokens or drops them (token merging); disable one of the two."
             )
+        return layout
 
     def _layout(self, sequence: int) -> TokenLayout:
         """The layout of the forward that is running, for instruments that look at a call from inside."""
@@ -375,8 +377,7 @@ class LayerState:
             raise RuntimeError(
                 f"{self.name}: attention ran before the transformer's forward. Call the transformer, not its blocks."
             )
-        self._check_sequence(forward, sequence)
-        return forward.layout
+        return self._layout_of(forward, sequence)
 
 
 def key_text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor | None:

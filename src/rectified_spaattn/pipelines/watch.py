@@ -1,6 +1,5 @@
 """Notices, at the forwards of a transformer, what does not go as it was configured."""
 
-import math
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -38,12 +37,12 @@ class Watch:
         """What to warn of now that it ended."""
         if not forward.sparse or not saves(state.config):
             return []
-        if not self._once(("all kept", state.name, forward.grid)):
+        if not self._once(("all kept", state.name, forward.layout)):
             return []
         density = float(forward.density) / forward.sparse  # waits for the device, once a grid
         if density < ALL_KEPT:
             return []
-        return [f"{state.name}, grid {forward.grid}: {nothing_saved(state)}"]
+        return [f"{state.name}, {forward.layout.places}: {nothing_saved(state)}"]
 
     def replaced_transformers(self) -> list[str]:
         """Says once of each transformer that another one stands in its place."""
@@ -96,11 +95,11 @@ class Watch:
         )
 
     def _too_small_grid(self, state: TransformerState, forward: ForwardState) -> str | None:
-        tokens, block = math.prod(forward.grid), state.config.block_size
-        if tokens >= block or not self._once(("grid", state.name, forward.grid)):
+        layout, block = forward.layout, state.config.block_size
+        if layout.video >= block or not self._once(("grid", state.name, layout.places)):
             return None
         return (
-            f"{state.name} runs full attention only: its grid {forward.grid} holds {tokens} tokens, less than one "
+            f"{state.name} runs full attention only: its {layout.places} holds {layout.video} tokens, less than one "
             f"block of {block}. Pass a smaller block_size (a multiple of 16), or make the video larger."
         )
 

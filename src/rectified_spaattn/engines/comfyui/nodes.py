@@ -24,20 +24,27 @@ def _preset_names() -> dict[str, SparseConfig]:
 
 
 def config_of(
-    sparsity: float, mode: str, dense_first: float, dense_last: float, dense_blocks: str, preset: str
+    sparsity: float,
+    mode: str,
+    dense_first: float,
+    dense_last: float,
+    dense_blocks: str,
+    preset: str,
+    tolerance: float = 0.0,
 ) -> SparseConfig:
-    """The settings of the node's inputs; percents are of the sampler's steps.
+    """The settings of the node's inputs; percents are of the sampler's steps, a tolerance of 0 is none.
 
     Raises ValueError for blocks that are no list of numbers.
     """
     if preset != CUSTOM:
-        return _preset_names()[preset]
+        return _preset_names()[preset].replace(tolerance=tolerance or None)
     words = dense_blocks.replace(",", " ").split()
     if not all(word.isdigit() for word in words):
         raise ValueError(f"dense_blocks: got {dense_blocks!r}; allowed: block numbers from 0, such as '0, 1', or none.")
     config = SparseConfig.paper() if mode == PAPER else SparseConfig(rectify=mode)  # type: ignore[arg-type]
     return config.replace(
         sparsity=sparsity,
+        tolerance=tolerance or None,
         dense_steps=dense_first / 100,
         dense_last_steps=dense_last / 100,
         dense_layers=tuple(int(word) for word in words),
@@ -96,7 +103,20 @@ class RectifiedAttention:
                     [CUSTOM, *_preset_names()],
                     {"default": CUSTOM, "tooltip": "custom: the inputs above. Any other replaces all of them."},
                 ),
-            }
+            },
+            "optional": {
+                "tolerance": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 0.5,
+                        "step": 0.01,
+                        "tooltip": "Above 0: every head keeps as many blocks as hold its measured error at this level, "
+                        "such as 0.05, in place of one sparsity for all.",
+                    },
+                ),
+            },
         }
 
     def patch(self, model: Any, **inputs: Any) -> tuple[Any]:

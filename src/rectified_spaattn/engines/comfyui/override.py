@@ -12,7 +12,6 @@ import torch
 
 from ...config import SparseConfig
 from ..attend import Place, Seam, settings
-from ..record import Record
 from .tokens import Forward
 
 KEY = "rectified_spaattn"
@@ -46,7 +45,7 @@ class Override:
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around one run of a sampler."""
-        self.seam.record = Record()
+        self.seam.begin_run()
         return executor(*args, **kwargs)
 
     def forward(self, executor: Any, *args: Any, **kwargs: Any) -> Any:

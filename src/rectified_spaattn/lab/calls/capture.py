@@ -219,8 +219,7 @@ def attending(pipe: Any, config: SparseConfig, make: Callable[..., LayerState]) 
                 raise CaptureError(f"{name} is enabled; call disable() of its handle first.")
             for layer, module in attentions:
                 check_processor(module.processor, layer)
-            text_first = adapter.text_first
-            state = TransformerState(name=name, config=config, backend="auto", clock=clock, text_first=text_first)
+            state = TransformerState(name=name, config=config, backend="auto", clock=clock)
             attachments.append(Attachment(state=state))
             ForwardHooks(attachments[-1], adapter, _Silence()).register(model)
             attach(attentions, state, make)

@@ -4,13 +4,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..attention import SparseStats
-from ..config import SparseConfig
-from ..method.select import top_k_of
-from ..method.tolerance import highest_top_k, next_top_k
+from .attention import SparseStats
+from .config import SparseConfig
+from .method.select import top_k_of
+from .method.tolerance import highest_top_k, next_top_k
 
 
-class Place(NamedTuple):
+class BudgetKey(NamedTuple):
     """What calls must have in common to learn from each other: layer, which guidance call of its step it is, shape."""
 
     layer: int
@@ -22,44 +22,44 @@ class Place(NamedTuple):
 
 
 class Budgets:
-    """One tensor [B, H] for every place, on its device. Nothing here waits for a device."""
+    """One tensor [B, H] for every key, on its device. Nothing here waits for a device."""
 
     def __init__(self) -> None:
-        self._learnt: dict[Place, torch.Tensor] = {}
+        self._learnt: dict[BudgetKey, torch.Tensor] = {}
         self._step: int | None = None
         self._shares: list[torch.Tensor] = []  # of blocks, that each call of this step gives its heads next, on average
         self._usual: torch.Tensor | None = None  # their mean, of the step before
 
-    def top_k(self, place: Place, config: SparseConfig) -> torch.Tensor:
+    def top_k(self, key: BudgetKey, config: SparseConfig) -> torch.Tensor:
         """Blocks a row for a call: float32 [B, H]; at first as many as the sparsity says."""
-        learnt = self._learnt.get(place)
+        learnt = self._learnt.get(key)
         if learnt is not None:
             return learnt
-        guess = min(top_k_of(config, place.num_blocks), highest_top_k(config.max_density, place.num_blocks))
-        return torch.full((place.batch, place.heads), float(guess), device=place.device)
+        guess = min(top_k_of(config, key.num_blocks), highest_top_k(config.max_density, key.num_blocks))
+        return torch.full((key.batch, key.heads), float(guess), device=key.device)
 
     def learn(
-        self, place: Place, step: int | None, top_k: torch.Tensor, stats: SparseStats, config: SparseConfig
+        self, key: BudgetKey, step: int | None, top_k: torch.Tensor, stats: SparseStats, config: SparseConfig
     ) -> torch.Tensor:
         """Take what a call with `top_k` measured. Returns bool [B, H]: was as much asked for as max_density allows?"""
         if config.tolerance is None or stats.probe is None:
             raise ValueError("learn: got a call without a tolerance or without probe rows; allowed: both.")
         if step != self._step:
             if self._shares:
-                self._usual = torch.stack([share.to(place.device, non_blocking=True) for share in self._shares]).mean()
+                self._usual = torch.stack([share.to(key.device, non_blocking=True) for share in self._shares]).mean()
             self._step, self._shares = step, []
-        usual = top_k if self._usual is None else self._usual.to(place.device, non_blocking=True) * place.num_blocks
-        highest = highest_top_k(config.max_density, place.num_blocks)
-        self._learnt[place] = next_top_k(
+        usual = top_k if self._usual is None else self._usual.to(key.device, non_blocking=True) * key.num_blocks
+        highest = highest_top_k(config.max_density, key.num_blocks)
+        self._learnt[key] = next_top_k(
             top_k,
-            stats.block_mask.sum((2, 3)) / place.num_blocks,
+            stats.block_mask.sum((2, 3)) / key.num_blocks,
             stats.probe.error,
             tolerance=config.tolerance,
             usual=usual,
             highest=highest,
-            first=place not in self._learnt,
+            first=key not in self._learnt,
         )
-        self._shares.append(self._learnt[place].mean() / place.num_blocks)
+        self._shares.append(self._learnt[key].mean() / key.num_blocks)
         return top_k >= highest
 
     def __len__(self) -> int:
