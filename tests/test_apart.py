@@ -120,7 +120,7 @@ def test_a_plan_keeps_what_text_sees() -> None:
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_opcheck(backend: str) -> None:
     layout = layout_of("causal text")
-    torch.library.opcheck(ops.attention, (*inputs(), VALID, None, None, layout.key, SMALL.key, 0.3, backend))
+    torch.library.opcheck(ops.attention, (*inputs(), VALID, None, None, None, layout.key, SMALL.key, 0.3, backend))
 
 
 def test_other_tokens_that_stand_alone_attend_to_all() -> None:

@@ -13,11 +13,12 @@ SHARED_KIB = {"80": 163, "89": 99, "90": 227, "100": 227, "120": 99, "hip": 64}
 TENSOR_CORES = {"attend", "scores", "compensate", "project", "slope", "tile"}
 EVERY = TENSOR_CORES | {"directions", "halve", "tail", "leaders", "select", "mass"}
 OF_ARCH = dict.fromkeys(SHARED_KIB, TENSOR_CORES) | {"90": EVERY, "hip": EVERY}
+OTHERS = (("80", "100"), ("89", "120", "hip"))
 LEAST = min(SHARED_KIB[arch] for arch in SHARED_KIB if arch != "hip")
 
 
 @pytest.mark.parametrize(
-    "arches", [("90",), ("80", "100"), pytest.param(("89", "120", "hip"), marks=pytest.mark.slow)], ids=" ".join
+    "arches", [("90",), *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)], ids=" ".join
 )
 def test_kernels_compile_and_fit(arches: tuple[str, ...], tmp_path: Path) -> None:
     """compile_kernels.py says what is compiled for which architecture. Importing takes seconds: two processes."""

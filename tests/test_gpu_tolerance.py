@@ -15,8 +15,9 @@ from rectified_spaattn.method.select import top_k_of
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
 LAYOUT = TokenLayout.build((8, 16, 17), 33)  # 17 blocks of 128
-QKV = tuple(x.cuda() for x in video_like(2, 2, LAYOUT.sequence, 3, 64, torch.bfloat16))
-MASK = (torch.arange(33) < torch.tensor([[20], [33]])).cuda()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where this file is only collected
+QKV = tuple(x.to(DEVICE) for x in video_like(2, 2, LAYOUT.sequence, 3, 64, torch.bfloat16))
+MASK = (torch.arange(33) < torch.tensor([[20], [33]])).to(DEVICE)
 
 
 @pytest.mark.parametrize("mode", ["none", "ipar+gapr", "row", "row+slope"])

@@ -186,11 +186,11 @@ def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
     code, printed = invoke("--out", out, "--rectify", "ipar", "--order", "gilbert", *small)
     assert code == 0, printed
     told = json.loads((out / "inspect.json").read_text())
-    assert (told["call"]["layer"], told["call"]["head"], told["call"]["step"]) == (3, 1, 1)  # the middle ones
+    assert (told["call"]["layer"], told["call"]["head"], told["call"]["step"]) == (2, 2, 1)  # the middle ones
     arguments = {"height": 32, "width": 32, "num_frames": 16, "num_inference_steps": 2}
     pairs = [Pair(prompt=PROMPTS[0], seed=0)]
-    [whole] = capture_calls(load_demo_pipeline("cpu"), pairs, arguments, steps=[1], layers=[3])
-    head = one_head(whole, 1)
+    [whole] = capture_calls(load_demo_pipeline("cpu"), pairs, arguments, steps=[1], layers=[2])
+    head = one_head(whole, 2)
     config = SparseConfig(block_size=64, order="gilbert", top_p=0.0, sparsity=0.8, rectify="ipar")
     row = next(row for row in told["results"] if row["rectify"] == "ipar")
     assert row["relative_error"] == pytest.approx(attention_error(head, config).relative_error, abs=1e-4)
@@ -299,9 +299,9 @@ def test_inspect_refuses_a_folder_without_a_pipeline_and_a_pipeline_without_vide
         (("--device", "tpu"), 2, "allowed: auto, cpu or cuda"),
         (("--dtype", "int8"), 2, "dtype: got 'int8'"),
         (("--block-size", 50), 2, "multiple of 16"),
-        (("--layer", 6), 1, "--layer: got 6; allowed: 0 to 5"),
+        (("--layer", 6), 1, "--layer: got 6; allowed: 0 to 4"),
         (("--step", 12), 1, "--step: got 12; allowed: 0 to 11"),
-        (("--head", 3, "--steps", 1, "--height", 16, "--width", 16), 1, "head: got 3; allowed: 0 to 2"),
+        (("--head", 4, "--steps", 1, "--height", 16, "--width", 16), 1, "head: got 4; allowed: 0 to 3"),
         (("--prompt", "a flying carpet", "--steps", 1), 1, "carpet"),
     ],
 )

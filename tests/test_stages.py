@@ -228,7 +228,7 @@ def test_select_against_counting(
     weights = torch.randint(1, levels + 1, (2, 2, blocks, blocks + 1), generator=generator).double()
     p = weights / weights.sum(-1, keepdim=True)
     place: Any = {"order": "gilbert", "neighbours": neighbours, "first_frame": first_frame}
-    config = SparseConfig(sparsity=sparsity, top_p=top_p, block_size=16, **place)
+    config = SparseConfig(sparsity=sparsity, top_p=top_p, rectify="row", block_size=16, **place)
     layout = TokenLayout.build((2, blocks, 8))
     assert torch.equal(select(p, blocks_of(layout, config), config), choose_blocks(p, layout, config))
 

@@ -186,6 +186,9 @@ def _require_choices(call: _Call, oracle: SparseStats) -> None:
         kept = int(stats.block_mask.sum((2, 3)).min())
         if kept < _SAME_CHOICES * budget or not bool(stats.block_mask.any(-1).all()):
             problem = f"{kept} critical blocks a head; allowed: {budget}, or a few less, and one or more a query block"
+        held = float((best & stats.block_mask).sum() / best.sum().clamp(min=1)) if bool(best.any()) else 1.0
+        if held < _SAME_CHOICES:
+            problem = f"{held:.1%} of the critical blocks a query block; allowed: all that top_p and neighbours ask for"
     elif not float((sizes == wanted).float().mean()) >= (_SAME_CHOICES if config.top_p else 1.0):
         problem = (
             f"{int(sizes.min())} to {int(sizes.max())} critical blocks a query block; allowed: {int(wanted.min())} to "
