@@ -167,15 +167,16 @@ def rectified_attention(
     _check_order(token_order, (q.shape[0], k.shape[2], nb * config.block_size), q, config)
     _check_top_k(top_k, block_mask, q, config)
     name = choose(backend, Call(q.device, q.dtype, q.shape[-1], config.block_size, nb))
+    scale = _scale(scale, q)
     out, critical, compensated, probability, r, order = ops.attention(
-        q, k, v, text_mask, block_mask, token_order, top_k, layout.key, config.key, _scale(scale, q), name
+        q, k, v, text_mask, block_mask, token_order, top_k, layout.key, config.key, scale, name
     )
     if not return_stats:
         return out
     own_order = order if config.by_content else None
     probed = None
     if config.probe_rows:
-        rows = (text_mask, own_order, layout.key, config.key, _scale(scale, q), config.probe_rows)
+        rows = (text_mask, own_order, layout.key, config.key, scale, config.probe_rows)
         probed = Probe(*ops.probe(q, k, v, out, *rows))
     return out, SparseStats(
         block_mask=critical,
@@ -260,6 +261,14 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> tor
         token_order=plan.token_order,
         backend=plan.backend,
     )
+
+
+def percentiles(errors: torch.Tensor) -> tuple[float, float]:
+    """Median and 99th percentile of the finite ones among errors of heads, [n] on the CPU; NaN without any."""
+    finite = errors[errors.isfinite()].sort().values
+    if not len(finite):
+        return math.nan, math.nan
+    return finite[(len(finite) - 1) // 2].item(), finite[math.ceil(0.99 * (len(finite) - 1))].item()
 
 
 def _checked(

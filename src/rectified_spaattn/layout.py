@@ -189,6 +189,28 @@ class TokenLayout:
         return f"{video} + {self.text} that stand alone{only} = {self.sequence}"
 
 
+def masked_layout(valid: torch.Tensor, layout: TokenLayout) -> tuple[TokenLayout, torch.Tensor]:
+    """A layout in which hidden video tokens stand alone, and bool [B, text]: which of those that do are valid.
+
+    valid: bool [B, S], token after token. Waits for the device.
+    """
+    tokens = layout.video_tokens
+    hidden = (~valid[:, tokens.to(valid.device)]).any(0).cpu()
+    masked = layout.without(tokens[hidden].tolist()) if hidden.any() else layout
+    return masked, valid[:, masked.text_tokens.to(valid.device)]
+
+
+def same_tensor(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are one part of one storage: a view of a mask that is made anew for every layer is the same mask."""
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+        and one.device == other.device
+    )
+
+
 def _check_spans(name: str, spans: tuple[Span, ...], start: int, end: int, sequence: int) -> None:
     edges = [edge for span in spans for edge in span]
     inside = not edges or (start <= edges[0] and edges[-1] <= end <= sequence)

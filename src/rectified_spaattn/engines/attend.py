@@ -72,7 +72,8 @@ class Seam:
         if self.config.tolerance is not None:
             turn = self.record.calls(place.name, place.step)
             blocks = layout.video // self.config.block_size
-            key = BudgetKey(place.layer or 0, turn, len(q), q.shape[2], blocks, q.device)
+            layer: int = place.layer  # type: ignore[assignment]  # why_dense leaves no call without
+            key = BudgetKey(layer, turn, len(q), q.shape[2], blocks, q.device)
             options["top_k"] = self.budgets.top_k(key, self.config)
         out, stats = rectified_attention(q, k, v, layout, self.config, return_stats=True, **options)
         if self.config.tolerance is not None:

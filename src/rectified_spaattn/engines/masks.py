@@ -2,7 +2,7 @@
 
 import torch
 
-from ..layout import TokenLayout
+from ..layout import TokenLayout, masked_layout, same_tensor
 
 HIDDEN = -1e4  # what is added to hide a key lies at least this far below zero, in every dtype
 
@@ -18,7 +18,7 @@ class Masks:
     def of(self, mask: torch.Tensor, layout: TokenLayout, batch: int) -> Masked | str:
         """As `masked`."""
         for other, of, known in self._known:
-            if _same(mask, other) and of == layout:
+            if same_tensor(mask, other) and of == layout:
                 return known
         result = masked(mask, layout, batch)
         self._known.append((mask, layout, result))
@@ -42,18 +42,4 @@ def masked(mask: torch.Tensor, layout: TokenLayout, batch: int) -> Masked | str:
     valid = valid.reshape(shape[0], sequence).expand(batch, sequence)
     if bool(valid.all()):
         return layout, None
-    hidden = (~valid).any(0).cpu()
-    hidden[layout.text_places] = False  # those stand alone already
-    if hidden.any():
-        layout = layout.without(hidden.nonzero().flatten().tolist())
-    return layout, valid[:, layout.text_places.to(valid.device)]
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether both are one part of one storage: a view made anew for every layer is the same mask."""
-    return (
-        one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.dtype == other.dtype
-    )
+    return masked_layout(valid, layout)

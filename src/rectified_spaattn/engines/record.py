@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..attention import SparseStats
+from ..attention import SparseStats, percentiles
 
 Cell = tuple[str, int | None]  # layer, step
 
@@ -126,7 +126,7 @@ class Record:
             yield "  sparse: none"
         if self.errors:
             errors = torch.cat([each.flatten().cpu() for each in self.errors])
-            median, high = errors.quantile(torch.tensor([0.5, 0.99])).tolist()
+            median, high = percentiles(errors)
             yield f"  error of probe rows: median {median:.3f}, 99th percentile {high:.3f}"
         for reason, count in sorted(dense.items()):
             yield f"  dense:  {count} calls, because of {reason}"

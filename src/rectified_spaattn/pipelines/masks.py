@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..layout import TokenLayout
+from ..layout import TokenLayout, masked_layout, same_tensor
 from .ranks import Ranks
 
 _ALLOWED = (
@@ -29,7 +29,7 @@ class KeyMasks:
     def valid(self, mask: torch.Tensor, batch: int) -> torch.Tensor:
         """bool [B, S]: which tokens may be attended to, in the model's order. Raises ValueError as `key_mask`."""
         for other, valid in self._valid:
-            if _same(mask, other):
+            if same_tensor(mask, other):
                 return valid
         part = None if self.ranks is None else self.ranks.part(self.streams, self.ranks.rank)
         if self.ranks is not None and mask.shape[-1] == part:
@@ -43,7 +43,7 @@ class KeyMasks:
     def masked(self, mask: torch.Tensor, batch: int, unpadded: TokenLayout) -> tuple[TokenLayout, torch.Tensor]:
         """As `masked_layout` of what the mask says."""
         for other, masked, text in self._layouts:
-            if _same(mask, other):
+            if same_tensor(mask, other):
                 return masked, text
         masked, text = masked_layout(self.valid(mask, batch), unpadded)
         self._layouts.append((mask, masked, text))
@@ -52,17 +52,6 @@ class KeyMasks:
     def in_place(self, mask: torch.Tensor, batch: int) -> torch.Tensor:
         """bool [B, 1, 1, S]: the mask in the order in which q, k, v lie, for dense attention."""
         return self.valid(mask, batch)[:, None, None, self.layout.token.to(mask.device)]
-
-
-def masked_layout(valid: torch.Tensor, layout: TokenLayout) -> tuple[TokenLayout, torch.Tensor]:
-    """A layout in which hidden video tokens stand alone, and bool [B, text]: which of those that do are valid.
-
-    valid: bool [B, S], token after token. Waits for the device.
-    """
-    tokens = layout.video_tokens
-    hidden = (~valid[:, tokens.to(valid.device)]).any(0).cpu()
-    masked = layout.without(tokens[hidden].tolist()) if hidden.any() else layout
-    return masked, valid[:, masked.text_tokens.to(valid.device)]
 
 
 def key_mask(mask: torch.Tensor, batch: int, sequence: int) -> torch.Tensor:
@@ -81,13 +70,3 @@ def key_mask(mask: torch.Tensor, batch: int, sequence: int) -> torch.Tensor:
             f"{_ALLOWED}. Pass such a mask, or disable rectified attention on this model."
         )
     return mask.reshape(shape[0], sequence).expand(batch, sequence)
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether both are one part of one storage: a view made anew for every layer is the same mask."""
-    return (
-        one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.device == other.device
-    )

@@ -13,11 +13,11 @@ import torch
 from ..attention import rectified_attention
 from ..budgets import BudgetKey, Budgets
 from ..config import SparseConfig
-from ..layout import TokenLayout
+from ..layout import TokenLayout, masked_layout
 from .balance import TOLERATED, RankRecord, dealt_out
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
-from .masks import key_mask, masked_layout
+from .masks import key_mask
 from .ranks import Ranks, streams_of
 
 OUTSIDE = "a call outside of the transformer's forward"

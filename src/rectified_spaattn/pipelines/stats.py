@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..attention import percentiles
 from .balance import RankRecord
 from .state import Record, TransformerState
 from .watch import ALL_KEPT, Watch, is_replaced, lost_layers, nothing_saved, saves, shortened, uncalled_layers
@@ -91,7 +92,7 @@ def run_stats(states: Sequence[TransformerState]) -> RunStats:
                 probed.append(errors)
                 if state.config.tolerance is not None:
                     unheld += int((full & (errors > state.config.tolerance)).sum())
-                error, error_p99 = _percentiles(errors)
+                error, error_p99 = percentiles(errors)
                 layers.append(
                     LayerStats(
                         transformer=state.name,
@@ -106,7 +107,7 @@ def run_stats(states: Sequence[TransformerState]) -> RunStats:
                 )
     sparse, dense = sum(layer.sparse_calls for layer in layers), reasons.total()
     every = torch.cat(probed) if probed else torch.zeros(0)
-    error, error_p99 = _percentiles(every)
+    error, error_p99 = percentiles(every)
     return RunStats(
         sparse_calls=sparse,
         dense_calls=dense,
@@ -132,14 +133,6 @@ def _probed(record: Record) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(0), torch.zeros(0, dtype=torch.bool)
     errors, full = (torch.cat([x.flatten() for x in of]).cpu() for of in zip(*record.probes, strict=True))
     return errors, full
-
-
-def _percentiles(errors: torch.Tensor) -> tuple[float, float]:
-    """Median and 99th percentile of the finite ones; NaN without any."""
-    finite = errors[errors.isfinite()].sort().values
-    if not len(finite):
-        return math.nan, math.nan
-    return finite[(len(finite) - 1) // 2].item(), finite[math.ceil(0.99 * (len(finite) - 1))].item()
 
 
 def _by_rank(records: Sequence[RankRecord]) -> dict[str, Any]:
