@@ -2,5 +2,5 @@
 
 python -m studies.footage.clips --out runs/footage.npz            # where ffmpeg is: decodes the clips of a package
 python -m studies.footage.tune --clips runs/footage.npz --out runs/footage --seconds 110
-python -m studies.footage --weights runs/footage/weights          # the table
+python -m studies.footage --dtype bfloat16 --batch 6              # the table
 """

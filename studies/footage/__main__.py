@@ -1,7 +1,7 @@
 """The table of modes on the demo model that was fine-tuned on filmed clips, against its own full attention.
 
-    python -m studies.footage --weights runs/footage/weights --dtype bfloat16 --batch 6
-    python -m studies.footage --weights runs/footage/weights --table-of studies/data/footage-held-out.csv
+    python -m studies.footage --dtype bfloat16 --batch 6
+    python -m studies.footage --table-of runs/footage-held-out.csv
 
 Pairs are the captions of all shots with seeds of their own; the split only says which seeds.
 """
@@ -24,7 +24,7 @@ SEEDS = {"dev": range(4), "held-out": range(4, 8)}
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ablation.Options):
-    weights: Path = option("Folder of weights that studies.footage.tune wrote.")
+    weights: Path = option("Folder of weights that studies.footage.tune wrote.", Path("runs/footage/weights"))
     split: str = option("Which seeds.", "held-out", choices=harness.SPLITS)
     sparsity: tuple[float, ...] = option("Share of blocks to drop.", (0.8, 0.9))
     rectify: tuple[str, ...] = option("Modes.", ("none", "ipar+gapr", "row", "row+slope"))

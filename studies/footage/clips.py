@@ -55,7 +55,7 @@ SHOTS: dict[str, Shot] = {
 
 @dataclass(frozen=True)
 class Cut:
-    """What of a shot becomes a clip: a square of `side` pixels at `top`, `left`, in frames `start`, `start + step`, …"""
+    """What of a shot becomes a clip: a square of `side` pixels at `top`, `left`, every `step` frames from `start`."""
 
     start: int
     step: int
