@@ -56,7 +56,7 @@ def moved(value: Any) -> Any:
 
 
 def made(name: str) -> tuple[Any, dict[str, Any]]:
-    model, inputs = build(name, CASES[name].head_dims[GPU])
+    model, inputs = build(name, CASES[name].head_dims[-1 if GPU else 0])
     if name.startswith("LTX-2"):
         inputs["timestep"] = inputs["timestep"][:, 0]  # as its pipeline passes it
     return moved_model(model), {key: moved(value) for key, value in inputs.items()}

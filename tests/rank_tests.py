@@ -127,6 +127,14 @@ def test_without_the_places_it_is_another_video(name: str, monkeypatch: pytest.M
         assert_same(cut, alone, apart(forward(model, inputs), dense), dense)
 
 
+def test_a_forward_reads_no_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are compiled before their first forward cannot: some versions of torch refuse it."""
+    model, inputs = four_heads("wan")
+    rsa.parallelize(model)
+    monkeypatch.setattr("inspect.signature", lambda *_: pytest.fail("read a signature"))
+    forward(model, inputs)
+
+
 ORDERS = [("cogvideox", order) for order in ("enable first", "parallelize first", "by diffusers")]
 
 
