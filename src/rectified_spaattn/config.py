@@ -13,8 +13,9 @@ from typing import Any, Literal, NamedTuple, get_args
 Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row", "row+slope"]
 Order = Literal["content", "gilbert", "tile", "raster"]
 ORDERS: tuple[str, ...] = get_args(Order)
+Precision = Literal["inputs", "int8-qk", "fp8"]
 PROBES = 64  # query rows a head that measure the error where there is a tolerance
-_OPERATOR = ("sparsity", "top_p", "rectify", "block_size", "order", "neighbours", "first_frame")  # the rest is schedule
+_OPERATOR = ("sparsity", "top_p", "rectify", "block_size", "order", "neighbours", "first_frame", "precision")
 
 
 class Rule(NamedTuple):
@@ -65,6 +66,8 @@ class SparseConfig:
     order             how tokens are laid out before they are cut into blocks: in space "gilbert" (the paper), "tile",
                       "raster"; or "content": sorted in every call and head, so that a block holds tokens that attend
                       alike (the default)
+    precision         of the products with kept blocks: "inputs": as q, k, v are; "int8-qk": queries times keys in int8;
+                      "fp8": these and weights times values in float8. All else stays as it is (triton on NVIDIA GPUs)
     neighbours        blocks that touch in 3-D always see each other (the paper); only with an order in space
     first_frame       blocks that hold tokens of frame 0 always see each other; only with an order in space
     dense_steps       full attention in the first denoising steps: a count, or a fraction of all steps below 1
@@ -87,6 +90,7 @@ class SparseConfig:
     rectify: Rectify = "row+slope"
     block_size: int = 128
     order: Order = "content"
+    precision: Precision = "inputs"
     neighbours: bool = False
     first_frame: bool = False
     dense_steps: int | float = 0
@@ -102,6 +106,7 @@ class SparseConfig:
             object.__setattr__(self, name, _fraction(name, getattr(self, name), closed=name == "top_p"))
         check_choice("rectify", self.rectify, tuple(RECTIFY))
         check_choice("order", self.order, ORDERS)
+        check_choice("precision", self.precision, get_args(Precision))
         object.__setattr__(self, "block_size", _block_size(self.block_size))
         for name in ("neighbours", "first_frame"):
             if not isinstance(getattr(self, name), bool):

@@ -20,6 +20,7 @@ class Call(NamedTuple):
     head_dim: int
     block_size: int
     num_blocks: int = 1
+    precision: str = "inputs"
 
 
 class Backend(NamedTuple):

@@ -14,6 +14,8 @@ def why_not(call: Call) -> str | None:
     reason = triton.why_not(call)
     if reason is not None:
         return reason
+    if call.precision != "inputs":
+        return f"precision {call.precision!r}, which triton runs"
     if installed_version(PACKAGE) is None:
         return f"{PACKAGE} is not installed (pip install --pre {PACKAGE})"
     if call.device.type != "cuda" or torch.version.hip is not None:

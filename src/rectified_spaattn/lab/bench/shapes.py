@@ -102,7 +102,7 @@ class Case(NamedTuple):
 
     def call(self) -> Call:
         size = self.config.block_size
-        return Call(self.device, self.dtype, self.shape.head_dim, size, self.shape.video // size)
+        return Call(self.device, self.dtype, self.shape.head_dim, size, self.shape.video // size, self.config.precision)
 
     def inputs(self, seed: int, sets: int = 1) -> list[Tensors]:
         """Sets of q [1, S, H, D] and k, v [1, S, kv_heads, D] of independent normal numbers."""
