@@ -1,4 +1,4 @@
-"""Compiles kernels without a GPU: `python compile_kernels.py 90 hip` (or 80, ...: compute capabilities, or AMD's).
+"""Compiles kernels without a GPU: `python compile_kernels.py 90 hip` (compute capabilities, 90-every, or AMD's).
 
 Prints a JSON line a kernel: architecture, name, and the shared memory that it needs. A process of its own, because
 Triton's interpreter, which the tests use, replaces the compiler for good.
@@ -41,17 +41,18 @@ class Kernel(NamedTuple):
 
 
 def kernels(arch: str) -> Iterator[Kernel]:
-    """What is compiled for an architecture, in bfloat16.
+    """What is compiled for an architecture, in bfloat16; every one at its largest, with a tail and a slope.
 
-    90      every kernel at every shape and with every flag; only there a partial result is taken up (RESUME), after
-            FlashAttention-4
-    hip     every kernel once, at its largest: another compiler
-    others  what multiplies on tensor cores, which every generation does in its own way: to NVIDIA's the other kernels
-            are the same instructions and the same shared memory
-    attend  everywhere at its largest, with a tail and a slope: its tiling follows the architecture
-    256     a head of 256 everywhere: tiles are twice as large, and where they fit follows the architecture
+    90, hip   every kernel once
+    90-every  every kernel at every shape and with every flag
+    others    what multiplies on tensor cores, which every generation does in its own way: to NVIDIA's the other kernels
+              are the same instructions and the same shared memory
+    256       a head of 256 on the others and 90-every: tiles are twice as large, and where they fit follows the
+              architecture
+
+    Only for 90 a partial result is taken up (RESUME), after FlashAttention-4.
     """
-    if arch == "90":
+    if arch == "90-every":
         yield from every_variant()
         return
     yield attend_kernel(arch, 128, 128, False, *TAILS[-1])
@@ -60,15 +61,28 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield slope_kernel(128, 128)
     yield tile_kernel(128, 128, True, True, RANK)
     yield project_kernel(128)
-    yield from of_wide_heads(arch)
-    if arch == "hip":
+    if arch == "90":
+        yield attend_kernel("90", 128, 128, True, *TAILS[-1])
+        yield from with_the_fewest_flags()
+    else:
+        yield from of_wide_heads(arch)
+    if arch in ("90", "hip"):
         yield directions_kernel(128, True)
-        yield directions_kernel(256, True)
         yield halve_kernel(8192, 16)
         yield kernel("tail", _tail_kernel, {"BLOCK": 128})
         yield select_kernel(8192, False, *SELECT_FLAGS)
         yield leaders_kernel(8192)
         yield mass_kernel()
+    if arch == "hip":
+        yield directions_kernel(256, True)
+
+
+def with_the_fewest_flags() -> Iterator[Kernel]:
+    """And at the smallest shape: what a flag leaves out must not be needed elsewhere."""
+    yield attend_kernel("90", 64, 64, False, *TAILS[0])
+    yield scores_kernel(64, False, False)
+    yield tile_kernel(64, 64, False, False)
+    yield select_kernel(64, False)
 
 
 def of_wide_heads(arch: str) -> Iterator[Kernel]:
@@ -246,7 +260,8 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
 
 
 def compiled(kernel: Kernel, arch: str) -> Any:
-    target = GPUTarget("hip", "gfx942", 64) if arch == "hip" else GPUTarget("cuda", int(arch), 32)
+    capability = arch.removesuffix("-every")
+    target = GPUTarget("hip", "gfx942", 64) if arch == "hip" else GPUTarget("cuda", int(capability), 32)
     names = list(kernel.types)
     aligned = [name for name, kind in kernel.types.items() if kind.startswith("*") or name.endswith(("_ss", "_sh"))]
     source = ASTSource(
