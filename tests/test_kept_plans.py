@@ -86,23 +86,34 @@ def operator(order):
         yield given
 
 
-HEADS = (None, torch.zeros(2, 2), torch.zeros(2, 2))
-calls = st.fixed_dictionaries(
-    {
-        "layer": st.integers(0, 1),
-        "branch": st.integers(0, 1),
-        "layout": st.integers(0, 2),
-        "batch": st.integers(1, 2),
-        "heads": st.sampled_from((2, 4)),
-        "key_heads": st.sampled_from((1, 2)),
-        "dealt": st.integers(0, 2),
-    }
-)
-events = st.one_of(calls, calls, calls, st.integers(-4, 4), st.sampled_from(("clear", "expire", "stop", "new run")))
+HEADS = (None, torch.zeros(2, 2))
+USUAL = {"layer": 0, "branch": 0, "layout": 0, "batch": 1, "heads": 4, "key_heads": 2, "dealt": 0}
+OTHER = {"layer": 1, "branch": 1, "layout": 2, "batch": 2, "heads": 2, "key_heads": 1, "dealt": 1}
+
+
+def call(plans: KeptPlans, of: dict[str, int], step: int, total: int | None = None, config: SparseConfig = CONFIG):
+    q, k = (torch.zeros(of["batch"], 64, of[name], 1) for name in ("heads", "key_heads"))
+    when = moment(step, total, layer=of["layer"], branch=of["branch"], heads=HEADS[of["dealt"]])
+    plans.attention(q, k, k, LAYOUTS[of["layout"]], config, when)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_calls_that_differ_in_one_thing_share_no_plan(name: str) -> None:
+    with operator(lambda: torch.zeros(1, 1, 64)) as given:
+        for first, second in ((USUAL, USUAL), (USUAL, {**USUAL, name: OTHER[name]})):
+            plans = KeptPlans()
+            call(plans, first, 0)
+            call(plans, second, 1)
+    assert [order is None for order in given] == [True, False, True, True]
+
+
+calls = st.sampled_from([USUAL, USUAL, *({**USUAL, name: value} for name, value in OTHER.items())])
+moves = st.sampled_from((1, 1, 1, 2, 3, 4, 6, -1, -3))
+events = st.one_of(calls, calls, moves, moves, st.sampled_from(("clear", "expire", "stop", "new run")))
 
 
 @given(
-    events=st.lists(events, max_size=30),
+    events=st.lists(events, max_size=40),
     replan=st.integers(2, 5),
     lists=st.booleans(),
     total=st.sampled_from((None, TOTAL)),
@@ -128,12 +139,8 @@ def test_no_interleaving_takes_a_plan_that_is_not_its_own(events, replan, lists,
                 assert given[-1] is None
             else:
                 number += 1
-                q, k = (torch.zeros(event["batch"], 64, event[name], 1) for name in ("heads", "key_heads"))
                 who = tuple(event[name] for name in event if name != "dealt")
-                plans.attention(
-                    q, k, k, LAYOUTS[event["layout"]], config,
-                    moment(step, total, layer=event["layer"], branch=event["branch"], heads=HEADS[event["dealt"]]),
-                )  # fmt: skip
+                call(plans, event, step, total, config)
                 made, kept, dealt = table.get(who, (step, None, None))
                 if given[-1] is None:
                     table[who] = step, number, event["dealt"]
@@ -150,15 +157,15 @@ def test_no_interleaving_takes_a_plan_that_is_not_its_own(events, replan, lists,
 
 
 def test_steps_are_counted_by_the_clock_and_not_by_calls() -> None:
-    """A cache left two steps out; then a plan is taken for the last time, and is gone."""
+    """A cache left steps out; a plan is gone once it is taken for the last time, and too old after four steps."""
     number = iter(range(9))
     with operator(lambda: torch.full((1, 1, 64), next(number))) as given:
         plans, q = KeptPlans(), torch.zeros(1, 64, 2, 1)
-        for step in (2, 5, 6, 9):
-            plans.attention(q, q, q, LAYOUTS[0], CONFIG.replace(replan=4), moment(step, 10))
-            assert len(plans) == (step in (2, 6))
-    assert [None if order is None else int(order[0, 0, 0]) for order in given] == [None, 0, None, 1]
-    assert (plans.planned, plans.taken) == (2, 2)
+        for step in (2, 5, 6, 10, 11):
+            plans.attention(q, q, q, LAYOUTS[0], CONFIG.replace(replan=4), moment(step, 12))
+            assert len(plans) == (step in (2, 6, 10))
+    assert [None if order is None else int(order[0, 0, 0]) for order in given] == [None, 0, None, None, 2]
+    assert (plans.planned, plans.taken) == (3, 2)
     assert plans.nbytes == 0 < plans.peak
 
 
