@@ -43,6 +43,8 @@ def test_defaults() -> None:
         "tolerance": None,
         "max_density": 0.5,
         "probes": None,
+        "replan": 1,
+        "kept_lists": False,
     }
     assert list(SparseConfig().to_dict()) == [field.name for field in dataclasses.fields(SparseConfig) if field.init]
 

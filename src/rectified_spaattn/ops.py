@@ -128,9 +128,7 @@ def _outputs(
         critical = critical.clone()
     if order is None:
         order = torch.empty(0, dtype=torch.int64, device=critical.device)
-    elif order is token_order:
-        order = order.clone()
-    return critical, order.long()
+    return critical, order.to(torch.int64, copy=order is token_order)
 
 
 @attention.register_fake

@@ -26,6 +26,7 @@ class Adapter:
                 forward arguments; ValueError for tokens that have none
     padding     how many tokens at the end of the first are padding in the whole batch: left out of sparse calls
     timestep    the forward's argument that holds it
+    text        the one that guidance calls differ by
     optional    block lists that a forward may leave out
     packed      all tokens, text included, are one tensor outside of attention
     preset      name of the preset, read from the transformer and its pipeline (None: transformer alone); None
@@ -36,6 +37,7 @@ class Adapter:
     layouts: Layouts
     padding: Callable[[Inputs], int] = tokens.no_text
     timestep: str = "timestep"
+    text: str = "encoder_hidden_states"
     optional: tuple[str, ...] = ()
     packed: bool = False
     preset: Preset = lambda model, pipeline: None
@@ -191,6 +193,7 @@ ADAPTERS: dict[str, Adapter] = {
         attentions=_attentions_of(layers="self_attn"),
         layouts=packed.cosmos3,
         timestep="vision_timesteps",
+        text="input_ids",
         preset=_NEAREST,
     ),
     "MotifVideoTransformer3DModel": Adapter(attentions=_JOINT, layouts=packed.motif_video, preset=_NEAREST),
@@ -236,11 +239,13 @@ ADAPTERS: dict[str, Adapter] = {
     "ErnieImageTransformer2DModel": Adapter(
         attentions=_attentions_of(layers="self_attention"),
         layouts=joint(tokens.picture_grid, joint_text("text_bth")),
+        text="text_bth",
     ),
     "ZImageTransformer2DModel": Adapter(
         attentions=_attentions_of(noise_refiner="attention", layers="attention"),
         layouts=packed.z_image,
         timestep="t",
+        text="cap_feats",
     ),
     "Krea2Transformer2DModel": Adapter(attentions=_ATTN, layouts=joint(tokens.positions_grid, _TEXT, text_first=True)),
     "Ideogram4Transformer2DModel": Adapter(attentions=_attentions_of(layers="attention"), layouts=packed.ideogram4),

@@ -27,6 +27,7 @@ class ForwardState:
                  None: one process
     step, total  the denoising step and the number of steps; None where nobody knows
     turn         how many forwards this step had before: guidance calls come in the same order at every step
+    branch       which guidance branch it is, as in Branches; None where nobody asks, and where nobody can tell
     problem      why the step is unknown
     why_dense    why every call in it is dense; None where calls may be sparse
     shared       sparse calls that other ranks have a part in: the layer; of this rank's heads the density, and how many
@@ -41,6 +42,7 @@ class ForwardState:
     step: int | None = None
     total: int | None = None
     turn: int = 0
+    branch: tuple[int, int] | None = None
     problem: str = ""
     why_dense: str | None = None
     calls: int = 0
@@ -91,6 +93,7 @@ class RunningForwards(threading.local):
 
     def __init__(self) -> None:
         self._stack: list[ForwardState] = []
+        self._stopped = False
 
     def begin(self, forward: ForwardState) -> None:
         self._drop_ended()
@@ -107,9 +110,16 @@ class RunningForwards(threading.local):
             return self._stack.pop()
         return None
 
+    def was_stopped(self) -> bool:
+        """Whether a forward was interrupted, by whatever no forward hook is told of, since this was asked last."""
+        self._drop_ended()
+        stopped, self._stopped = self._stopped, False
+        return stopped
+
     def _drop_ended(self) -> None:
         while self._stack and not _is_running(self._stack[-1].call):
             self._stack.pop()
+            self._stopped = True
 
 
 def innermost_call() -> FrameType:
