@@ -115,14 +115,9 @@ def test_what_all_keys_and_values_share_costs_nothing(precision):
     layout, config, (q, k, v) = call("plain", precision, rectify="row+slope", order="content")
     out, stats = run(layout, config, (q, k, v))
     moved = (q, k + 3, v - 5)
-    again, _ = run(layout, config, moved, block_mask=stats.block_mask, token_order=stats.token_order)
-    exact, _ = run(
-        layout,
-        config.replace(precision="inputs"),
-        (q, k, v),
-        block_mask=stats.block_mask,
-        token_order=stats.token_order,
-    )
+    same = {"block_mask": stats.block_mask, "token_order": stats.token_order}
+    again, _ = run(layout, config, moved, **same)
+    exact, _ = run(layout, config.replace(precision="inputs"), (q, k, v), **same)
     noise = apart(out, exact.double())
     assert noise > 1e-4
     assert apart(again + 5, exact.double()) < 1.5 * noise + 20 * torch.finfo(DTYPE).eps

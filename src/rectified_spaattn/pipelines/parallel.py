@@ -123,7 +123,7 @@ def _cut(model: Any, adapter: Adapter, config: ContextParallelConfig) -> None:
 
 
 def _find_parameters(model: Any) -> None:
-    """Tells the hooks that cut now which arguments they cut: some versions of torch cannot compile how they find out."""
+    """Tells the hooks that cut which arguments they cut: some versions of torch cannot compile how they find out."""
     for module in model.modules():
         registry = getattr(module, "_diffusers_hook", None)
         for hook in registry.hooks.values() if registry is not None else ():

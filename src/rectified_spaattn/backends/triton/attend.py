@@ -163,8 +163,8 @@ def _attend_kernel(
     q = q_desc.load([head * rows + first, 0])
     if RESUME:
         from_partial = partial_ptr + batch * partial_sb + h * partial_sh
-        at = i.to(tl.int64)[:, None] * partial_ss + d[None, :]
-        acc = tl.load(from_partial + at, mask=there[None, :], other=0.0).to(tl.float32)
+        of_row = i.to(tl.int64)[:, None] * partial_ss + d[None, :]
+        acc = tl.load(from_partial + of_row, mask=there[None, :], other=0.0).to(tl.float32)
         # [BLOCK_M]
         top = tl.load(partial_lse_ptr + own) * 1.4426950408889634
         total = tl.where(top == float("-inf"), 0.0, 1.0)

@@ -1,7 +1,7 @@
 """The listed blocks in 8 bits: keys and values less their head's mean, quantised block by block; then attention.
 
 Softmax does not see what all keys share, and what all values share comes back whole, so that neither mean costs
-anything. Isolated and pooled keys stay in 16 bits: they are joined afterwards, as they are to FlashAttention-4's blocks.
+anything. Isolated and pooled keys stay in 16 bits: they are joined afterwards, as to FlashAttention-4's blocks.
 """
 
 import math
@@ -55,7 +55,7 @@ def listed_blocks(inputs: Inputs, prepared: Prepared) -> Partial:
     of = quantise(inputs, tiled)
     out = torch.empty_like(tiled.q)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
-    tiling = tiling_of(b, head_dim, of.v is not None)
+    tiling = tiling_for(out.device, b, head_dim, of.v is not None)
     turns = lists.counts[..., :nb].argsort(dim=-1, descending=True, stable=True).int()
     columns = columns_of(head_dim)
     if of.v is None:
@@ -65,8 +65,8 @@ def listed_blocks(inputs: Inputs, prepared: Prepared) -> Partial:
     _listed_kernel[(rows // tiling.block_m, batch * heads)](
         TensorDescriptor.from_tensor(tiled.q.view(-1, head_dim), [tiling.block_m, columns]),
         TensorDescriptor.from_tensor(of.k.view(-1, head_dim), [tiling.block_n, columns]), v_desc,
-        of.k_scale, of.v_scale, of.v_scale.nan_to_num(0.0).amax(-1), of.k_shift, of.v_shift, lists.counts, lists.indices, turns,
-        out, lse, inputs.group, nb, rows, inputs.scale / math.log(2),
+        of.k_scale, of.v_scale, of.v_scale.nan_to_num(0.0).amax(-1), of.k_shift, of.v_shift,
+        lists.counts, lists.indices, turns, out, lse, inputs.group, nb, rows, inputs.scale / math.log(2),
         BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim, COLUMNS=columns,
         K_MAX=INT8_MAX if of.k.dtype == torch.int8 else FP8_MAX, VALUES=of.v is not None, ROOM=_ROOM,
         WIDEN=interpreted(), num_warps=tiling.num_warps, num_stages=tiling.num_stages,
@@ -74,9 +74,16 @@ def listed_blocks(inputs: Inputs, prepared: Prepared) -> Partial:
     return Partial(out, lse, isolated=False)
 
 
-def tiling_of(block: int, head_dim: int, values: bool) -> Tiling:
-    """values: whether they are in 8 bits, too."""
-    return Tiling(block, min(block, 64 if head_dim > 128 else 128), 8 if block > 64 else 4, 3 if values else 2)
+def tiling_for(device: torch.device, block: int, head_dim: int, values: bool) -> Tiling:
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return tiling_of(f"{major}{minor}", block, head_dim, values)
+
+
+def tiling_of(arch: str, block: int, head_dim: int, values: bool) -> Tiling:
+    """arch: the compute capability, as in "90": shared memory is 99 KiB, or 163 and more. values: in 8 bits, too."""
+    roomy = arch in ("80", "90", "100", "103")
+    block_n = 64 if head_dim <= 128 or roomy else 32
+    return Tiling(block, min(block, 128) if roomy and head_dim <= 128 else block_n, 8 if block > 64 else 4, 2)
 
 
 def quantise(inputs: Inputs, tiled: Tiled) -> Quantised:
