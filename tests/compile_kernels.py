@@ -207,7 +207,10 @@ def attend_kernel(
     if tiling.maxnreg is not None:
         options["maxnreg"] = tiling.maxnreg
     return kernel(
-        f"attend {block}x{head_dim} resume={resume} {listed} tail={tail} slope={slope}", _attend_kernel, constants, **options
+        f"attend {block}x{head_dim} resume={resume} {listed} tail={tail} slope={slope}",
+        _attend_kernel,
+        constants,
+        **options,
     )
 
 

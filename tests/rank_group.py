@@ -48,9 +48,11 @@ def group() -> Iterator[None]:
 
 
 def moved(value: Any) -> Any:
-    if isinstance(value, tuple):  # cosines and sines
-        return tuple(each.to("cuda") for each in value) if GPU else value
-    if not isinstance(value, torch.Tensor) or not GPU:
+    if not GPU:
+        return value
+    if isinstance(value, tuple):  # cosines and sines, or several of them: as they are, in float32
+        return tuple(each.to("cuda") if isinstance(each, torch.Tensor) else moved(each) for each in value)
+    if not isinstance(value, torch.Tensor):
         return value
     return value.to("cuda", torch.bfloat16 if value.is_floating_point() else value.dtype)
 

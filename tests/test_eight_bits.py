@@ -104,7 +104,8 @@ def test_error_is_that_of_quantising(case, precision):
     out, stats = run(layout, config, qkv)
     (exact, eight), blocks = quantised(layout, config, qkv, stats.block_mask, precision)
     tiled = out[:, blocks.tiled].transpose(1, 2).unflatten(2, exact.shape[2:4])
-    error, budget = apart(eight, exact), kernel_budget(qkv, layout, torch.ones(1, layout.text, dtype=torch.bool))
+    valid = torch.ones(1, layout.text, dtype=torch.bool, device=DEVICE)
+    error, budget = apart(eight, exact), kernel_budget(qkv, layout, valid)
     assert error / 4 < apart(tiled, exact) < 2 * error + budget
     plain, _ = run(layout, config.replace(precision="inputs"), qkv, block_mask=stats.block_mask)
     assert apart(out[:, blocks.isolated], plain[:, blocks.isolated].double()) < 2 * budget  # text is exact

@@ -81,9 +81,9 @@ def tiling_for(device: torch.device, block: int, head_dim: int, values: bool) ->
 
 def tiling_of(arch: str, block: int, head_dim: int, values: bool) -> Tiling:
     """arch: the compute capability, as in "90": shared memory is 99 KiB, or 163 and more. values: in 8 bits, too."""
-    roomy = arch in ("80", "90", "100", "103")
-    block_n = 64 if head_dim <= 128 or roomy else 32
-    return Tiling(block, min(block, 128) if roomy and head_dim <= 128 else block_n, 8 if block > 64 else 4, 2)
+    if arch in ("80", "90", "100", "103"):
+        return Tiling(64, min(block, 128) if head_dim <= 128 else 64, 4, 2)
+    return Tiling(64, 64 if head_dim <= 128 else 32, 4, 2)
 
 
 def quantise(inputs: Inputs, tiled: Tiled) -> Quantised:
@@ -142,9 +142,9 @@ def _quantise_kernel(
         tl.store(to, x.to(k8_ptr.dtype.element_ty), mask=there)
     elif not INTEGERS:
         # [COLUMNS, BLOCK]: tensor cores take 8-bit values key by key
-        x = _scaled(v_ptr + first, v_shift_ptr + head * HEAD_DIM, v_scale_ptr, at, i, d, HEAD_DIM, 448.0).T
-        to = v8_ptr + first + d[:, None] * BLOCK + i[None, :]
-        tl.store(to, x.to(v8_ptr.dtype.element_ty), mask=d[:, None] < HEAD_DIM)
+        x_v = _scaled(v_ptr + first, v_shift_ptr + head * HEAD_DIM, v_scale_ptr, at, i, d, HEAD_DIM, 448.0).T
+        to_v = v8_ptr + first + d[:, None] * BLOCK + i[None, :]
+        tl.store(to_v, x_v.to(v8_ptr.dtype.element_ty), mask=d[:, None] < HEAD_DIM)
 
 
 @triton.jit
