@@ -78,6 +78,7 @@ class KeptPlans:
         self.unkept: Counter[str] = Counter()
         self._plans: dict[PlanKey, KeptPlan] = {}
         self._closed = False
+        self._step: int | None = None  # of the last call
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -105,6 +106,9 @@ class KeptPlans:
             with self._lock:
                 self.unkept[problem or "the step is unknown"] += 1
             return rectified_attention(q, k, v, layout, config, return_stats=True, **options)
+        if moment.step != self._step:
+            self._step = moment.step
+            self.expire(moment.step)
         key = PlanKey(moment.layer, moment.branch, layout.key, len(q), q.shape[2], k.shape[2], q.device)
         plan = self._take(key, moment.step, moment.heads)
         if plan is not None:
