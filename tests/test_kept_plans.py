@@ -292,9 +292,10 @@ def test_after_a_stopped_forward_nothing_is_taken(model, stop) -> None:
 def test_heads_that_moved_to_another_rank_plan_anew_and_stay_while_plans_live(model) -> None:
     with at_step_one(model) as (handle, inputs):
         (state,) = handle._watch.states
-        state.balanced = True
         work = torch.ones(3, 2)
+        state.ranks.add(torch.tensor([[0.1], [0.5]]))
         state._deal_out(tuple(state.layers), work, 1)
+        assert state.balanced
         assert all(layer.heads is None for layer in state.layers)
         state.layers[0].heads = torch.arange(2).repeat(2, 1)
         model(**inputs)
@@ -309,7 +310,7 @@ def test_disable_frees_everything_for_ever(model) -> None:
         (state,) = handle._watch.states
         assert handle.stats().plan_bytes == held(state.plans) > 0
         handle.disable()
-        assert (held(state.plans), handle.stats().plan_bytes) == (0, 0)
+        assert (held(state.plans), handle.stats().plan_bytes, state.branches._texts) == (0, 0, [])
         assert handle.stats().plan_bytes_peak > 0
         layer = state.layers[0]  # of a thread that is inside of a call still
         q = torch.randn(2, 192, 2, 16)
@@ -368,6 +369,7 @@ def test_guidance_that_ends_early_leaves_nothing_behind(output: str, quiet) -> N
         tiny.run_wan(pipeline, steps=4, output_type=output, callback_on_step_end=stop_guiding)
         assert handle.stats().forwards == 7
         assert kept(handle) == (3 if output == "latent" else 0)
+        assert bool(handle._watch.states[0].branches._texts) == (output == "latent")
         tiny.run_wan(pipeline, steps=1)
         assert kept(handle) == 0
 

@@ -78,6 +78,7 @@ class KeptPlans:
         self.unkept: Counter[str] = Counter()
         self._plans: dict[PlanKey, KeptPlan] = {}
         self._closed = False
+        self._step: int | None = None  # of the last call
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -105,13 +106,16 @@ class KeptPlans:
             with self._lock:
                 self.unkept[problem or "the step is unknown"] += 1
             return rectified_attention(q, k, v, layout, config, return_stats=True, **options)
+        if moment.step != self._step:
+            self._step = moment.step
+            self.expire(moment.step)
         key = PlanKey(moment.layer, moment.branch, layout.key, len(q), q.shape[2], k.shape[2], q.device)
         plan = self._take(key, moment.step, moment.heads)
         if plan is not None:
             options |= {"token_order": _order_of(plan), "block_mask": _mask_of(plan)}
         out, stats = rectified_attention(q, k, v, layout, config, return_stats=True, **options)
         if plan is None:
-            self._keep(key, stats, config, moment)
+            self._keep(key, stats, config, moment, layout.sequence)
         return out, stats
 
     def expire(self, step: int | None) -> None:
@@ -163,14 +167,14 @@ class KeptPlans:
             self.taken += valid
             return plan if valid else None
 
-    def _keep(self, key: PlanKey, stats: SparseStats, config: SparseConfig, moment: Moment) -> None:
+    def _keep(self, key: PlanKey, stats: SparseStats, config: SparseConfig, moment: Moment, sequence: int) -> None:
         assert moment.step is not None
         until = moment.step + config.replan - 1
         if moment.total is not None:  # the last sparse step
             until = min(until, moment.total - 1 - config.dense_last_step_count(moment.total))
         if until <= moment.step:
             return
-        order, sequence = stats.token_order, TokenLayout.from_key(key.layout).sequence
+        order = stats.token_order
         plan = KeptPlan(
             token_order=None if order is None else order.to(torch.uint16 if sequence <= 1 << 16 else torch.int32),
             block_bits=packed(stats.block_mask) if config.kept_lists else None,

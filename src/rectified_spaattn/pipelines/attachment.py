@@ -108,6 +108,7 @@ class Attachment:
                 remove_hooks(module, self)
         self.state.budgets = Budgets()
         self.state.plans.close()
+        self.state.forget_plans()
         self.state.forwards = RunningForwards()  # what an interrupted forward left there leads to the model
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kept_plans import Moment
 from ..layout import TokenLayout
+from .branches import MOST
 from .masks import KeyMasks
 from .ranks import Ranks
 
@@ -67,6 +69,13 @@ class ForwardState:
     @cached_property
     def _unpadded(self) -> TokenLayout:
         return self.layout.padded(self.padding)
+
+    def moment(self, layer: int, heads: torch.Tensor | None) -> Moment:
+        """Of a call of a layer; heads: as LayerState has them."""
+        problem = f"the step is unknown: {self.problem}" if self.step is None else ""
+        if self.step is not None and self.branch is None:
+            problem = f"they are of forwards after the first {MOST} of a step"
+        return Moment(layer=layer, branch=self.branch, step=self.step, total=self.total, problem=problem, heads=heads)
 
     def masks(self, layout: TokenLayout) -> KeyMasks:
         """What the masks of calls with a layout of this forward say."""

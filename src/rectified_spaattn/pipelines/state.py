@@ -11,7 +11,7 @@ import torch
 
 from ..budgets import BudgetKey, Budgets
 from ..config import SparseConfig
-from ..kept_plans import KeptPlans, Moment
+from ..kept_plans import KeptPlans
 from ..layout import TokenLayout
 from .balance import TOLERATED, RankRecord, dealt_out
 from .branches import MOST, Branches
@@ -124,7 +124,7 @@ class TransformerState:
                 )
             self.catch_up()
             if self.forwards.was_stopped():
-                self.plans.clear()
+                self.forget_plans()
             self.turn = min(self.turn + 1, _TURNS) if step == self.last_step else 0
             self.last_step = step
             if self.first_step is None:
@@ -159,8 +159,8 @@ class TransformerState:
                 return
             self.run, self.first_step, self.steps_seen, self.last_step = self.clock.run, None, set(), None
             self.count, self.skipped, self.ranks = 0, 0, RankRecord()
-            self.plans.clear()
-            self.budgets, self.plans, self.branches = Budgets(), KeptPlans(), Branches()
+            self.forget_plans()
+            self.budgets, self.plans = Budgets(), KeptPlans()
             for layer in self.layers:
                 layer.record = Record()
 
@@ -168,7 +168,12 @@ class TransformerState:
         """Called where a pipeline goes on to something else: after the last step nothing is kept any more."""
         with self.lock:
             if self.last_step is not None and self.last_total == self.last_step + 1:
-                self.plans.clear()
+                self.forget_plans()
+
+    def forget_plans(self) -> None:
+        """Free what was kept for later steps, and the texts that it was told apart by."""
+        self.plans.clear()
+        self.branches = Branches()
 
     def end_forward(self, *, failed: bool) -> ForwardState | None:
         """Called after a forward; None where that ended before. Processes that share it tell each other what they did.
@@ -177,7 +182,7 @@ class TransformerState:
         """
         forward = self.forwards.end()
         if failed:
-            self.plans.clear()
+            self.forget_plans()
         if failed or forward is None or forward.ranks is None or not forward.shared:
             return forward
         layers, done = zip(*forward.shared, strict=True)
@@ -194,11 +199,11 @@ class TransformerState:
 
     def _deal_out(self, layers: tuple["LayerState", ...], work: torch.Tensor, ranks: int) -> None:
         """Of the heads of every layer, by what they had to do: work [calls, H], place after place."""
-        if self.config.tolerance is not None or len(self.plans):  # what was learnt and kept is of a rank's own heads
+        if self.config.tolerance is not None:  # what it learnt is of the heads that a rank has
             return
         if not self.balanced and self.ranks.forwards == 1:  # waits for the device, once a run
             self.balanced = self.ranks.imbalance() > TOLERATED
-        if not self.balanced:
+        if not self.balanced or len(self.plans):  # orders, too, are of the heads that a rank has
             return
         for row, layer in zip(work, layers, strict=True):
             if layer.heads is not None:
@@ -311,7 +316,8 @@ class LayerState:
         if config.tolerance is not None:
             key = BudgetKey(self.index, forward.turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
             options["top_k"] = budgets.top_k(key, config)
-        out, stats = state.plans.attention(q, k, v, layout, config, self._moment(forward), **options)
+        moment = forward.moment(self.index, self.heads)
+        out, stats = state.plans.attention(q, k, v, layout, config, moment, **options)
         density = stats.device_density
         with state.lock:
             if stats.probe is not None:
@@ -328,19 +334,6 @@ class LayerState:
         forward.sparse += 1
         forward.density = forward.density + density
         return out.to(q.dtype)
-
-    def _moment(self, forward: ForwardState) -> Moment:
-        problem = f"the step is unknown: {forward.problem}" if forward.step is None else ""
-        if forward.step is not None and forward.branch is None:
-            problem = f"they are of forwards after the first {MOST} of a step"
-        return Moment(
-            layer=self.index,
-            branch=forward.branch,
-            step=forward.step,
-            total=forward.total,
-            problem=problem,
-            heads=self.heads,
-        )
 
     def _count_dense(self, reason: str) -> None:
         with self.owner.lock:

@@ -164,11 +164,8 @@ def _place(running: Forward, options: dict[str, Any]) -> Place:
     """Layers are numbered through, single blocks behind the double ones; calls are counted where they name none."""
     kind, index = options.get("block_type", ""), options.get("block_index")
     window = getattr(options.get("context_window"), "index_list", None)  # frames of a video that is made in parts
-    when = {
-        "step": running.step,
-        "total": running.total,
-        "branch": (tuple(options.get("cond_or_uncond") or ()), None if window is None else tuple(window)),
-    }
+    branch = tuple(options.get("cond_or_uncond") or ()), None if window is None else tuple(window)
+    when: dict[str, Any] = {"step": running.step, "total": running.total, "branch": branch}
     if index is None:
         return Place(layer=running.calls, name=f"call {running.calls}", **when)
     if kind == "double":
