@@ -74,4 +74,4 @@ def listed_blocks(inputs: Inputs, prepared: "triton.Prepared") -> "triton.Partia
     return triton.Partial(out.transpose(1, 2), lse)
 
 
-BACKEND = Backend(why_not=why_not, sorting="triton", sort=triton.sort_tokens, plan=triton.prepare, attend=run)
+BACKEND = Backend(why_not=why_not, sorting="triton", sort=triton.sort_tokens, plan=triton.prepare, attend=run, copies=True)

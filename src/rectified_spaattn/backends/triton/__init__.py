@@ -146,4 +146,4 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-BACKEND = Backend(why_not=why_not, sorting="triton", sort=sort_tokens, plan=prepare, attend=run)
+BACKEND = Backend(why_not=why_not, sorting="triton", sort=sort_tokens, plan=prepare, attend=run, copies=True)
