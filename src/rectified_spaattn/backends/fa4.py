@@ -5,7 +5,7 @@ import torch
 from ..method.apart import attend_apart
 from ..method.inputs import Inputs
 from . import triton
-from .calls import Backend, Call, installed_version
+from .calls import Call, installed_version
 
 PACKAGE = "flash-attn-4"
 
@@ -74,4 +74,4 @@ def listed_blocks(inputs: Inputs, prepared: "triton.Prepared") -> "triton.Partia
     return triton.Partial(out.transpose(1, 2), lse)
 
 
-BACKEND = Backend(why_not=why_not, sorting="triton", sort=triton.sort_tokens, plan=triton.prepare, attend=run, copies=True)
+BACKEND = triton.BACKEND._replace(why_not=why_not, attend=run)
