@@ -50,7 +50,7 @@ def test_parts_of_the_heads_give_the_same_bits(case, monkeypatch):
         assert torch.equal(getattr(parted, field), getattr(stats, field))
 
 
-@pytest.mark.parametrize(("room", "parts"), [(10.0, 1), (1.3, 2), (0.5, 8), (-1.0, 8)])
+@pytest.mark.parametrize(("room", "parts"), [(10.0, 1), (1.3, 1), (1.1, 2), (0.5, 4), (-1.0, 8)])
 def test_how_many_parts_there_are(room, parts, monkeypatch):
     """room: over what the call copies and plans, once the output has its own."""
     inputs = ops._inputs(*(torch.zeros(1, 145, 8, 64) for _ in "qkv"), None, None, None, LAYOUT.key,
