@@ -8,6 +8,7 @@ writes them between the marks in that file; tests/test_model_tables.py holds tha
 from itertools import pairwise
 from pathlib import Path
 
+from cache_cases import cache_of
 from model_cases import CASES, built
 from rectified_spaattn.layout import TokenLayout
 from rectified_spaattn.pipelines.adapters import ADAPTERS
@@ -24,14 +25,14 @@ PIPELINES += ("QwenImage", "MiniMaxH3", "Kandinsky5", "ZImage")
 
 
 def supported() -> str:
-    """One line a class: its models, what stands alone in their attention, their preset, how they are proven."""
-    lines = ["| diffusers transformer | models | stands alone | preset | proof |", "|---|---|---|---|---|"]
+    """One line a class: its models, what stands alone in their attention, preset, cache, how they are proven."""
+    lines = ["| diffusers transformer | models | stands alone | preset | cache | proof |", "|---|---|---|---|---|---|"]
     for kind in ADAPTERS:
         names = [name for name, case in CASES.items() if _kind(name) == kind]
         alone = sorted({_alone(_layout(name)) for name in names})
         presets = list(dict.fromkeys(_preset(name) for name in names))
         proof = "M P" if kind.partition("Transformer")[0] in PIPELINES else "M"
-        columns = [f"`{kind}`", "; ".join(names), "; ".join(alone), "; ".join(presets), proof]
+        columns = [f"`{kind}`", "; ".join(names), "; ".join(alone), "; ".join(presets), cache_of(kind) or "none", proof]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
