@@ -2,7 +2,7 @@
 
 The first of SeaCache, FirstBlockCache, MagCache and TaylorSeer that leaves something out on the untouched class:
 SeaCache reads the video itself, FirstBlockCache needs no calibration, MagCache does, and TaylorSeer's lite mode leaves
-out whole steps by their number. tests/model_tables.py writes it into docs/models.md; tests/test_cache_composition.py runs each.
+out whole steps by their number. model_tables.py writes it into docs/models.md; test_cache_composition.py runs each.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,8 @@ CACHES: dict[str, Callable[[], Any]] = {
 }
 _OF_NAME = {
     "SeaCache": "Wan Cosmos3Omni",
-    "FirstBlockCache": "WanVACE HunyuanVideo HunyuanVideoFramepack CogVideoX LTXVideo Mochi Flux QwenImage HunyuanImage",
+    "FirstBlockCache": "WanVACE HunyuanVideo HunyuanVideoFramepack CogVideoX LTXVideo Mochi Flux QwenImage "
+    "HunyuanImage",
     "MagCache": "Kandinsky5 MotifVideo Flux2",
     "TaylorSeer": "WanAnimate SkyReelsV2 ChronoEdit HunyuanVideo15 LTX2Video MiniMaxH3 Kandinsky6 Allegro LongCatImage "
     "OvisImage Bria",

@@ -21,7 +21,8 @@ PUBLISHED = ("HunyuanVideo T2V", "Wan 2.1 T2V", "Wan 2.1 I2V", "Wan 2.2 I2V", "W
 PUBLISHED += ("CogVideoX 1.5 I2V", "Flux.1")
 # Whose diffusers pipelines tests run, too: tiny_pipelines, tiny_later_pipelines, test_diffusers, test_minimax_h3.
 PIPELINES = ("HunyuanVideo", "HunyuanVideo15", "Wan", "WanVACE", "SkyReelsV2", "CogVideoX", "Flux", "LTXVideo")
-PIPELINES += ("QwenImage", "MiniMaxH3", "Kandinsky5", "ZImage")
+PIPELINES += ("QwenImage", "MiniMaxH3", "Kandinsky5", "Kandinsky6", "ZImage", "LTX2Video", "Cosmos3Omni", "MotifVideo")
+PIPELINES += ("Mochi",)
 
 
 def supported() -> str:
