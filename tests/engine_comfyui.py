@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -72,6 +73,12 @@ def run(model: Any, case: Case, callback: Any = None, prompt: int = 1, **part: i
     settings = (STEPS, case.guidance, "euler", "simple")
     out = comfy.sample.sample(model, noise, *settings, positive, negative, latent, **options)
     return torch.cat([each.flatten() for each in out.unbind()]) if case.audio else out
+
+
+def block(model: Any, index: int) -> str:
+    """The name of a block of the transformer itself, not of what embeds text for it."""
+    names = (name for name, _ in model.model.named_modules())
+    return next(name for name in names if re.fullmatch(rf"diffusion_model\.\w*blocks\.{index}", name))
 
 
 def hooks(model: Any) -> int:
@@ -159,11 +166,11 @@ def check_cancelled(model: Any, case: Case, dense: torch.Tensor) -> str:
     def stop(module: Any, inputs: Any) -> None:
         raise Cancelled
 
-    inside = next(part for name, part in model.model.named_modules() if name.endswith("blocks.1"))
-    for where in ("between steps", "within a step"):
-        handle = inside.register_forward_pre_hook(stop) if where == "within a step" else None
+    inside = model.model.get_submodule(block(model, 1))
+    for where, callback in (("between steps", cancel), ("within a step", None)):
+        handle = inside.register_forward_pre_hook(stop) if callback is None else None
         try:
-            run(patched, case, cancel)
+            run(patched, case, callback)
         except Cancelled:
             pass
         else:
@@ -187,8 +194,12 @@ def check_composed(model: Any, case: Case, dense: torch.Tensor) -> str:
         return func(*args, **kwargs)
 
     changed = model.clone()
-    linear = ((n, w) for n, w in model.model.named_parameters() if w.ndim == 2 and "blocks" in n and ".weight" in n)
-    name, weight = next(linear)
+    first = block(model, 0) + "."
+    linear = (
+        n for n, w in model.model.named_parameters() if n.startswith(first) and n.endswith(".weight") and w.ndim == 2
+    )
+    name = next(linear)
+    weight = model.model.get_parameter(name)
     changed.add_patches({name: ("diff", (torch.randn_like(weight),))}, 1.0)
     below = changed.clone()
     below.model_options["transformer_options"]["optimized_attention_override"] = other
@@ -205,7 +216,28 @@ def check_composed(model: Any, case: Case, dense: torch.Tensor) -> str:
     return f"another override got {len(calls) // 2} dense calls; LoRA; patched twice"
 
 
-CHECKS = (check_full, check_places, check_sparse, check_expert, check_untouched, check_cancelled, check_composed)
+def check_tolerance(model: Any, case: Case, dense: torch.Tensor) -> str:
+    patched = patch(model, SPARSE.replace(tolerance=1e-4, max_density=1.0))
+    out = run(patched, case)
+    seam = override_of(patched).seam
+    densities = [float(seam.record.cells[seam.record.layers[0], step].density) for step in range(STEPS)]
+    assert not seam.record.dense_reasons, seam.record.dense_reasons
+    assert densities[0] < densities[-1], densities
+    assert len(seam.budgets)
+    error = float((out - dense).norm() / dense.norm())
+    return f"tolerance: density {', '.join(f'{density:.0%}' for density in densities)}, off by {error:.1e}"
+
+
+CHECKS = (
+    check_full,
+    check_places,
+    check_sparse,
+    check_tolerance,
+    check_expert,
+    check_untouched,
+    check_cancelled,
+    check_composed,
+)
 
 
 def check_nodes() -> str:
