@@ -11,7 +11,7 @@ import torch
 
 from rectified_spaattn import PRESETS, SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.engines import sglang
-from rectified_spaattn.engines.attend import Place, Seam, settings
+from rectified_spaattn.engines.attend import Place, Seam, of_itself, settings
 from rectified_spaattn.engines.masks import HIDDEN, Masks, masked
 from rectified_spaattn.engines.picture import picture
 from rectified_spaattn.engines.record import Record
@@ -83,6 +83,17 @@ def test_a_call_is_the_operators_and_is_noted():
     assert torch.equal(out, expected)
     assert seam.record.sparse == 1
     assert seam.record.backends == {"torch"}
+
+
+def test_heads_may_share_keys_and_other_calls_are_not_of_self_attention():
+    q, k, v = tensors()
+    assert of_itself(q, k, v)
+    assert of_itself(q, k[:, :, :1], v[:, :, :1])
+    shared = Seam(config=CONFIG).attend(q, k[:, :, :1], v[:, :, :1], LAYOUT, place(), masks=Masks())
+    assert torch.equal(shared, rectified_attention(q, k[:, :, :1], v[:, :, :1], LAYOUT, CONFIG))
+    for other in ((k[:, :64], v[:, :64]), (k[:1], v[:1]), (k[..., :8], v[..., :8]), (k, v[:, :, :1])):
+        assert not of_itself(q, *other)
+    assert not of_itself(q[:, :, :1], k, v)
 
 
 def test_a_tolerance_learns_from_step_to_step_and_forgets_with_the_run():
