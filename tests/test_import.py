@@ -94,7 +94,7 @@ def test_every_public_name_resolves_and_unknown_ones_are_named() -> None:
 import json
 import rectified_spaattn
 
-needing = ("enable", "disable", "parallelize", "Handle", "Parallelism")
+needing = ("enable", "disable", "parallelize", "Handle", "Parallelism", "SupportedModel", "supported")
 names = [n for n in rectified_spaattn.__all__ if n not in needing and "eacache" not in n.lower()]
 kinds = {name: getattr(rectified_spaattn, name).__class__.__name__ for name in names}
 assert set(rectified_spaattn.__all__) <= set(dir(rectified_spaattn))

@@ -179,6 +179,8 @@ def test_tokens_stand_where_the_row_says(name: str, monkeypatch: pytest.MonkeyPa
 def test_the_preset_is_found_or_asked_for(name: str) -> None:
     model, _ = built(name, CASES[name].head_dims[0])
     preset = CASES[name].preset
+    presets = {each.transformer: each.presets for each in rsa.supported()}[type(model).__name__]
+    assert presets if preset else presets == ()
     if preset is None:
         with pytest.raises(ValueError, match=r"no settings were published.*sparsity=.*preset="):
             rsa.enable(model)
@@ -186,6 +188,7 @@ def test_the_preset_is_found_or_asked_for(name: str) -> None:
         with rsa.enable(model, sparsity=0.7) as handle:
             assert "sparsity 0.7," in handle.summary()
     else:
+        assert preset in presets
         chosen = rsa.preset(preset)[0]
         with rsa.enable(model, dense_layers=(), dense_steps=0) as handle:
             assert f"sparsity {chosen.sparsity:g}," in handle.summary()

@@ -1,6 +1,6 @@
 """The settings of every model: what was published for it, and what this package makes of that."""
 
-from .config import SparseConfig
+from .config import SparseConfig, nearest
 
 _WAN = SparseConfig.paper(sparsity=0.75, dense_layers=(0, 1), first_frame=True)
 _WAN_A14B = _WAN.replace(sparsity=0.85)
@@ -56,6 +56,6 @@ def preset(name: str) -> tuple[SparseConfig, ...]:
         raise ValueError(
             f"preset: got {name!r}; allowed: one of {list(_PUBLISHED)}, or one of them with '-paper' behind it for all "
             "as published, or '-sol' and '-svg' for the warm-up of others where there is one (docs/models.md); or one "
-            f"of {list(_NEAREST)}."
+            f"of {list(_NEAREST)}.{nearest(name, PRESETS)}"
         )
     return PRESETS[name]

@@ -1,5 +1,6 @@
 """Which backend runs a call, and why another cannot."""
 
+from ..config import check_choice
 from . import fa4, reference, torch, triton
 from .calls import Backend, Call
 
@@ -32,6 +33,5 @@ def choose(name: str, call: Call) -> str:
 
 
 def check_backend(name: str) -> None:
-    """Raises ValueError unless this is "auto" or the name of a backend."""
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}; allowed: one of {['auto', *BACKENDS]}.")
+    """Raises TypeError or ValueError unless this is "auto" or the name of a backend."""
+    check_choice("backend", name, ("auto", *BACKENDS))

@@ -12,5 +12,17 @@ from .enabling import disable, enable
 from .handle import Handle
 from .parallel import Parallelism, parallelize
 from .stats import LayerStats, RunStats
+from .supported import SupportedModel, supported
 
-__all__ = ["ADAPTERS", "Handle", "LayerStats", "Parallelism", "RunStats", "disable", "enable", "parallelize"]
+__all__ = [
+    "ADAPTERS",
+    "Handle",
+    "LayerStats",
+    "Parallelism",
+    "RunStats",
+    "SupportedModel",
+    "disable",
+    "enable",
+    "parallelize",
+    "supported",
+]

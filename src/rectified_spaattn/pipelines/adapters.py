@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 from torch import nn
@@ -54,8 +54,17 @@ def _attentions_of(**lists: str) -> Callable[[nn.Module], list[tuple[str, nn.Mod
     return find
 
 
-def _always(name: str) -> Preset:
-    return lambda model, pipeline: name
+class Always(NamedTuple):
+    """One preset, whatever the weights."""
+
+    name: str
+
+    def __call__(self, model: nn.Module, pipeline: Any) -> str:
+        return self.name
+
+
+def _always(name: str) -> Always:
+    return Always(name)
 
 
 def _wan_preset(model: nn.Module, pipeline: Any) -> str:
@@ -267,6 +276,19 @@ def adapter_for(model: nn.Module) -> Adapter:
         f"enable: got a {name}{why}; allowed: a diffusers pipeline with, or itself, one of {list(ADAPTERS)}. "
         "docs/models.md tells how to add a row for another model."
     )
+
+
+_WAN_PRESETS = ("wan2.1-t2v", "wan2.1-i2v", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b")
+_CHOICES: dict[Preset, tuple[str, ...]] = {  # of those that look at the model
+    _wan_preset: _WAN_PRESETS,
+    _skyreels_preset: _WAN_PRESETS,
+    _cogvideox_preset: ("cogvideox1.5-t2v", "cogvideox1.5-i2v"),
+}
+
+
+def presets_of(adapter: Adapter) -> tuple[str, ...]:
+    """Names of the presets that a row may choose; empty for none."""
+    return (adapter.preset.name,) if isinstance(adapter.preset, Always) else _CHOICES.get(adapter.preset, ())
 
 
 def default_configs(

@@ -19,6 +19,7 @@ from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .masks import key_mask
 from .ranks import Ranks, streams_of
+from .span import RunSpan
 
 OUTSIDE = "a call outside of the transformer's forward"
 
@@ -41,6 +42,7 @@ class TransformerState:
     count       forwards of the run; skipped: those in which a cache left out every block
     budgets     what a tolerance learnt in the run
     completed   whether any forward ever came to its end
+    span        when the run began and ended, and on which devices
     ranks       what the processes that share the forwards computed
     balanced    whether their heads are dealt out anew after every forward
     """
@@ -66,6 +68,7 @@ class TransformerState:
     skipped: int = 0
     budgets: Budgets = field(default_factory=Budgets)
     completed: bool = False
+    span: RunSpan = field(default_factory=RunSpan)
     ranks: RankRecord = field(default_factory=RankRecord)
     balanced: bool = False
     said_outside: bool = False
@@ -127,6 +130,7 @@ class TransformerState:
                 self.steps_seen.add(step)
             self.last_total = total
             self.count += 1
+            self.span.begin_forward()
             streams: tuple[tuple[int, ...], ...] = ()
             if ranks is not None:
                 streams = tuple(streams_of(layout, packed) for layout in layouts)
@@ -151,7 +155,7 @@ class TransformerState:
             if self.run == self.clock.run:
                 return
             self.run, self.first_step, self.steps_seen, self.last_step = self.clock.run, None, set(), None
-            self.count, self.skipped, self.ranks = 0, 0, RankRecord()
+            self.count, self.skipped, self.ranks, self.span = 0, 0, RankRecord(), RunSpan()
             self.budgets = Budgets()
             for layer in self.layers:
                 layer.record = Record()
@@ -273,6 +277,7 @@ class LayerState:
                 f"{varied} asks for others. Compile in the default mode, or enable without them."
             )
         forward.calls += 1
+        self.owner.span.devices.add(q.device)
         reason = self.why_dense(forward, layout)
         if reason is not None:
             self._count_dense(reason)
