@@ -1,8 +1,8 @@
 """Rectified SpaAttn: training-free block-sparse attention for video diffusion transformers, with its biases repaired.
 
 Importing this package needs torch alone; `enable` and `enable_teacache` need diffusers when they are called.
-Warnings say what is not as it was asked for. The logger "rectified_spaattn" says at INFO what was enabled, which runs began
-and what they did, at DEBUG what every forward did.
+Warnings say what is not as it was asked for. The logger "rectified_spaattn" says at INFO what was enabled, which runs
+began and what they did, at DEBUG what every forward did.
 """
 
 import logging

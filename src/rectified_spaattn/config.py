@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row", "row+slope"]
 Order = Literal["content", "gilbert", "tile", "raster"]
 ORDERS: tuple[str, ...] = get_args(Order)
+BACKEND_NAMES = ("fa4", "triton", "torch", "reference")  # their rows are in backends/
 PROBES = 64  # query rows a head that measure the error where there is a tolerance
 _OPERATOR = ("sparsity", "top_p", "rectify", "block_size", "order", "neighbours", "first_frame")  # the rest is schedule
 

@@ -7,14 +7,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .shapes import SHAPES, Shape
 
+if TYPE_CHECKING:  # options are read and help is shown without it
+    import torch
+
 Grid = tuple[int, int, int]
-Make = Callable[..., torch.Tensor]  # make(*shape) -> normal numbers on the device, in the dtype
+Make = Callable[..., Any]  # make(*shape) -> normal numbers on the device, in the dtype
 Inputs = Callable[["Model", Grid, Make], dict[str, Any]]
 
 
@@ -24,6 +25,7 @@ class Model:
 
     transformer  name of the diffusers class; config: its arguments but for heads and numbers of layers
     shape        the self-attention call of one sample
+    stride       frames, and pixels down and across, of one token: what the VAE and the patches make of a video
     unit         layers of each kind in one unit; units: how many units the whole model has, in the order of the layers
     inputs       arguments of one forward at a grid of tokens
     batch        samples a forward; calls: forwards a step (guidance as two calls, as one batch, or embedded)
@@ -35,6 +37,7 @@ class Model:
     transformer: str
     config: Mapping[str, Any]
     shape: Shape
+    stride: Grid = (4, 16, 16)
     unit: Mapping[str, int] = field(default_factory=lambda: {"num_layers": 1})
     units: int
     inputs: Inputs
@@ -49,14 +52,30 @@ class Model:
     def layers_a_unit(self) -> int:
         return sum(self.unit.values())
 
+    @property
+    def layers(self) -> int:
+        return self.units * self.layers_a_unit
+
+    def grid(self, height: int | None, width: int | None, frames: int | None) -> Grid:
+        """Of the tokens of a video; what is None is as in `shape`. Raises ValueError for sizes that do not fit."""
+        t, h, w = self.shape.grid
+        for name, size, pixels in (("height", height, self.stride[1]), ("width", width, self.stride[2])):
+            if size is not None and (size < 1 or size % pixels):
+                raise ValueError(f"{name}: got {size}; allowed for {self.name}: a multiple of {pixels}.")
+        if frames is not None:
+            t = -(-((frames - 1) // self.stride[0] + 1) // self.config.get("patch_size_t", 1))
+        return t, (h if height is None else height // self.stride[1]), (w if width is None else width // self.stride[2])
+
     def arguments(self, units: int) -> dict[str, Any]:
         """Arguments of the class for a model of so many units."""
         heads = {"num_attention_heads": self.shape.heads, "attention_head_dim": self.shape.head_dim}
         return {**self.config, **heads, **{kind: count * units for kind, count in self.unit.items()}}
 
 
-def _inputs(model: Model, latents: torch.Tensor, make: Make) -> dict[str, Any]:
+def _inputs(model: Model, latents: "torch.Tensor", make: Make) -> dict[str, Any]:
     """What all forwards take, and what `config` says that one takes, too. latents: [batch, ...]."""
+    import torch
+
     c = model.config
     width = next(c[name] for name in ("text_embed_dim", "text_dim", "joint_attention_dim") if name in c)
     inputs = {
@@ -72,12 +91,16 @@ def _inputs(model: Model, latents: torch.Tensor, make: Make) -> dict[str, Any]:
     return inputs
 
 
-def _video(model: Model, grid: Grid, make: Make) -> torch.Tensor:
+def _video(model: Model, grid: Grid, make: Make) -> "torch.Tensor":
     t, h, w = grid
-    return make(model.batch, model.config["in_channels"], t, 2 * h, 2 * w)
+    patch = model.config.get("patch_size", 2)  # Wan has one a side, frames first
+    side = patch if isinstance(patch, int) else patch[-1]
+    return make(model.batch, model.config["in_channels"], t, side * h, side * w)
 
 
 def _hunyuan_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    import torch
+
     valid = torch.ones(model.batch, model.shape.text, dtype=torch.bool)
     inputs = _inputs(model, _video(model, grid, make), make)
     return inputs | {"encoder_attention_mask": valid.to(inputs["timestep"].device)}
@@ -111,6 +134,8 @@ def _cogvideox_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
 
 
 def _flux_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    import torch
+
     image = make(model.batch, math.prod(grid), model.config["in_channels"])
     places = torch.cartesian_prod(*(torch.arange(side) for side in grid))  # [tokens, 3]
     inputs = _inputs(model, image, make) | {
@@ -166,6 +191,7 @@ _MODELS = (
         name="wan2.2-ti2v-5b",
         config={**_WAN, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336},
         shape=Shape(name="wan2.2-ti2v-5b", grid=(31, 22, 40), heads=24),
+        stride=(4, 32, 32),
         units=30,
         inputs=_wan_timestep_a_token,
         preset="wan2.2-ti2v-5b",
@@ -187,6 +213,7 @@ _MODELS = (
         transformer="FluxTransformer2DModel",
         config={"in_channels": 64, "joint_attention_dim": 4096, **_GUIDED},
         shape=SHAPES["flux-4096"],
+        stride=(1, 16, 16),
         unit={"num_layers": 1, "num_single_layers": 2},
         units=19,
         inputs=_flux_inputs,
