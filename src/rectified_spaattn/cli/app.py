@@ -14,8 +14,7 @@ from ..lab.bench.shapes import BenchError
 from ..lab.calls.options import InspectOptions
 from ..lab.clips.options import ClipError, DemoOptions, EvaluateOptions, GenerateOptions
 from ..lab.clips.paths import check_folder, check_ours
-from .console import loading
-from .options import command
+from .options import command, loading
 
 
 class _Sentences(TyperGroup):

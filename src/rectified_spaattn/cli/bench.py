@@ -136,7 +136,9 @@ def _op_tables(result: OpResult, device: str, wide: bool) -> Shown:
         f"{first.block_size}, {first.rectify}, {first.order}, {device}, median of {first.repeats}"
     )
     columns = _SPEED | {f"speed-up over {first.dense}": "{0.ratio:.2f}x"}
-    yield row_table(shown(columns, ("attention", "sparsity", "ideal", "ms", "speed-up"), wide), measured, title)
+    yield row_table(
+        shown(columns, ("attention", "sparsity", "ideal", "ms", "quartiles", "speed-up"), wide), measured, title
+    )
     for row in result.rows:
         if row.not_run:
             yield f"not run: {row.kind} {row.name}: {row.not_run}"
@@ -150,7 +152,7 @@ def _stage_table(rows: Sequence[StageRow], wide: bool) -> Table:
     total = replace(single, stage="sum of stages", ms=sum(row.ms or 0.0 for row in rows), share=1.0)
     whole = replace(single, stage="whole call", ms=first.whole_ms, share=None)
     title = f"{first.shape}: stages of {first.backend}, {first.rectify}, {first.order}, at {first.sparsity:.4g}"
-    return row_table(shown(_STAGES, ("stage", "ms", "share"), wide), [*rows, total, whole], title)
+    return row_table(shown(_STAGES, ("stage", "ms", "quartiles", "share"), wide), [*rows, total, whole], title)
 
 
 def _model_tables(result: ModelResult, device: str, wide: bool) -> Shown:

@@ -1,7 +1,6 @@
 """What every command shows alike: text, tables and bars that fit a terminal; in full width where nobody looks."""
 
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from string import Formatter
@@ -22,19 +21,6 @@ _BAR = 20
 def plain_console() -> Console:
     """Text is printed as it is: prompts and paths may hold what looks like markup."""
     return Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-
-@contextmanager
-def loading() -> Iterator[None]:
-    """Say "Loading ..." on a terminal while packages are imported."""
-    shown = sys.stderr.isatty()
-    if shown:
-        print("Loading ...", end="", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        if shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def print_wide(console: Console, what: Table | str) -> None:
@@ -70,8 +56,10 @@ def row_table(columns: Mapping[str, str], rows: Sequence[Any], title: str | None
 
 
 def shown(columns: Mapping[str, str], short: Sequence[str], wide: bool) -> dict[str, str]:
-    """All of them, or those that 80 columns hold. short: headings, all of a name or what it begins with."""
-    return {name: text for name, text in columns.items() if wide or name.startswith(tuple(short))}
+    """All of them, or those that 80 columns hold. short: these, by the words that they begin with and then have."""
+    if wide:
+        return dict(columns)
+    return {word: text for word in short for name, text in columns.items() if name.startswith(word)}
 
 
 def _cell(text: str, row: Any) -> str:

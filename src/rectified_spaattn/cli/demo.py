@@ -13,7 +13,7 @@ from ..lab.machine import device_of, load_average, machine
 from ..lab.pages.demo import FILES, results, study_attention, write_report, write_side_by_side
 from .console import plain_console, print_wide
 from .evaluate import fill, summary_tables, usage_errors
-from .options import command_line
+from .options import command_line, loading
 
 
 def run(options: DemoOptions) -> None:
@@ -21,7 +21,8 @@ def run(options: DemoOptions) -> None:
     console, start, device = plain_console(), time.perf_counter(), device_of(options.device)
     with usage_errors():
         evaluation = evaluation_of(options, device)
-    pipe = load(evaluation.source, evaluation.options, device)
+    with loading():
+        pipe = load(evaluation.source, evaluation.options, device)
     where = machine(device).to_dict()
     folder = Folder(options.out, list(evaluation.prompts), evaluation.settings(), console.print)
     first, call = evaluation.pairs[0], evaluation.call()

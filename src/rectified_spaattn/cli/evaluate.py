@@ -20,7 +20,7 @@ from ..lab.pages.clips import HEADS, number_text, score_text
 from ..lab.pages.evaluation import write_evaluation
 from ..lab.pages.html import percent
 from .console import markdown_table, plain_console, print_wide, progress_bars, short_label
-from .options import command_line
+from .options import command_line, loading
 
 _WIDEST = 28  # characters of a mode's name in a table
 
@@ -32,7 +32,8 @@ def run(options: EvaluateOptions) -> None:
     with usage_errors():
         source = source_of(options)
         evaluation = work.evaluation_of(options, source, device)
-        pipe = load(source, options, device)
+        with loading():
+            pipe = load(source, options, device)
         evaluation = work.with_sparse_modes(evaluation, options, pipe)
     facts = evaluation.facts(command_line(), state.num_processes)
     folder = Folder(options.out, list(evaluation.prompts), evaluation.settings(), console.print)
@@ -40,7 +41,7 @@ def run(options: EvaluateOptions) -> None:
     with folder.claim("evaluate", facts) if main else nullcontext():
         state.wait_for_everyone()
         if main:
-            console.print(f"LPIPS: {facts['lpips']}")
+            print_wide(console, f"LPIPS: {facts['lpips']}")
         with state.split_between_processes(evaluation.pairs) as mine:
             fill(pipe, evaluation, folder, mine, console, quiet=not main)
         state.wait_for_everyone()

@@ -19,7 +19,7 @@ from ..lab.pages.maps import maps_figure
 from ..lab.rows import write_json, write_rows
 from ..pipelines.adapters import adapter_for
 from .console import Watch, plain_console, print_wide, progress, row_table, shown
-from .options import command_line
+from .options import command_line, loading
 
 _SHORT = ("sparsity", "rectify", "output error", "computed pairs", "mass error")
 _COLUMNS = {
@@ -41,7 +41,8 @@ def run(options: InspectOptions) -> None:
     source = source_of(options)
     arguments = call_defaults(source) | call_arguments(source, options)
     step = _place("step", options.step, arguments["num_inference_steps"])  # before anything is loaded
-    pipe = load(source, options, device)
+    with loading():
+        pipe = load(source, options, device)
     try:
         config = options.config_on(base_configs(source, pipe, options.sparsity)[0])
         with progress(console) as watch:

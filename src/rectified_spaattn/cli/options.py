@@ -3,7 +3,8 @@
 import inspect
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -48,6 +49,19 @@ def command(
     call.__name__, call.__doc__ = run.__name__, run.__doc__
     call.__signature__ = inspect.Signature([_parameter(each, hints[each.name]) for each in shown])  # type: ignore[attr-defined]
     return call
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Say "Loading ..." on a terminal while packages are imported."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print("Loading ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...config import BACKEND_NAMES, SparseConfig
 from ...presets import preset
@@ -11,8 +11,10 @@ from ..machine import DEVICES, check_device, device_of
 from ..option import ConfigOptions, check_choices, option
 from .baselines import BASELINES
 from .models import MODELS, SIZES, Model
-from .rows import Schedule
 from .shapes import DTYPES, MODEL_SHAPES, SELF_CHECK, SHAPES, BenchError, Case, Shape
+
+if TYPE_CHECKING:
+    from .rows import Schedule
 
 FEWEST_REPEATS = 2  # for quartiles
 TIMED_BACKENDS = tuple(name for name in BACKEND_NAMES if name != "reference")  # the oracle is not timed
@@ -139,8 +141,10 @@ class ModelSettings(BenchSettings):
     def sized(self, name: str) -> Model:
         return SIZES[self.size](MODELS[name])
 
-    def schedule_of(self, model: Model) -> Schedule:
+    def schedule_of(self, model: Model) -> "Schedule":
         """The preset's. Raises ValueError for step counts that do not fit it."""
+        from .rows import Schedule
+
         published = preset(self.preset or model.preset)[0]
         steps = model.steps if self.steps is None else self.steps
         computed = steps if self.computed_steps is None else self.computed_steps
