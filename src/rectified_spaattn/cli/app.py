@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..lab.app.options import AppOptions
 from ..lab.bench.settings import AdviseSettings, DoctorSettings, ModelSettings, OpSettings
 from ..lab.bench.shapes import BenchError
 from ..lab.calls.options import InspectOptions
@@ -115,6 +116,13 @@ def inspect(options: InspectOptions) -> None:
     run(options)
 
 
+def browser(options: AppOptions) -> None:
+    """Full, plain sparse and ours beside each other in a browser, on this machine: choose, generate, compare."""
+    with loading():
+        from .browser import run
+    run(options)
+
+
 def op(settings: OpSettings) -> None:
     """The operator against dense attention on the shapes of published models."""
     with loading():
@@ -137,6 +145,7 @@ app.command()(command(AdviseSettings, advise, (BenchError,)))
 app.command()(command(GenerateOptions, generate, goes_on=lambda options: options.prompts is not None))
 app.command()(command(EvaluateOptions, evaluate, goes_on=lambda options: True))
 app.command()(command(InspectOptions, inspect, (ClipError,)))
+app.command(name="app")(command(AppOptions, browser, (ClipError,)))
 app.command()(command(DoctorSettings, doctor))
 bench.command()(command(OpSettings, op, (BenchError,)))
 bench.command()(command(ModelSettings, model, (BenchError,)))
