@@ -1,20 +1,23 @@
 """`advise`: what it counts, what it scales from, and what it says where it cannot know."""
 
 import csv
+import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import tiny
 from clip_runs import command
+from rectified_spaattn.cli.advise import print_measured
 from rectified_spaattn.lab.bench.advice import (
     MEASURED,
     advise,
     expected,
-    measure,
     model_of,
     nominal_density,
     operations,
@@ -58,12 +61,13 @@ def test_what_is_scaled_from_is_what_was_measured() -> None:
     assert [each.ratio for each in same] == pytest.approx([float(row["ratio"]) for row in sparse], rel=0.01)
 
 
-def test_the_nominal_density_is_that_of_a_real_call() -> None:
-    settings = AdviseSettings(model="demo", sparsity=0.75, height=32, width=32)
-    advice = advise(settings)
-    result = measure(advice, torch.device("cpu"), lambda what, finished, total: None, repeats=2)
-    [ours] = [row for row in result.rows if row.kind == "sparse"]
-    assert ours.density == pytest.approx(advice.density, abs=0.002)
+def test_what_is_measured_here_is_a_call_of_the_nominal_density() -> None:
+    advice, text = advise(AdviseSettings(model="demo", sparsity=0.75, height=32, width=32)), io.StringIO()
+    print_measured(Console(file=text, width=80), advice, torch.device("cpu"))
+    dense, ours = [line.split("|")[1:-1] for line in text.getvalue().splitlines() if line.startswith("| ")][1:]
+    assert [cell.strip() for cell in dense[:2] + dense[-1:]] == ["dense sdpa", "100.0%", "1.00x"]
+    assert float(ours[1].strip(" %")) / 100 == pytest.approx(advice.density, abs=0.002)
+    assert re.search(r"Measured here on random numbers: [\d.]+x, of [\d.]+x that the pairs allow", text.getvalue())
     assert nominal_density(advice.config.replace(sparsity=0.0), advice.shape) == 1
 
 

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 
+import torch
+from rich.console import Console
+
 from ..lab.bench.advice import MEASURED, Advice, advise, measure
 from ..lab.bench.rows import Row
 from ..lab.bench.settings import AdviseSettings
@@ -37,15 +40,20 @@ def run(settings: AdviseSettings) -> None:
     print_wide(console, _basis(advice))
     device = device_of(settings.device)
     if device.type == "cuda":
-        with progress(console) as watch:
-            rows = [row for row in measure(advice, device, watch).rows if not row.not_run]
-        print_wide(console, row_table(_HERE, rows, f"The same on this {device_name(device)}, checked, then timed"))
-        print_wide(console, _verdict(rows))
+        print_measured(console, advice, device)
     else:
         print_wide(console, "No GPU here, so nothing was timed. Give the same command on one.")
     print_wide(console, "\nWhat to try next:")
     for line in _next(advice, settings):
         print_wide(console, f"- {line}")
+
+
+def print_measured(console: Console, advice: Advice, device: torch.device) -> None:
+    """One call of this shape on the device, against full attention: a table and a sentence."""
+    with progress(console) as watch:
+        rows = [row for row in measure(advice, device, watch).rows if not row.not_run]
+    print_wide(console, row_table(_HERE, rows, f"The same on this {device_name(device)}, checked, then timed"))
+    print_wide(console, _verdict(rows))
 
 
 def _title(advice: Advice, settings: AdviseSettings) -> str:

@@ -30,8 +30,8 @@ def run(settings: DoctorSettings) -> None:
     calls, rows = calls_to_check(judged), list(judged.values())
     if not settings.json:
         print_wide(console, _machine_table(here))
-        for each in _verdicts(rows):
-            print_wide(console, each)
+        for part in _verdicts(rows):
+            print_wide(console, part)
     with progress(console, quiet=settings.json) as watch:
         for number, (name, call) in enumerate(calls):
             watch(f"checking {name}, {_CALL.format(judged[call])}", number, len(calls))

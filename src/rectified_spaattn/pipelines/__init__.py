@@ -8,11 +8,11 @@ except ImportError as error:
     ) from error
 
 from .adapters import ADAPTERS
+from .catalogue import SupportedModel, supported
 from .enabling import disable, enable
 from .handle import Handle
 from .parallel import Parallelism, parallelize
 from .stats import LayerStats, RunStats
-from .supported import SupportedModel, supported
 
 __all__ = [
     "ADAPTERS",

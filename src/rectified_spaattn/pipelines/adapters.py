@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 from torch import nn
@@ -54,7 +54,8 @@ def _attentions_of(**lists: str) -> Callable[[nn.Module], list[tuple[str, nn.Mod
     return find
 
 
-class Always(NamedTuple):
+@dataclass(frozen=True)
+class Always:
     """One preset, whatever the weights."""
 
     name: str

@@ -45,7 +45,7 @@ def build(studio: Studio, prompt: str | None = None) -> gr.Blocks:
                 words, spoken = _scene() if studio.source.is_demo else _text(prompt)
                 seed = gr.Number(0, label="seed", precision=0, minimum=0)
                 with gr.Row():
-                    measure = gr.Radio([_SPARSITY, _TOLERANCE], value=_SPARSITY, label="given is a")
+                    measure = gr.Radio([_SPARSITY, _TOLERANCE], value=_SPARSITY, label="choose by")
                     mode = gr.Radio(list(MODES), value=OURS, label="third column")
                 sparsity = gr.Slider(0.5, 0.95, 0.8, step=0.05, label="sparsity: share of blocks to drop")
                 tolerance = gr.Slider(
@@ -54,22 +54,27 @@ def build(studio: Studio, prompt: str | None = None) -> gr.Blocks:
                 button = gr.Button("Generate", variant="primary")
             with gr.Column(scale=5, min_width=340):
                 shown = gr.HTML(_EMPTY)
+                lines = python_lines(Choice(prompt=_TITLE), studio.base, not studio.source.is_demo)
                 code = gr.Code(
-                    label="the same in Python", language="python", interactive=False, lines=3, wrap_lines=True
+                    lines, label="the same in Python", language="python", interactive=False, lines=3, wrap_lines=True
                 )
         controls: list[Any] = [seed, measure, sparsity, tolerance, mode, *words]
         run = _runner(studio, spoken)
-        options: dict[str, Any] = {"inputs": controls, "outputs": [shown, code], "trigger_mode": "always_last"}
+        options: dict[str, Any] = {"inputs": controls, "outputs": [shown, code], "show_progress_on": shown}
+        options["trigger_mode"] = "always_last"
         button.click(run, **options)
         for slider in (sparsity, tolerance):
             slider.release(run, **options)
         mode.input(run, **options)
-        measure.input(
-            lambda name: (gr.update(visible=name == _SPARSITY), gr.update(visible=name == _TOLERANCE)),
-            inputs=[measure],
-            outputs=[sparsity, tolerance],
-        )
+        measure.input(_controls_of, inputs=[measure], outputs=[sparsity, tolerance, mode])
     return page
+
+
+def _controls_of(measure: str) -> tuple[Any, Any, Any]:
+    """The slider that is chosen by, and the third column: only ours holds a tolerance."""
+    by_error = measure == _TOLERANCE
+    third = gr.update(visible=False, value=OURS) if by_error else gr.update(visible=True)
+    return gr.update(visible=not by_error), gr.update(visible=by_error), third
 
 
 def _runner(studio: Studio, spoken: Callable[..., str]) -> Callable[..., Iterator[tuple[str, str]]]:
@@ -131,7 +136,7 @@ def _scene() -> tuple[list[Any], Callable[..., str]]:
     with gr.Row():
         floor = gr.Dropdown(list(FLOORS), value="checkered", label="floor", min_width=120)
         camera = gr.Dropdown([NOTHING, *CAMERAS], value=NOTHING, label="camera", min_width=120)
-        sunset = gr.Checkbox(False, label="sunset", min_width=120)
+    sunset = gr.Checkbox(False, label="at sunset")
 
     def spoken(*values: Any) -> str:
         colour, material, shape, moves, second, its_material, its_shape, ground, view, evening = values
