@@ -35,6 +35,11 @@ PUBLISHED = {  # height, width, frames
     "wan2.2-ti2v-5b": (704, 1280, 121),
     "cogvideox1.5-5b": (768, 1360, 81),
     "flux.1-dev": (4096, 4096, 1),
+    "minimax-h3": (768, 1344, None),
+    "ltx-2.5": (1088, 1920, 121),
+    "kandinsky-6": (512, 768, 121),
+    "cosmos-3": (720, 1280, 189),
+    "motif-video": (736, 1280, 121),
 }
 
 
@@ -79,7 +84,7 @@ def test_tokens_of_the_published_sizes(name: str) -> None:
         MODELS[name].grid(721, None, None)
 
 
-@pytest.mark.parametrize("name", ["hunyuan-video", "wan2.1-14b-i2v", "cogvideox1.5-5b", "flux.1-dev"])
+@pytest.mark.parametrize("name", ["hunyuan-video", "wan2.1-14b-i2v", "cogvideox1.5-5b", "ltx-2.5"])
 def test_operations_of_two_depths_give_those_of_any(name: str) -> None:
     model = replace(small(MODELS[name]), units=3)
     whole = replace(model, units=1, unit={kind: 3 * count for kind, count in model.unit.items()})
@@ -87,6 +92,13 @@ def test_operations_of_two_depths_give_those_of_any(name: str) -> None:
     assert operations(model, model.shape.grid) == counted
     shape = model.shape
     assert 0 < 4 * model.batch * shape.tokens**2 * shape.heads * shape.head_dim * model.layers < counted
+
+
+def test_what_cannot_be_counted_is_left_out() -> None:
+    result = command("advise", "cosmos-3", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "the rest of a forward was not counted" in result.output
+    assert "chosen here, not published" in result.output
 
 
 def test_a_folder_is_read_without_weights(tmp_path: Path) -> None:
@@ -98,6 +110,8 @@ def test_a_folder_is_read_without_weights(tmp_path: Path) -> None:
     advice = advise(AdviseSettings(model=str(tmp_path), height=256, width=256, frames=9, block_size=64))
     assert advice.preset == "wan2.2-t2v-a14b"
     assert (advice.shape.grid, advice.blocks, advice.leftover) == ((3, 16, 16), 12, 0)
+    assert advice.share is not None
+    assert advice.at_best is not None
     assert 0 < advice.share < 1 < advice.at_best < 1 / (1 - advice.share)
 
 
@@ -118,8 +132,9 @@ def test_the_command_says_what_it_knows_and_what_to_try() -> None:
     ("words", "code", "told"),
     [
         (["hunyan-video"], 1, "Did you mean 'hunyuan-video'?"),
-        (["wan2.1-14b", "--height", 721], 1, "a multiple of 16"),
+        (["wan2.1-14b", "--height", 721], 1, "a multiple of 8"),
         (["wan2.1-14b", "--sparsity", 80], 2, "Did you mean 0.8?"),
+        (["minimax-h3", "--frames", 81], 1, "frames: got 81; allowed for minimax-h3: none"),
         (["demo", "--height", 16, "--width", 16, "--frames", 1], 1, "less than one block of 128"),
     ],
 )

@@ -10,6 +10,7 @@ from ..lab.bench.rows import Row
 from ..lab.bench.settings import AdviseSettings
 from ..lab.bench.shapes import BenchError
 from ..lab.machine import device_name, device_of
+from ..presets import origin
 from .console import markdown_table, plain_console, print_wide, progress, row_table
 
 _FEW = 10_000  # tokens below which attention is a small part of a forward
@@ -69,12 +70,15 @@ def _facts(advice: Advice) -> Iterator[tuple[str, str]]:
     yield "tokens", f"{shape.tokens:,}: {t} x {h} x {w}" + (f" and {shape.text} of text" if shape.text else "")
     left = f", {advice.leftover} tokens in none" if advice.leftover else ""
     yield f"blocks of {config.block_size}", f"{advice.blocks:,}{left}"
-    yield "preset", f"{advice.preset or 'none'}: sparsity {config.sparsity:g}, {config.rectify}, {config.order}"
+    yield "preset", f"{advice.preset}: sparsity {config.sparsity:g}, {config.rectify}, {config.order}"
     yield "stays full", _schedule(advice)
     least = "at least " if config.top_p else ""
     yield "computed pairs", f"{least}{advice.density:.1%} of a sparse call, {advice.of_run:.1%} of a run"
-    yield "attention", f"{advice.share:.0%} of the {advice.total / 1e12:,.0f} TFLOP of a forward"
-    yield "so a run is", f"{advice.at_best:.2f}x as fast at best: if time followed operations"
+    if advice.total is None:
+        yield "attention", f"{advice.attention / 1e12:,.0f} TFLOP; the rest of a forward was not counted"
+    else:
+        yield "attention", f"{advice.share:.0%} of the {advice.total / 1e12:,.0f} TFLOP of a forward"
+        yield "so a run is", f"{advice.at_best:.2f}x as fast at best: if time followed operations"
 
 
 def _schedule(advice: Advice) -> str:
@@ -113,8 +117,8 @@ def _verdict(rows: list[Row]) -> str:
 def _next(advice: Advice, settings: AdviseSettings) -> Iterator[str]:
     if advice.shape.tokens < _FEW:
         yield f"Few tokens: below {_FEW:,} there is little to gain. More pixels or frames gain more."
-    if advice.preset is None:
-        yield "Nothing was published for it: begin with sparsity=0.8 and look at the result."
+    if origin(advice.preset) != "published" and settings.preset is None:
+        yield f"The preset {advice.preset!r} is {origin(advice.preset)}: look at the result."
     yield "rsa.enable(pipe, tolerance=0.05): an error to hold, in place of a sparsity"
     folder = settings.model if settings.model == "demo" or "/" in settings.model else "FOLDER"
     yield f'rectified-spaattn generate {folder} --prompt "..." --compare: a clip both ways'

@@ -44,7 +44,7 @@ def run(options: InspectOptions) -> None:
     with loading():
         pipe = load(source, options, device)
     try:
-        config = options.config_on(base_configs(source, pipe, options.sparsity)[0])
+        config = options.config_on(base_configs(source, pipe)[0])
         with progress(console) as watch:
             study = _study(pipe, options, config, arguments, step, watch)
     except (TypeError, ValueError, CaptureError) as error:

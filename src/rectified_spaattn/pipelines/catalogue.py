@@ -9,7 +9,7 @@ class SupportedModel(NamedTuple):
     """One transformer class of diffusers.
 
     transformer  name of the class; a pipeline that has one can be enabled
-    presets      names in PRESETS that `enable` chooses from; empty where it asks for a sparsity or a tolerance
+    presets      names in PRESETS that `enable` chooses from
     """
 
     transformer: str

@@ -82,7 +82,7 @@ def studio(options: AppOptions, device: torch.device) -> Studio:
     arguments = with_pictures(call_arguments(source, options))
     arguments.pop("prompt", None)
     pipe = load(source, options, device)
-    base = base_configs(source, pipe, (0.8,))
+    base = base_configs(source, pipe)
     fps = options.fps or (FPS if source.is_demo else 16)
     return Studio(pipe=pipe, source=source, arguments=arguments, backend=options.backend, base=base, fps=fps)
 

@@ -17,18 +17,22 @@ from ...config import SparseConfig, nearest
 from ...layout import TokenLayout
 from ...method.density import density
 from ...method.select import top_k_of
-from ...pipelines.adapters import default_configs
+from ...pipelines.adapters import adapter_for
+from ...presets import preset as preset_of
 from ..clips.hub import from_hub, read_index
 from ..clips.models import demo_source
 from ..clips.options import DEMO, ClipError, ModelOptions
-from .models import MODELS, Grid, Model
+from .architecture import Grid, Model
+from .models import MODELS
 from .op import OpResult
 from .op import measure as measure_op
+from .paper_models import PAPER_MODELS
 from .settings import AdviseSettings, OpSettings
 from .shapes import BenchError, Case, Shape, Watch
 
 _CONFIG = "transformer/config.json"
 _DEMO_TEXT = 32
+_UNCOUNTED = ("Cosmos3OmniTransformer",)  # asks for autocast on its device, which the meta device has not
 _LAYERS = ("num_layers", "num_single_layers")
 
 
@@ -74,11 +78,11 @@ class Advice(NamedTuple):
     """One model at one size.
 
     shape      of its self-attention; blocks: whole ones, leftover: video tokens in none
-    config     of the first transformer; preset: its name, None for SparseConfig() with the sparsity asked for
+    config     of the first transformer; preset: its name
     density    computed pairs of a sparse call, at least: what the sparsity says; of_run: of a whole run, its dense
                steps and layers counted as 1
     attention  floating-point operations of self-attention in one forward, 4 * S^2 * heads * head_dim a layer and
-               sample; total: of the whole forward, by torch's FlopCounterMode
+               sample; total: of the whole forward, by torch's FlopCounterMode, None where that cannot count
     expected   by backend, scaled from MEASURED
     """
 
@@ -87,22 +91,22 @@ class Advice(NamedTuple):
     blocks: int
     leftover: int
     config: SparseConfig
-    preset: str | None
+    preset: str
     density: float
     of_run: float
     attention: int
-    total: int
+    total: int | None
     expected: list[Expected]
 
     @property
-    def share(self) -> float:
+    def share(self) -> float | None:
         """Of attention in the operations of a forward."""
-        return self.attention / self.total
+        return None if self.total is None else self.attention / self.total
 
     @property
-    def at_best(self) -> float:
+    def at_best(self) -> float | None:
         """How much fewer operations a run has than with full attention."""
-        return 1 / (1 - self.share * (1 - self.of_run))
+        return None if self.share is None else 1 / (1 - self.share * (1 - self.of_run))
 
 
 def advise(settings: AdviseSettings) -> Advice:
@@ -130,7 +134,7 @@ def advise(settings: AdviseSettings) -> Advice:
         density=pairs,
         of_run=1 - sparse * (1 - pairs),
         attention=attention,
-        total=operations(model, shape.grid),
+        total=None if model.transformer in _UNCOUNTED else operations(model, shape.grid),
         expected=expected(shape, pairs, model.batch),
     )
 
@@ -138,7 +142,7 @@ def advise(settings: AdviseSettings) -> Advice:
 def model_of(name: str) -> tuple[Model, Any]:
     """A model by name, or of a pipeline's folder or repository, and what its preset is read from besides: its index.
 
-    Raises BenchError for another class than those of MODELS, or what cannot be had.
+    Raises BenchError for another class than those of PAPER_MODELS, or what cannot be had.
     """
     if name in MODELS:
         return MODELS[name], None
@@ -154,9 +158,9 @@ def model_of(name: str) -> tuple[Model, Any]:
     except ClipError as error:
         raise BenchError(str(error)) from error
     kind = config.get("_class_name")
-    kin = [each for each in MODELS.values() if each.transformer == kind]
+    kin = [each for each in PAPER_MODELS if each.transformer == kind]
     if not kin:
-        raise BenchError(f"{name}: got a {kind}; allowed here: {sorted({m.transformer for m in MODELS.values()})}.")
+        raise BenchError(f"{name}: got a {kind}; allowed here: {sorted({m.transformer for m in PAPER_MODELS})}.")
     base = next((each for each in kin if each.config["in_channels"] == config.get("in_channels")), kin[0])
     transformers = {slot: True for slot in ("transformer_2",) if index.get(slot, [None])[0]}
     pipeline = SimpleNamespace(config=SimpleNamespace(**index), **transformers)
@@ -194,16 +198,13 @@ def _with_heads(shape: Shape, config: dict[str, Any]) -> Shape:
     return replace(shape, heads=config["num_attention_heads"], head_dim=config["attention_head_dim"])
 
 
-def _config_of(model: Model, pipeline: Any, settings: AdviseSettings) -> tuple[SparseConfig, str | None]:
+def _config_of(model: Model, pipeline: Any, settings: AdviseSettings) -> tuple[SparseConfig, str]:
     """What `enable` would take for this model, changed by what was asked for, and the name of the preset."""
-    from ...pipelines.adapters import adapter_for
-
-    overrides = settings.overrides()
-    transformer = _on_meta(model, 1)
-    name = settings.preset or (
-        model.preset if pipeline is None else adapter_for(transformer).preset(transformer, pipeline)
-    )
-    return default_configs(transformer, pipeline, overrides, name)[0].replace(**overrides), name
+    name = settings.preset or model.preset
+    if settings.preset is None and pipeline is not None:
+        transformer = _on_meta(model, 1)
+        name = adapter_for(transformer).preset(transformer, pipeline)
+    return preset_of(name)[0].replace(**settings.overrides()), name
 
 
 def _on_meta(model: Model, units: int) -> Any:

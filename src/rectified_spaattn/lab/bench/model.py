@@ -9,11 +9,11 @@ from torch import nn
 
 from ...backends import choose
 from ...presets import preset
+from .architecture import Model
 from .baselines import BASELINES
 from .check import Check
 from .model_check import check_first_runs, check_model
 from .model_rows import Key, Times, forward_rows, schedule_rows
-from .models import Model
 from .processes import cut, slowest
 from .rows import ForwardRow, ScheduleRow
 from .settings import ModelSettings, runnable

@@ -9,9 +9,10 @@ from ...config import BACKEND_NAMES, SparseConfig
 from ...presets import preset
 from ..machine import DEVICES, check_device, device_of
 from ..option import ConfigOptions, check_choices, option
+from .architecture import Model
 from .baselines import BASELINES
-from .models import MODELS, SIZES, Model
-from .shapes import DTYPES, MODEL_SHAPES, SELF_CHECK, SHAPES, BenchError, Case, Shape
+from .models import MODELS, SIZES
+from .shapes import DTYPES, MODEL_SHAPES, PEER_NAMES, SELF_CHECK, SHAPES, BenchError, Case, Shape
 
 if TYPE_CHECKING:
     from .rows import Schedule
@@ -69,7 +70,7 @@ class BenchSettings(ConfigOptions):
 class OpSettings(BenchSettings):
     """One run. Raises ValueError or TypeError for values out of range.
 
-    baseline, backend: empty for every one that can run; one that is named and cannot is an error.
+    baseline, backend: empty for every one that can run; one that is named and cannot is an error. peer: empty for none.
     """
 
     shape: tuple[str, ...] = option("May be repeated.", (), choices=tuple(SHAPES), unset="hunyuan-video")
@@ -77,6 +78,7 @@ class OpSettings(BenchSettings):
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.5, 0.7, 0.8, 0.8895, 0.95))
     kv_heads: int | None = option("Heads of keys and values, which those of queries share.", None, unset="all")
     backend: tuple[str, ...] = option("May be repeated.", (), choices=TIMED_BACKENDS, unset="all that can run")
+    peer: tuple[str, ...] = option("Others' kernels that are installed; may be repeated.", (), choices=PEER_NAMES)
 
     def __post_init__(self) -> None:
         super().__post_init__()

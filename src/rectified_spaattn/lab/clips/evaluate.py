@@ -131,7 +131,7 @@ def with_sparse_modes(evaluation: Evaluation, options: EvaluateOptions, pipe: An
         if evaluation.source.is_demo:
             default["sparsity"] = (0.8, 0.9)
         grid = {name: values or default.get(name, ()) for name, values in grid.items()}
-        base = base_configs(evaluation.source, pipe, grid["sparsity"])
+        base = base_configs(evaluation.source, pipe)
         modes += grid_modes(base, grid, options.overrides())
     modes += [preset_mode(name) for name in options.preset]
     modes += [file_mode(path) for path in options.config]
@@ -220,14 +220,11 @@ def prompts_of(options: EvaluateOptions, source: Source) -> Prompts:
     return prompts
 
 
-def base_configs(source: Source, pipe: Any, sparsity: Sequence[float] = ()) -> tuple[SparseConfig, ...]:
-    """What configurations start from: exact sparsity on the demo model's small grid, else the model's preset.
-
-    sparsity: what was asked for. Raises ValueError where it is empty and there is no preset for the model.
-    """
+def base_configs(source: Source, pipe: Any) -> tuple[SparseConfig, ...]:
+    """What configurations start from: exact sparsity on the demo model's small grid, else the model's preset."""
     if source.is_demo:
         return (SparseConfig.from_dict(SMALL_GRID),)
-    return default_configs(pipe.transformer, pipe, {"sparsity": sparsity} if sparsity else {})
+    return default_configs(pipe.transformer, pipe)
 
 
 def _why_no_lpips(wanted: bool | None, height: int | None, width: int | None) -> str | None:
