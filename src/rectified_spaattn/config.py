@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral, Real
@@ -14,6 +14,7 @@ Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row", "row+slope"]
 Order = Literal["content", "gilbert", "tile", "raster"]
 ORDERS: tuple[str, ...] = get_args(Order)
 Precision = Literal["inputs", "int8-qk", "fp8"]
+BACKEND_NAMES = ("fa4", "triton", "torch", "reference")  # their rows are in backends/
 PROBES = 64  # query rows a head that measure the error where there is a tolerance
 _OPERATOR = ("sparsity", "top_p", "rectify", "block_size", "order", "neighbours", "first_frame", "precision")
 
@@ -164,7 +165,8 @@ class SparseConfig:
     def _replace(self, values: Mapping[str, Any]) -> "SparseConfig":
         unknown = sorted(set(values) - set(_fields()), key=repr)
         if unknown:
-            raise TypeError(f"SparseConfig: got unknown key(s) {unknown}; allowed: {_fields()}. Check the spelling.")
+            meant = nearest(str(unknown[0]), _fields()) or " Check the spelling."
+            raise TypeError(f"SparseConfig: got unknown key(s) {unknown}; allowed: {_fields()}.{meant}")
         return dataclasses.replace(self, **values)
 
     @property
@@ -225,7 +227,15 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
     if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
+        raise ValueError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.{nearest(value, allowed)}")
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """The end of an error message: " Did you mean ...?" with the most similar of the words; "" where none is."""
+    import difflib
+
+    similar = difflib.get_close_matches(word, allowed, n=1)
+    return f" Did you mean {similar[0]!r}?" if similar else ""
 
 
 def _fields() -> list[str]:
@@ -237,7 +247,8 @@ def _fraction(name: str, value: float, closed: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}; allowed: {allowed}.")
     if not 0 <= value <= 1 or (value == 1 and not closed):  # NaN fails the first comparison
-        raise ValueError(f"{name}: got {value!r}; allowed: {allowed}.")
+        percent = f" Did you mean {value / 100:g}?" if 1 < value <= 100 else ""
+        raise ValueError(f"{name}: got {value!r}; allowed: {allowed}.{percent}")
     return float(value)
 
 

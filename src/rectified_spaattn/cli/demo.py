@@ -5,31 +5,31 @@ import time
 from ..lab.calls.capture import capture_calls
 from ..lab.clips.demo import evaluation_of, time_steps
 from ..lab.clips.evaluate import records_of
-from ..lab.clips.folder import Folder, check_ours
+from ..lab.clips.folder import Folder
 from ..lab.clips.models import load
 from ..lab.clips.options import DemoOptions
 from ..lab.clips.summary import summarise
 from ..lab.machine import device_of, load_average, machine
 from ..lab.pages.demo import FILES, results, study_attention, write_report, write_side_by_side
-from .console import plain_console, print_wide, progress_bars
+from .console import plain_console, print_wide
 from .evaluate import fill, summary_tables, usage_errors
-from .options import command_line
+from .options import command_line, loading
 
 
 def run(options: DemoOptions) -> None:
     """The whole command."""
     console, start, device = plain_console(), time.perf_counter(), device_of(options.device)
-    check_ours(options.out, "demo")
     with usage_errors():
         evaluation = evaluation_of(options, device)
-    pipe = load(evaluation.source, evaluation.options, device)
+    with loading():
+        pipe = load(evaluation.source, evaluation.options, device)
     where = machine(device).to_dict()
     folder = Folder(options.out, list(evaluation.prompts), evaluation.settings(), console.print)
     first, call = evaluation.pairs[0], evaluation.call()
     with folder.claim("demo", evaluation.facts(command_line()), clear=FILES):
         console.print("Reading the attention calls of one step.")
         calls = capture_calls(pipe, [first], evaluation.arguments, steps=[call["num_inference_steps"] // 2])
-        fill(pipe, evaluation, folder, evaluation.pairs, progress_bars(console))
+        fill(pipe, evaluation, folder, evaluation.pairs, console)
         console.print("Studying the attention calls, and timing steps.")
         attention = study_attention(calls, options)
         speed = [] if options.quick else time_steps(pipe, evaluation, first)

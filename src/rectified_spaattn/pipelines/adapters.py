@@ -17,6 +17,16 @@ from .tokens import Inputs, Layouts, joint, joint_and_alone, joint_text
 Preset = Callable[[nn.Module, Any], str]
 
 
+@dataclass(frozen=True)
+class Always:
+    """One preset, whatever the weights."""
+
+    name: str
+
+    def __call__(self, model: nn.Module, pipeline: Any) -> str:
+        return self.name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """What the attention seam must know of one transformer class.
@@ -39,7 +49,7 @@ class Adapter:
     text: str = "encoder_hidden_states"
     optional: tuple[str, ...] = ()
     packed: bool = False
-    preset: Preset = lambda model, pipeline: "image"
+    preset: Preset = Always("image")
 
 
 def _attentions_of(**lists: str) -> Callable[[nn.Module], list[tuple[str, nn.Module]]]:
@@ -55,8 +65,8 @@ def _attentions_of(**lists: str) -> Callable[[nn.Module], list[tuple[str, nn.Mod
     return find
 
 
-def _always(name: str) -> Preset:
-    return lambda model, pipeline: name
+def _always(name: str) -> Always:
+    return Always(name)
 
 
 def _wan_preset(model: nn.Module, pipeline: Any) -> str:
@@ -271,6 +281,19 @@ def adapter_for(model: nn.Module) -> Adapter:
         f"enable: got a {name}{why}; allowed: a diffusers pipeline with, or itself, one of {list(ADAPTERS)}. "
         "docs/models.md tells how to add a row for another model."
     )
+
+
+_WAN_PRESETS = ("wan2.1-t2v", "wan2.1-i2v", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b")
+_CHOICES: dict[Preset, tuple[str, ...]] = {  # of those that look at the model
+    _wan_preset: _WAN_PRESETS,
+    _skyreels_preset: _WAN_PRESETS,
+    _cogvideox_preset: ("cogvideox1.5-t2v", "cogvideox1.5-i2v"),
+}
+
+
+def presets_of(adapter: Adapter) -> tuple[str, ...]:
+    """Names of the presets that a row may choose."""
+    return (adapter.preset.name,) if isinstance(adapter.preset, Always) else _CHOICES[adapter.preset]
 
 
 def default_configs(model: nn.Module, pipeline: Any, name: str | None = None) -> tuple[SparseConfig, ...]:

@@ -19,6 +19,7 @@ from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .ranks import Ranks, streams_of
 from .record import Record
+from .span import RunSpan
 
 OUTSIDE = "a call outside of the transformer's forward"
 
@@ -41,6 +42,7 @@ class TransformerState:
     budgets     what a tolerance learnt in the run
     plans       what calls of the run keep for later steps; branches: the guidance calls that they are told apart by
     completed   whether any forward ever came to its end
+    span        when the run began and ended, and on which devices
     ranks       what the processes that share the forwards computed
     balanced    whether their heads are dealt out anew after every forward
     """
@@ -68,6 +70,7 @@ class TransformerState:
     plans: KeptPlans = field(default_factory=KeptPlans)
     branches: Branches = field(default_factory=Branches)
     completed: bool = False
+    span: RunSpan = field(default_factory=RunSpan)
     ranks: RankRecord = field(default_factory=RankRecord)
     balanced: bool = False
     said_outside: bool = False
@@ -133,6 +136,7 @@ class TransformerState:
                 self.steps_seen.add(step)
             self.last_total = total
             self.count += 1
+            self.span.begin_forward()
             streams: tuple[tuple[int, ...], ...] = ()
             if ranks is not None:
                 streams = tuple(streams_of(layout, packed) for layout in layouts)
@@ -158,7 +162,7 @@ class TransformerState:
             if self.run == self.clock.run:
                 return
             self.run, self.first_step, self.steps_seen, self.last_step = self.clock.run, None, set(), None
-            self.count, self.skipped, self.ranks = 0, 0, RankRecord()
+            self.count, self.skipped, self.ranks, self.span = 0, 0, RankRecord(), RunSpan()
             self.forget_plans()
             self.budgets, self.plans = Budgets(), KeptPlans()
             for layer in self.layers:
@@ -280,6 +284,7 @@ class LayerState:
                 f"{varied} asks for others. Compile in the default mode, or enable without them."
             )
         forward.calls += 1
+        self.owner.span.devices.add(q.device)
         reason = self.why_dense(forward, layout)
         if reason is not None:
             self._count_dense(reason)

@@ -15,7 +15,7 @@ from ...attention import rectified_attention
 from ...method.density import density
 from ...method.select import top_k_of
 from .baselines import no_gpu_for, sdpa
-from .shapes import BenchError, Case, Tensors, Variant
+from .shapes import PEER_NAMES, BenchError, Case, Tensors, Variant
 
 _VSA_BLOCK = 64
 
@@ -215,9 +215,10 @@ def dense(qkv: Tensors) -> torch.Tensor:
     return sdpa(*qkv)
 
 
-PEERS: dict[str, Peer] = {
-    "flex": Peer(_flex, _no_flex),
-    "sage": Peer(_sage, _no_sage, sparse=False),
-    "sol-attn": Peer(_sol_attn, _no_sol_attn),
-    "vsa": Peer(_vsa, _no_vsa),
-}
+_ROWS = (
+    Peer(_flex, _no_flex),
+    Peer(_sage, _no_sage, sparse=False),
+    Peer(_sol_attn, _no_sol_attn),
+    Peer(_vsa, _no_vsa),
+)
+PEERS: dict[str, Peer] = dict(zip(PEER_NAMES, _ROWS, strict=True))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...backends import Call, choose
@@ -212,7 +212,7 @@ def warm_up(
 def dense_kernel(name: str) -> AbstractContextManager[Any]:
     """Inside, scaled_dot_product_attention runs on the kernel of that name only; it raises where that cannot run."""
     kernel = KERNELS[name]
-    return nullcontext() if kernel is None else sdpa_kernel(kernel)
+    return nullcontext() if kernel is None else sdpa_kernel(getattr(SDPBackend, kernel))
 
 
 def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:
