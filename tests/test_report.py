@@ -158,7 +158,8 @@ def test_shares_of_blocks_and_mass_by_hand() -> None:
     scores = dict.fromkeys(("relative_error", "density", "kept_mass", "mass_error", "r_error", "misplaced"), 0.0)
     maps = {"masses": full, "probability": full, "block_mask": critical, "compensated_mask": compensated}
     result = HeadResult(sparsity=0.8, rectify="ipar", compensated=0.4, **scores, **maps)
-    study = HeadStudy(call=smooth_call(), blocks=smooth_call().blocks(SparseConfig()), full=full, results={})
+    blocks = smooth_call().blocks(SparseConfig())
+    study = HeadStudy(call=smooth_call(), order="content", blocks=blocks, full=full, results={})
     shares = study.shares(result)
     assert shares["correlation"] == pytest.approx(1)
     assert shares["critical_blocks"] == pytest.approx(1 / 3)

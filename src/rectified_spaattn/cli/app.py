@@ -82,7 +82,7 @@ def evaluate(options: EvaluateOptions) -> None:
 
 
 def demo(options: DemoOptions) -> None:
-    """Generate the same videos with full, sparse and rectified attention, and write a report about them."""
+    """Make the same clips with full attention, plain sparse, the paper's and ours, and a report about them."""
     from .demo import run
 
     run(options)

@@ -10,14 +10,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..clips.clip import FULL, Mode
+from ..clips.clip import Mode
 from ..clips.folder import Folder
 from ..clips.modes import FLOOR
 from ..clips.summary import FRAMES, ClipRecord, ModeSummary, clip_rows, gains, plain, summarise
 from ..rows import write_atomically, write_json, write_rows
 from .clips import HEADS, number_text, score_text, side_by_side
-from .figures import MODE_COLOURS, PALETTE
 from .html import data_uri, render
+from .styles import FULL, INK, LINES, MARKERS, colour
 from .video import read_mp4
 
 FILES = ("clips.csv", "summary.csv", "summary.json", "scores.png", "side-by-side.mp4", "report.html")
@@ -61,7 +61,7 @@ def write_evaluation(
 def scores_figure(path: Path, summaries: Sequence[ModeSummary]) -> None:
     """Every score against the computed pairs, one point a mode with its interval; lines join one kind of rectification.
 
-    The noise floor, often far away, is in the titles; the flicker of full attention is a dashed line.
+    The noise floor, often far away, is in the titles; the flicker of full attention is a line across.
     """
     names = _names(summaries)
     figure = Figure(figsize=(6.2 * len(names), 4.6), layout="constrained")
@@ -83,20 +83,19 @@ def _draw(axis: Axes, name: str, summaries: Sequence[ModeSummary]) -> None:
         if each.mode.config is not None:
             family = each.mode.label.replace(f", {100 * each.mode.config.sparsity:g}%", "")
             families.setdefault(family, []).append(each)
-    spare = itertools.cycle(colour for colour in PALETTE if colour not in MODE_COLOURS.values())
-    for family, members in families.items():
+    for marker, (family, members) in zip(itertools.cycle(MARKERS), families.items(), strict=False):
         members.sort(key=lambda each: each.computed)
         x, scores = [100 * each.computed for each in members], [each.scores[name] for each in members]
         y = [each.mean for each in scores]
         bars = [[max(0.0, e.mean - e.low) for e in scores], [max(0.0, e.high - e.mean) for e in scores]]
-        colour = MODE_COLOURS.get(family) or next(spare)
-        label = family.replace("$", r"\$")  # matplotlib would read formulas
-        axis.errorbar(x, y, yerr=bars, color=colour, marker="o", markersize=5, linewidth=1.6, capsize=3, label=label)
+        config, label = members[0].mode.configs[0], family.replace("$", r"\$")  # matplotlib would read formulas
+        drawn = {"color": colour(config.rectify), "linestyle": LINES[config.order], "marker": marker}
+        axis.errorbar(x, y, yerr=bars, markersize=5, linewidth=1.6, capsize=3, label=label, **drawn)
     marked = FULL if name == "flicker" else FLOOR
     level = next(each.scores[name].mean for each in summaries if each.mode.name == marked)
     if name == "flicker":
-        axis.axhline(level, color="#222222", linestyle="--", linewidth=1)
-    title = f"{_TITLES[name]}\n{'full attention (dashed)' if name == 'flicker' else 'noise floor'} {level:.5g}"
+        axis.axhline(level, color=INK, linewidth=1)
+    title = f"{_TITLES[name]}\n{'full (line)' if name == 'flicker' else 'noise floor'} {level:.5g}"
     axis.set_xlabel("computed query-key pairs, %")
     axis.set_title(title, fontsize=10, loc="left")
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)

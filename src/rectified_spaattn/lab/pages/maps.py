@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..calls.maps import KINDS, HeadResult, HeadStudy
-from .figures import BLUE, MODE_LABELS, YELLOW
+from .styles import BLUE, YELLOW, label
 
 KIND_COLOURS = dict(zip(KINDS, (BLUE, YELLOW, "#DDDDDD"), strict=True))
 _DPI = 110
@@ -23,22 +23,23 @@ _SORTED = "\nBlocks are sorted by content: tokens that attend alike, wherever th
 
 
 def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str) -> None:
-    """Full, sparse and rectified maps above their differences, with the estimate and the fate of every block.
+    """Maps of full, plain sparse and rectified attention above their differences, with the estimate and the fate of every block.
 
     rectify: the mode that is shown beside "none". Raises KeyError where the study has not both at `sparsity`.
     """
     full, none, rectified = study.full, study.results[sparsity, "none"], study.results[sparsity, rectify]
     shares, by_content = study.shares(rectified), study.blocks.by_content
-    block, shown = "block, sorted by content" if by_content else "block", MODE_LABELS.get(rectify, rectify)
+    block, order = "block, sorted by content" if by_content else "block", study.order
+    plain, shown = label("none", order), label(rectify, order)
     above = {
-        "Full attention:\nexact mass of every block": full,
-        _title("Sparse, not rectified", none): none.masses,
-        _title(shown[0].upper() + shown[1:], rectified): rectified.masses,
+        "full:\nexact mass of every block": full,
+        _title(plain, none): none.masses,
+        _title(shown, rectified): rectified.masses,
     }
     below = {
-        "Sparse − full": none.masses - full,
-        "Rectified − full": rectified.masses - full,
-        "Rectified − sparse": rectified.masses - none.masses,
+        f"{plain} − full": none.masses - full,
+        f"{shown} − full": rectified.masses - full,
+        f"{shown} − {plain}": rectified.masses - none.masses,
     }
     high = float(full.max())  # a log scale of two decades at least
     masses = LogNorm(min(high / 100, max(1e-5, float(full[full > 0].quantile(0.02)))), high)
@@ -70,8 +71,8 @@ def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str) -> 
     legend.legend(handles=patches, loc="center", frameon=False, fontsize=10)
     note.text(0.0, 0.5, _NOTE + _SORTED * by_content, fontsize=10, va="center", transform=note.transAxes)
     figure.suptitle(
-        f"At {sparsity:.4g} sparsity {none.misplaced:.0%} of the attention mass lies on the wrong blocks without "
-        f"rectification, {rectified.misplaced:.0%} with {rectify} ({study.call})",
+        f"At {sparsity:.4g} sparsity {none.misplaced:.0%} of the attention mass lies on the wrong blocks with {plain}, "
+        f"{rectified.misplaced:.0%} with {shown} ({study.call})",
         fontsize=13,
         fontweight="bold",
     )
