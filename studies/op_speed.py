@@ -47,7 +47,8 @@ class Panel(NamedTuple):
         name, best = max(((name, points[-1]) for name, points in self.lines.items()), key=lambda each: each[1])
         ideal = dict(self.ideal)[best.sparsity]
         return (
-            f"{self.shape}, {self.tokens:,} tokens, {label(self.rectify, self.order)}: at {best.sparsity:.4g} sparsity {name} is\n"
+            f"{self.shape}, {self.tokens:,} tokens, {label(self.rectify, self.order)}: "
+            f"at {best.sparsity:.4g} sparsity {name} is\n"
             f"{best.speedup:.1f} times as fast as dense {self.dense} (ideal: {ideal:.1f} times)"
         )
 
@@ -71,7 +72,9 @@ def _panel(rows: Sequence[Row]) -> Panel:
         ideal[sparsity] = best
     levels = {row.name: _number(row.ratio) for row in rows if row.kind == "dense"}
     first = rows[0]
-    return Panel(first.shape, first.tokens, first.dense, first.rectify, first.order, lines, sorted(ideal.items()), levels)
+    return Panel(
+        first.shape, first.tokens, first.dense, first.rectify, first.order, lines, sorted(ideal.items()), levels
+    )
 
 
 def _number(value: float | None) -> float:

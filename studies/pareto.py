@@ -21,7 +21,8 @@ from rectified_spaattn.lab.bench.rows import Row as Speed
 from rectified_spaattn.lab.clips.clip import Pair
 from rectified_spaattn.lab.clips.intervals import bootstrap
 from rectified_spaattn.lab.option import option
-from rectified_spaattn.lab.pages.styles import LINES, colour, label as label_of
+from rectified_spaattn.lab.pages.styles import LINES, colour
+from rectified_spaattn.lab.pages.styles import label as label_of
 
 from . import harness
 from .ablation import FLOOR_SETTING, Row

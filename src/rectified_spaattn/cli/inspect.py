@@ -21,8 +21,7 @@ _SHOWN = tuple(name for name in RECTIFY if name != "none")
 _CONFIG = ("rectify", "block_size", "order", "top_p", "neighbours")
 _THE_PRESETS = {"unset": "the preset's"}
 _COLUMNS = {
-    "sparsity": "{0[sparsity]:g}",
-    "rectify": "{0[rectify]}",
+    "attention": "{0[attention]}",
     "output error": "{0[relative_error]:.3f}",
     "computed pairs": "{0[density]:.1%}",
     "kept mass": "{0[kept_mass]:.1%}",
@@ -91,7 +90,8 @@ def run(options: InspectOptions) -> None:
     from ..lab.clips.single import check_writable
     from ..lab.machine import device_of, machine
     from ..lab.pages.html import data_uri, render
-    from ..lab.pages.maps import maps_figure
+    from ..lab.pages.maps import maps_figure, told, verdict
+    from ..lab.pages.styles import label
     from ..lab.rows import write_json, write_rows
 
     console, device, out = plain_console(), device_of(options.device), options.out
@@ -115,7 +115,7 @@ def run(options: InspectOptions) -> None:
         maps_figure(path, study, sparsity, config.rectify)
     call, where = study.call, machine(device)
     place = {"layer": call.layer, "head": call.head, "step": call.step}
-    rows = [place | result.scores() for result in study.results.values()]
+    rows = [place | each for each in told(study, config)]
     write_rows(out / "results.csv", rows, where.origin(command_line()))
     record = {
         "command": command_line(),
@@ -136,7 +136,8 @@ def run(options: InspectOptions) -> None:
     }
     write_json(out / "inspect.json", record)
     images, page = {sparsity: data_uri(path) for sparsity, path in figures.items()}, out / "inspect.html"
-    render("inspect.html", page, r=record, figures=images, raw=json.dumps(record, indent=2))
+    words = {"verdict": verdict(rows, config.rectify), "shown": label(config.rectify, config.order)}
+    render("inspect.html", page, r=record, figures=images, raw=json.dumps(record, indent=2), **words)
     shown = [row if row["compensated"] else row | {"r_error": None} for row in rows]
     print_wide(console, row_table(_COLUMNS, shown, f"{call} of {record['model']}"))
     console.print(f"Page: {page.resolve()}", soft_wrap=True)

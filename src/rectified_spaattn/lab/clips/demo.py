@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ...config import SparseConfig
-
 from ..demo_model.model import tokenize
 from ..demo_model.prompts import PROMPTS
 from ..pages.styles import is_ours, label, label_of

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ...config import SparseConfig
-from .clip import Clip, Mode, Pair
 from ..pages.styles import FULL, is_ours
+from .clip import Clip, Mode, Pair
 from .intervals import Interval, bootstrap
 from .metrics import Lpips, flicker, frame_psnr, frame_ssim, psnr
 
@@ -143,7 +143,9 @@ def summarise(
     summaries = []
     for mode in modes:
         own = by_mode[mode.name]
-        fast, _, slow = quantiles(every[mode.name], method="inclusive") if len(every[mode.name]) > 1 else every[mode.name] * 3
+        fast, _, slow = (
+            quantiles(every[mode.name], method="inclusive") if len(every[mode.name]) > 1 else every[mode.name] * 3
+        )
         columns = {name: [getattr(record, name) for record in own] for name in SCORES}
         summaries.append(
             ModeSummary(

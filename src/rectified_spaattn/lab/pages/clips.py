@@ -28,11 +28,10 @@ def side_by_side(
 
 
 def column_label(summary: ModeSummary) -> str:
-    """Two lines: the mode, and its means."""
+    """Two lines: the mode, and its mean PSNR."""
     if summary.mode.name == FULL:
-        return f"{summary.mode.label}\nreference, {summary.seconds:.1f} s"
-    psnr = score_text(summary.scores["psnr"], "psnr").split(" [")[0]
-    return f"{summary.mode.label}\n{psnr} dB, {summary.seconds:.1f} s"
+        return f"{summary.mode.label}\nreference"
+    return f"{summary.mode.label}\nPSNR {score_text(summary.scores['psnr'], 'psnr').split(' [')[0]} dB"
 
 
 def ours_first(summaries: Sequence[ModeSummary]) -> list[ModeSummary]:

@@ -15,7 +15,7 @@ from ..clips.folder import Folder
 from ..clips.modes import FLOOR
 from ..clips.summary import FRAMES, ClipRecord, ModeSummary, clip_rows, gains, plain, summarise
 from ..rows import write_atomically, write_json, write_rows
-from .clips import HEADS, number_text, score_text, side_by_side
+from .clips import HEADS, number_text, ours_first, score_text, side_by_side
 from .html import data_uri, render
 from .styles import FULL, INK, LINES, MARKERS, colour
 from .video import read_mp4
@@ -50,12 +50,38 @@ def write_evaluation(
     videos = {pair: [read_mp4(folder.video(each.mode.name, pair)) for each in shown] for pair in pairs}
     side_by_side(video, shown, videos, fps)
     floor = next(each for each in summaries if each.mode.name == FLOOR)
-    rows = {"summaries": summaries, "names": _names(summaries), "floor": floor, "clips": clips, "gains": apart}
+    rows = {
+        "summaries": ours_first(summaries),
+        "names": _names(summaries),
+        "floor": floor,
+        "clips": clips,
+        "gains": apart,
+    }
+    rows |= {"verdict": verdict(summaries), "labels": {each.mode.name: each.mode.label for each in summaries}}
     words = {"titles": _TITLES, "heads": HEADS, "full": FULL, "interval": score_text, "infinity": math.inf}
     words |= {"frames": FRAMES, "number": number_text}
     media = {"figure": data_uri(figure), "video": data_uri(video)}
     render("evaluation.html", report, m=manifest, raw=json.dumps(manifest, indent=2), **rows, **words, **media)
     return summaries
+
+
+def verdict(summaries: Sequence[ModeSummary]) -> str:
+    """The configuration that is nearest to full attention by PSNR, and the fastest one, in a sentence."""
+    sparse = [each for each in summaries if each.mode.configs]
+    if not sparse:
+        return "No configuration was compared with full attention."
+    near, fast = max(sparse, key=lambda each: each.scores["psnr"].mean), max(sparse, key=lambda each: each.speedup)
+
+    def told(each: ModeSummary) -> str:
+        psnr = score_text(each.scores["psnr"], "psnr").split(" [")[0]
+        return f"PSNR {psnr} dB, {each.speedup:.2f} times as fast a step"
+
+    if near is fast:
+        which = "" if len(sparse) == 1 else " is nearest to full attention and fastest"
+        return f"{near.mode.label}{which}: {told(near)}."
+    return (
+        f"Nearest to full attention is {near.mode.label}: {told(near)}; the fastest is {fast.mode.label}: {told(fast)}."
+    )
 
 
 def scores_figure(path: Path, summaries: Sequence[ModeSummary]) -> None:
@@ -64,12 +90,15 @@ def scores_figure(path: Path, summaries: Sequence[ModeSummary]) -> None:
     The noise floor, often far away, is in the titles; the flicker of full attention is a line across.
     """
     names = _names(summaries)
-    figure = Figure(figsize=(6.2 * len(names), 4.6), layout="constrained")
-    axes: Any = figure.subplots(1, len(names), squeeze=False)
-    for axis, name in zip(axes.flat, names, strict=True):
+    lines = -(-len(names) // 2)
+    figure = Figure(figsize=(11, 4.2 * lines), layout="constrained")
+    axes: Any = figure.subplots(lines, 2, squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
         _draw(axis, name, summaries)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     figure.savefig(path, dpi=110)
 
 

@@ -1,5 +1,6 @@
 """The attention maps of one head block by block, their differences, and what becomes of every block."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ...config import SparseConfig
 from ..calls.maps import KINDS, HeadResult, HeadStudy
-from .styles import BLUE, YELLOW, label
+from .styles import BLUE, YELLOW, is_ours, label
 
 KIND_COLOURS = dict(zip(KINDS, (BLUE, YELLOW, "#DDDDDD"), strict=True))
 _DPI = 110
@@ -23,7 +25,7 @@ _SORTED = "\nBlocks are sorted by content: tokens that attend alike, wherever th
 
 
 def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str) -> None:
-    """Maps of full, plain sparse and rectified attention above their differences, with the estimate and the fate of every block.
+    """Maps of full, plain sparse and rectified attention, their differences, the estimate and the fate of every block.
 
     rectify: the mode that is shown beside "none". Raises KeyError where the study has not both at `sparsity`.
     """
@@ -77,6 +79,28 @@ def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str) -> 
         fontweight="bold",
     )
     figure.savefig(path, dpi=_DPI)
+
+
+def told(study: HeadStudy, config: SparseConfig) -> list[dict[str, Any]]:
+    """The scores of every result with what it is called, in the order of the study. config: what they share."""
+    rows = []
+    for each in study.results.values():
+        mode = config.replace(rectify=each.rectify, sparsity=each.sparsity)
+        name = label(each.rectify, config.order, each.sparsity)
+        rows.append({"attention": name, "ours": is_ours(mode), **each.scores()})
+    return rows
+
+
+def verdict(rows: Sequence[Mapping[str, Any]], rectify: str) -> str:
+    """One mode beside plain sparse at the highest sparsity, in a sentence. rows: those of `told`."""
+    worst = max(row["sparsity"] for row in rows)
+    mine, plain = (
+        next(row for row in rows if (row["sparsity"], row["rectify"]) == (worst, mode)) for mode in (rectify, "none")
+    )
+    return (
+        f"{mine['attention']}: {mine['density']:.1%} of the query-key pairs, so at most {1 / mine['density']:.1f} times as "
+        f"fast; output error {mine['relative_error']:.3f} where {plain['attention']} has {plain['relative_error']:.3f}."
+    )
 
 
 def _title(name: str, result: HeadResult) -> str:
