@@ -44,7 +44,7 @@ def strip(clip: torch.Tensor, height: int, width: int) -> str:
     picture, which a page plays in step with others."""
     small = torch.nn.functional.interpolate(clip, (height, width), mode="area")
     picture = io.BytesIO()
-    Image.fromarray(np.concatenate(list(to_uint8(small)), axis=1)).save(picture, format="WEBP", quality=90, method=6)
+    Image.fromarray(np.concatenate(list(to_uint8(small)), axis=1)).save(picture, format="WEBP", quality=90, method=2)
     return f"data:image/webp;base64,{base64.b64encode(picture.getvalue()).decode()}"
 
 

@@ -113,7 +113,7 @@ def write_frames(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
     elif path.suffix == ".webp":
         first, *rest = [Image.fromarray(frame) for frame in frames]
         timing = {"save_all": True, "append_images": rest, "duration": 1000 // fps, "loop": 0}
-        write_atomically(path, lambda to: first.save(to, format="WEBP", quality=80, method=6, **timing))
+        write_atomically(path, lambda to: first.save(to, format="WEBP", quality=80, method=2, **timing))
     else:
         write_atomically(path, lambda to: _encode(to, even(frames), fps, str(path)))
 
