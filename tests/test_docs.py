@@ -1,4 +1,4 @@
-"""README and docs/: a command is run by a test or says what it needs, the command line takes it, links lead somewhere."""
+"""README and docs/: a test runs a command, or its section says what it needs; options exist; links lead somewhere."""
 
 import json
 import re

@@ -93,7 +93,11 @@ def test_the_worst_and_the_gains_are_those_of_the_clips(finished: tuple[Path, st
     assert both["gains"][0]["gain"] == pytest.approx(float(told["gain"]))
     assert [each["mode"] for each in both["configurations"]] == MODES
     report = (out / "report.html").read_text()
-    for text in ("The worst clip and the worst frame", "Pair by pair against plain sparse by content, 50%", f"{float(told['gain']):.2f}"):
+    for text in (
+        "The worst clip and the worst frame",
+        "Pair by pair against plain sparse by content, 50%",
+        f"{float(told['gain']):.2f}",
+    ):
         assert text in report
     assert f"{float(summary['row-50']['psnr_frame_worst']):.2f}</td>" in report
 
@@ -108,7 +112,11 @@ def test_the_report_has_all_rows(finished: tuple[Path, str]) -> None:
         assert f"<td>{label}</td>" in report
     label_of = dict(zip(MODES, LABELS, strict=True))
     for clip in rows(out):
-        cells = [f">{label_of[clip['mode']]}</a>", f'<td class="text">{clip["prompt"]}</td>', f"{float(clip['flicker']):.4f}"]
+        cells = [
+            f">{label_of[clip['mode']]}</a>",
+            f'<td class="text">{clip["prompt"]}</td>',
+            f"{float(clip['flicker']):.4f}",
+        ]
         assert all(cell in report for cell in cells)
     assert report.count('<td class="text">') == len(PAIRS) * len(MODES)
     assert "Not computed: --no-lpips" in report

@@ -229,7 +229,8 @@ def metrics() -> dict[str, Any]:
         return {
             "mode": mode, "label": label, "clips": 2, "psnr": psnr, "ssim": ssim, "density": 0.1963,
             "seconds": seconds, "step_seconds": seconds / 12, "speedup": 9.5 / seconds, "backend": "torch",
-            "speedup_low": 9 / seconds, "speedup_high": 10 / seconds, "ideal": 1 / 0.1963, "ours": mode == "ours-80", "sparsity": 0.8,
+            "speedup_low": 9 / seconds, "speedup_high": 10 / seconds, "ideal": 1 / 0.1963,
+            "ours": mode == "ours-80", "sparsity": 0.8,
         }  # fmt: skip
 
     return {

@@ -118,7 +118,7 @@ def _draw(axis: Axes, name: str, summaries: Sequence[ModeSummary]) -> None:
         y = [each.mean for each in scores]
         bars = [[max(0.0, e.mean - e.low) for e in scores], [max(0.0, e.high - e.mean) for e in scores]]
         config, label = members[0].mode.configs[0], family.replace("$", r"\$")  # matplotlib would read formulas
-        drawn = {"color": colour(config.rectify), "linestyle": LINES[config.order], "marker": marker}
+        drawn: dict[str, Any] = {"color": colour(config.rectify), "linestyle": LINES[config.order], "marker": marker}
         axis.errorbar(x, y, yerr=bars, markersize=5, linewidth=1.6, capsize=3, label=label, **drawn)
     marked = FULL if name == "flicker" else FLOOR
     level = next(each.scores[name].mean for each in summaries if each.mode.name == marked)

@@ -98,8 +98,8 @@ def verdict(rows: Sequence[Mapping[str, Any]], rectify: str) -> str:
         next(row for row in rows if (row["sparsity"], row["rectify"]) == (worst, mode)) for mode in (rectify, "none")
     )
     return (
-        f"{mine['attention']}: {mine['density']:.1%} of the query-key pairs, so at most {1 / mine['density']:.1f} times as "
-        f"fast; output error {mine['relative_error']:.3f} where {plain['attention']} has {plain['relative_error']:.3f}."
+        f"{mine['attention']}: {mine['density']:.1%} of the query-key pairs, so at most "
+        f"{1 / mine['density']:.1f} times as fast; output error {mine['relative_error']:.3f} where {plain['attention']} has {plain['relative_error']:.3f}."
     )
 
 
