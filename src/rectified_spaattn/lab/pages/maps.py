@@ -99,7 +99,8 @@ def verdict(rows: Sequence[Mapping[str, Any]], rectify: str) -> str:
     )
     return (
         f"{mine['attention']}: {mine['density']:.1%} of the query-key pairs, so at most "
-        f"{1 / mine['density']:.1f} times as fast; output error {mine['relative_error']:.3f} where {plain['attention']} has {plain['relative_error']:.3f}."
+        f"{1 / mine['density']:.1f} times as fast; output error {mine['relative_error']:.3f} where "
+        f"{plain['attention']} has {plain['relative_error']:.3f}."
     )
 
 
