@@ -21,6 +21,7 @@ from rectified_spaattn.lab.demo_model.model import tokenize
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = "rectified-spaattn|python|pip|make|torchrun|accelerate|cp|vbench|sglang"
+INLINE = re.compile(r"`(rectified-spaattn [^`]* --[^`]+)`")
 COMMAND = re.compile(rf"^\s*(?:[A-Z_]+=\S+ )*(?:{PROGRAMS}) ")
 # What a section, a line or the top of a page says of commands that no test runs
 NEEDS = re.compile(r"\bneeds? (?:a GPU|several GPUs|the network|weights)\b")
@@ -65,6 +66,8 @@ def commands(page: Path) -> Iterator[Command]:
         elif COMMAND.match(line) and (fence not in ("", "python") or line.startswith("    ")):
             words, _, comment = line.partition("  #")
             yield Command(page.name, words.strip(), " ".join([*top, *section, comment]))
+        elif not fence:
+            yield from (Command(page.name, words, " ".join([*top, line])) for words in INLINE.findall(line))
         section.append(line)
 
 
