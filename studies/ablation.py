@@ -88,8 +88,8 @@ def attention(pipe: Any, pairs: Any, options: Options) -> dict[tuple[Any, Sparse
     return {place: [fmean(column) for column in zip(*calls, strict=True)] for place, calls in on_calls.items()}
 
 
-def ablation(options: Options) -> None:
-    """Every rectify mode at several sparsities and orders."""
+def ablation(options: Options, study: str = "ablation") -> None:
+    """Every rectify mode at several sparsities and orders. study: what harness.run is told."""
     modes = [Mode(name="floor", label=FLOOR, kernel="math")]
     for config in options.configs:
         name = f"{config.rectify}-{config.order}-{config.sparsity:g}"
@@ -127,7 +127,7 @@ def ablation(options: Options) -> None:
         if options.plot is not None:
             plot(rows, options.plot)
 
-    harness.run("ablation", Row, options, measure, show)
+    harness.run(study, Row, options, measure, show)
 
 
 def ranks(rows: list[Row]) -> str:

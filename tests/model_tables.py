@@ -12,6 +12,7 @@ from model_cases import CASES, built
 from rectified_spaattn.layout import TokenLayout
 from rectified_spaattn.pipelines.adapters import ADAPTERS
 from rectified_spaattn.pipelines.refused import REFUSED
+from rectified_spaattn.presets import origin
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 # For whom the settings were published; for all others they are those of the nearest.
@@ -65,9 +66,8 @@ def _alone(layout: TokenLayout) -> str:
 
 def _preset(name: str) -> str:
     preset = CASES[name].preset
-    if preset is None:
-        return "none: say a sparsity"
-    return f"`{preset}`" + ("" if name in PUBLISHED or preset == "video" else " (nearest)")
+    source = origin(preset) if name in PUBLISHED or origin(preset) != "published" else "nearest"
+    return f"`{preset}` ({source.partition(',')[0]})"
 
 
 def page() -> str:

@@ -45,7 +45,7 @@ PIPELINES["Z-Image"] = Pipeline(
         "width": 2 * IMAGE[2],
     },
     calls=2,
-    preset=None,
+    preset="image",
     grid=IMAGE,
 )
 

@@ -3,6 +3,7 @@
 The schema of an op takes plain values, so layout and config travel as their keys.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from .orders import blocks_of
 # inductor must not capture the op in its CUDA graphs: what it does is chosen anew in every call
 # (a torch that knows no such tag knows no argument for it, either)
 TAGS: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+COPIES_AT_ONCE = 5 << 28  # bytes of q, k and v of the heads that run together
 
 
 @torch.library.custom_op("rectified_spaattn::attention", mutates_args=(), **TAGS)
@@ -43,8 +46,7 @@ def attention(
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         inputs = _inputs(q, k, v, text_mask, block_mask, token_order, layout, config, scale, BACKENDS[backend])
         inputs = inputs._replace(top_k=top_k)
-        choices, prepared = BACKENDS[backend].plan(inputs)
-        out = BACKENDS[backend].attend(inputs, prepared)
+        choices, out = _run(inputs, BACKENDS[backend])
     critical, order = _outputs(choices, inputs, block_mask, token_order)
     return out, critical, choices.compensated, choices.probability, choices.r, order
 
@@ -119,6 +121,28 @@ def _inputs(
     return inputs
 
 
+def _run(inputs: Inputs, backend: Backend) -> tuple[Choices, torch.Tensor]:
+    """All heads at once or, where a backend copies q, k and v and they are large, a few at a time.
+
+    Heads know nothing of each other once they are sorted, so that this changes nothing but the memory.
+    """
+    key_heads = inputs.k.shape[2]
+    parts = 1 if not backend.copies else min(key_heads, -(-sum(x.nbytes for x in inputs[:3]) // COPIES_AT_ONCE))
+    if parts == 1:
+        choices, prepared = backend.plan(inputs)
+        return choices, backend.attend(inputs, prepared)
+    inputs = inputs._replace(out=inputs.new_out())
+    edges = [key_heads * part // parts for part in range(parts + 1)]
+    chosen = []
+    for first, last in pairwise(edges):
+        some = inputs.of_key_heads(first, last)
+        choices, prepared = backend.plan(some)
+        chosen.append(choices)
+        backend.attend(some, prepared)
+        del prepared
+    return Choices(*(torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))), inputs.new_out()
+
+
 def _outputs(
     choices: Choices, inputs: Inputs, block_mask: torch.Tensor | None, token_order: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,9 +152,7 @@ def _outputs(
         critical = critical.clone()
     if order is None:
         order = torch.empty(0, dtype=torch.int64, device=critical.device)
-    elif order is token_order:
-        order = order.clone()
-    return critical, order.long()
+    return critical, order.to(torch.int64, copy=order is token_order)
 
 
 @attention.register_fake

@@ -38,6 +38,7 @@ _SPEED = {
     **_TIMES,
     "TFLOP/s": "{0.tflops:.3g}",
     "extra GiB": "{0.extra_gib:.2f}",
+    "error": "{0.error:.3f}",
 }
 _STAGES = {"stage": "{0.stage}", **_TIMES, "share": "{0.share:.1%}"}
 _FULL = {

@@ -104,7 +104,7 @@ def run(options: InspectOptions) -> None:
     step = _place("step", options.step, arguments["num_inference_steps"])  # before anything is loaded
     pipe = load(source, options, device)
     try:
-        config = options.config_on(base_configs(source, pipe, options.sparsity)[0])
+        config = options.config_on(base_configs(source, pipe)[0])
         with progress(console) as watch:
             study = _study(pipe, options, config, arguments, step, watch)
     except (TypeError, ValueError, CaptureError) as error:

@@ -42,8 +42,15 @@ class ForwardHooks(Hooks):
         check_cut(model, self.adapter, layouts, self.state.name)
         ranks, timestep = ranks_of(model), inputs.get(self.adapter.timestep)
         forward = self.state.begin_forward(
-            layouts, padding=padding, timestep=timestep, ranks=ranks, packed=self.adapter.packed
+            layouts,
+            padding=padding,
+            timestep=timestep,
+            ranks=ranks,
+            packed=self.adapter.packed,
+            text=inputs.get(self.adapter.text),
         )
+        for state in self.watch.states:  # another expert's share of the run may have ended
+            state.plans.expire(forward.step)
         if ranks is not None and self.compared != self.state.run:
             self.compared = self.state.run
             ranks.check_same(inputs["hidden_states"], self.state.name)
@@ -75,8 +82,11 @@ class RunHook(Hooks):
 
     @torch.compiler.disable
     def look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.alive:
-            _say(self.watch.replaced_transformers())
+        if not self.alive:
+            return
+        for state in self.watch.states:
+            state.end_run()
+        _say(self.watch.replaced_transformers())
 
 
 @dataclass(kw_only=True, eq=False)
@@ -97,6 +107,8 @@ class Attachment:
             if module is not None:
                 remove_hooks(module, self)
         self.state.budgets = Budgets()
+        self.state.plans.close()
+        self.state.forget_plans()
         self.state.forwards = RunningForwards()  # what an interrupted forward left there leads to the model
 
 

@@ -33,9 +33,8 @@ def enable(
     """Make the video self-attention of a diffusers pipeline (or of one transformer) sparse and rectified.
 
     config: one SparseConfig for all transformers of the pipeline, or one each; None takes the preset that fits the
-    model, and where there is none, asks for a sparsity. preset: a name from PRESETS instead, such as NAME-paper for all
-    as published. backend: as in rectified_attention. overrides: fields of SparseConfig that change the config or
-    preset, such as sparsity=0.9.
+    model. preset: a name from PRESETS instead, such as NAME-paper for all as published. backend: as in
+    rectified_attention. overrides: fields of SparseConfig that change the config or preset, such as sparsity=0.9.
 
     Touches the given object alone; Handle.disable() or disable(pipe) restores it. Cross-attention and text refiners
     stay as they are. Steps are those of the given pipeline's scheduler: enable on the pipeline that you call.
@@ -48,7 +47,7 @@ def enable(
     if config is not None and preset is not None:
         raise ValueError(f"enable: got both config and preset={preset!r}; allowed: one of them.")
     if config is None:
-        chosen = _of_each(default_configs(transformers[0][1], pipeline, overrides, preset), transformers, pipeline)
+        chosen = _of_each(default_configs(transformers[0][1], pipeline, preset), transformers, pipeline)
     else:
         chosen = (config,) if isinstance(config, SparseConfig) else _checked(config)
     if len(chosen) == 1:

@@ -11,7 +11,8 @@ import torch
 
 from ..attention import percentiles
 from .balance import RankRecord
-from .state import Record, TransformerState
+from .record import Record
+from .state import TransformerState
 from .watch import ALL_KEPT, Watch, is_replaced, lost_layers, nothing_saved, saves, shortened, uncalled_layers
 
 
@@ -51,6 +52,8 @@ class RunStats:
     error, error_p99 as of a layer, over all of them
     probed           how many heads of calls these are of
     unheld           those of them that kept as many blocks as max_density allows, and were above the tolerance still
+    plan_bytes       memory that plans kept for later steps hold now, and the most they held in the run; on each rank
+    plan_bytes_peak  its own
     """
 
     sparse_calls: int
@@ -69,6 +72,8 @@ class RunStats:
     error_p99: float = math.nan
     probed: int = 0
     unheld: int = 0
+    plan_bytes: int = 0
+    plan_bytes_peak: int = 0
 
 
 def run_stats(states: Sequence[TransformerState]) -> RunStats:
@@ -124,6 +129,8 @@ def run_stats(states: Sequence[TransformerState]) -> RunStats:
         error_p99=error_p99,
         probed=len(every),
         unheld=unheld,
+        plan_bytes=sum(state.plans.nbytes for state in states),
+        plan_bytes_peak=sum(state.plans.peak for state in states),
     )
 
 
@@ -177,6 +184,8 @@ def run_summary(states: Sequence[TransformerState], watch: Watch) -> str:
     lines += [f"  dense:  {count} calls, because of {reason}" for reason, count in sorted(run.dense_reasons.items())]
     if calls:
         lines.append(f"  computed attention pairs: {run.overall_density:.1%} of full attention in these layers")
+    for state in states:
+        lines += state.plans.lines(state.config, f" of {state.name}" if len(states) > 1 else "")
     lines += _measured(run, states)
     for state in states:
         lost = lost_layers(state) if state.active else []

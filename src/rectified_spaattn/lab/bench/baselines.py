@@ -40,22 +40,22 @@ def _fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 def _no_cudnn(case: Case) -> str | None:
     there = torch.version.cuda is not None and torch.backends.cudnn.is_available()
-    return _no_gpu_for(case, (8, 0), 128) or (None if there else "this build of torch has no cuDNN")
+    return no_gpu_for(case, (8, 0), 128) or (None if there else "this build of torch has no cuDNN")
 
 
 def _no_flash2(case: Case) -> str | None:
     there = torch.backends.cuda.is_flash_attention_available()
-    return _no_gpu_for(case, (8, 0), 256) or (None if there else "this build of torch has no FlashAttention-2")
+    return no_gpu_for(case, (8, 0), 256) or (None if there else "this build of torch has no FlashAttention-2")
 
 
 def _no_fa4(case: Case) -> str | None:
     if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
         return "flash-attn-4 is not installed (pip install --pre flash-attn-4)"
     there = case.device.type != "cuda" or torch.version.cuda is not None
-    return _no_gpu_for(case, (9, 0), 128) if there else "needs an NVIDIA GPU, this build of torch is for another"
+    return no_gpu_for(case, (9, 0), 128) if there else "needs an NVIDIA GPU, this build of torch is for another"
 
 
-def _no_gpu_for(case: Case, oldest: tuple[int, int], head_dim: int) -> str | None:
+def no_gpu_for(case: Case, oldest: tuple[int, int], head_dim: int) -> str | None:
     """What these kernels have in common: an NVIDIA GPU of at least this compute capability, half precision, D."""
     if case.device.type != "cuda":
         return f"needs a CUDA GPU, the device is {case.device}"

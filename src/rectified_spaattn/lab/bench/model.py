@@ -11,11 +11,12 @@ from torch import nn
 from ...backends import choose
 from ...presets import preset
 from ..option import option
+from .architecture import Model
 from .baselines import BASELINES
 from .check import Check
 from .model_check import check_first_runs, check_model
 from .model_rows import Key, Times, forward_rows, schedule_rows
-from .models import MODELS, SIZES, Model
+from .models import MODELS, SIZES
 from .processes import cut, slowest
 from .rows import ForwardRow, Schedule, ScheduleRow
 from .settings import BenchSettings, runnable

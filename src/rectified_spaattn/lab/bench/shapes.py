@@ -102,7 +102,7 @@ class Case(NamedTuple):
 
     def call(self) -> Call:
         size = self.config.block_size
-        return Call(self.device, self.dtype, self.shape.head_dim, size, self.shape.video // size)
+        return Call(self.device, self.dtype, self.shape.head_dim, size, self.shape.video // size, self.config.precision)
 
     def inputs(self, seed: int, sets: int = 1) -> list[Tensors]:
         """Sets of q [1, S, H, D] and k, v [1, S, kv_heads, D] of independent normal numbers."""
@@ -111,11 +111,32 @@ class Case(NamedTuple):
         sizes = [(1, shape.tokens, n, shape.head_dim) for n in (shape.heads, *[shape.kv_heads or shape.heads] * 2)]
         return [(normal(sizes[0]), normal(sizes[1]), normal(sizes[2])) for _ in range(sets)]
 
+    def smooth_inputs(self, seed: int) -> Tensors:
+        """One set like those of `inputs`, of which something can be chosen: video tokens vary smoothly over the grid,
+        with noise, and keys lie where their queries lie.
+        """
+        generator, shape = torch.Generator(self.device).manual_seed(seed), self.shape
+        normal = partial(torch.randn, generator=generator, device=self.device)
+        key_heads = shape.kv_heads or shape.heads
+
+        def field() -> torch.Tensor:
+            coarse = normal(1, key_heads * shape.head_dim, *(-(-side // 4) for side in shape.grid))
+            fine = torch.nn.functional.interpolate(coarse, shape.grid, mode="trilinear").flatten(2)
+            return fine.view(1, key_heads, shape.head_dim, -1).permute(0, 3, 1, 2)
+
+        def noisy(video: torch.Tensor) -> torch.Tensor:
+            text = normal(1, shape.text, *video.shape[2:])
+            both = [video + 0.3 * normal(video.shape), text]
+            return torch.cat(both[::-1] if shape.text_first else both, dim=1).to(self.dtype)
+
+        place = field()
+        return noisy(place.repeat_interleave(shape.heads // key_heads, 2)), noisy(place), noisy(field())
+
 
 class Variant(NamedTuple):
     """One kind of attention that is timed.
 
-    kind: "dense", "sparse" or "removed" (a copy of v in its place); name: of the baseline or of the backend.
+    kind: "dense", "sparse", "peer" or "removed" (a copy of v in its place); name: of the baseline, backend or peer.
     """
 
     kind: str

@@ -131,7 +131,7 @@ def with_sparse_modes(evaluation: Evaluation, options: EvaluateOptions, pipe: An
         if evaluation.source.is_demo and not grid["sparsity"]:
             grid["sparsity"] = (0.8, 0.9)
         plain, ours = {"rectify": ("none",), "order": (IN_SPACE,)}, {"rectify": (SparseConfig().rectify,)}
-        base = base_configs(evaluation.source, pipe, grid["sparsity"])
+        base = base_configs(evaluation.source, pipe)
         for each in ({},) if grid["rectify"] or grid["order"] else (plain, ours):
             modes += grid_modes(base, grid | each, options.overrides())
     modes += [preset_mode(name) for name in options.preset]
@@ -221,14 +221,11 @@ def prompts_of(options: EvaluateOptions, source: Source) -> Prompts:
     return prompts
 
 
-def base_configs(source: Source, pipe: Any, sparsity: Sequence[float] = ()) -> tuple[SparseConfig, ...]:
-    """What configurations start from: exact sparsity on the demo model's small grid, else the model's preset.
-
-    sparsity: what was asked for. Raises ValueError where it is empty and there is no preset for the model.
-    """
+def base_configs(source: Source, pipe: Any) -> tuple[SparseConfig, ...]:
+    """What configurations start from: exact sparsity on the demo model's small grid, else the model's preset."""
     if source.is_demo:
         return (SparseConfig.from_dict(SMALL_GRID),)
-    return default_configs(pipe.transformer, pipe, {"sparsity": sparsity} if sparsity else {})
+    return default_configs(pipe.transformer, pipe)
 
 
 def _why_no_lpips(wanted: bool | None, height: int | None, width: int | None) -> str | None:

@@ -110,7 +110,7 @@ def mode_of(options: GenerateOptions, pipe: Any) -> Mode:
         configs = options.configs()
         if configs is None:
             overrides = options.overrides()
-            base = default_configs(pipe.transformer, pipe, overrides, options.preset)
+            base = default_configs(pipe.transformer, pipe, options.preset)
             configs = tuple(config.replace(**overrides) for config in base)
     except (TypeError, ValueError) as error:
         raise ClipError(str(error)) from error
