@@ -149,7 +149,9 @@ def test_every_page_and_every_public_name_is_in_the_site() -> None:
 def test_the_files_of_examples_are_read_by_the_commands() -> None:
     examples = ROOT / "examples"
     assert len(read_prompts(examples / "prompts.txt")) == 5
-    tokenize(list(read_prompts(examples / "demo_prompts.txt")))
+    captions = [caption for each in OURS for caption in re.findall(r'demo .*--prompt "([^"]+)"', each.text)]
+    assert captions
+    tokenize([*captions, *read_prompts(examples / "demo_prompts.txt")])
     assert file_mode(examples / "settings.yaml").configs == (SparseConfig.from_yaml(examples / "settings.yaml"),)
     assert file_mode(examples / "settings_tolerance.yaml").configs[0].tolerance == 0.05
     assert len(file_mode(examples / "settings_two_experts.yaml").configs) == 2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -111,6 +112,9 @@ def test_the_report_has_all_rows(finished: tuple[Path, str]) -> None:
     for label in LABELS:
         assert f"<td>{label}</td>" in report
     label_of = dict(zip(MODES, LABELS, strict=True))
+    [verdict] = re.findall(r'class="verdict">(.*?)</p>', report)
+    nearest = max(rows(out, "summary.csv")[2:], key=lambda each: float(each["psnr"]))
+    assert re.search(f"{label_of[nearest['mode']]}.*: PSNR {float(nearest['psnr']):.2f} dB", verdict)
     for clip in rows(out):
         cells = [
             f">{label_of[clip['mode']]}</a>",
