@@ -12,9 +12,9 @@ from matplotlib.patches import Patch
 
 from ...config import SparseConfig
 from ..calls.maps import KINDS, HeadResult, HeadStudy
-from .styles import BLUE, YELLOW, is_ours, label
+from .styles import INK, YELLOW, is_ours, label
 
-KIND_COLOURS = dict(zip(KINDS, (BLUE, YELLOW, "#DDDDDD"), strict=True))
+KIND_COLOURS = dict(zip(KINDS, (INK, YELLOW, "#DDDDDD"), strict=True))
 _DPI = 110
 _NOTE = (
     "Rows: blocks of queries, columns: blocks of keys. A map shows how the output weighs the values of every block, "
