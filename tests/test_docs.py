@@ -1,7 +1,9 @@
 """README and docs/: a test runs a command, or its section says what it needs; options exist; links lead somewhere."""
 
+import csv
 import json
 import re
+import runpy
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -43,7 +45,7 @@ RUN = {
     "cp -r comfyui": "test_comfyui.py::",
     "python -m studies.ablation": "test_ablation.py::",
     "python -m studies.rivals --split dev": "test_rivals.py::",
-    "python benchmarks/cpu_operator.py": "test_bench.py::",
+    "python benchmarks/cpu_operator.py": "test_docs.py::test_the_benchmark_of_the_cpu_writes_its_table",
 }
 
 
@@ -128,6 +130,19 @@ def test_every_extra_is_there() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {name for page in PAGES for name in re.findall(r'pip install "\.\[(\w+)\]"', page.read_text())}
     assert {"diffusers", "demo"} <= named <= set(extras)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_benchmark_of_the_cpu_writes_its_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "cpu.csv"
+    small = ["--repeats", "7", "--threads", "1", "--grid", "4", "8", "8", "--csv", str(out)]
+    monkeypatch.setattr("sys.argv", ["cpu_operator.py", *small])
+    runpy.run_path(str(ROOT / "benchmarks" / "cpu_operator.py"), run_name="__main__")
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["input"], row["selection"]) for row in rows} == {
+        (name, how) for name in ("gaussian", "smooth") for how in ("exact", "published", "default")
+    }
 
 
 def test_make_demo_is_the_command() -> None:
