@@ -55,16 +55,16 @@ class Options(harness.Options):
     step: tuple[int, ...] = option("Denoising steps whose attention calls are taken, from 0.", (6,))
     head: tuple[int, ...] = option("Heads that are looked at.", (), unset="all")
     budget: tuple[float, ...] = option("Executed pairs over all pairs.", (0.115,))
-    setting: tuple[str, ...] = option("Settings to compare.", SETTINGS, choices=SETTINGS)
+    parts: tuple[str, ...] = option("Settings to compare.", SETTINGS, choices=SETTINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row(harness.Row):
     """Means over the heads and calls of one pair. exact: the share of all pairs that single keys took."""
 
-    KEYS: ClassVar[tuple[str, ...]] = ("budget", "setting")
+    KEYS: ClassVar[tuple[str, ...]] = ("budget", "parts")
     budget: float
-    setting: str
+    parts: str
     error: float
     exact: float
 
@@ -170,20 +170,20 @@ def judge(calls: Sequence[AttentionCall], options: Options):
         for number in options.head or range(call.q.shape[2]):
             head = head_of(one_head(call, number, call.q.device))
             full, made = exact(head), {}
-            for budget, setting in itertools.product(options.budget, options.setting):
+            for budget, setting in itertools.product(options.budget, options.parts):
                 name, choice, tail = setting.rsplit(" ", 2)
                 if name not in made:
                     both = groups(head, name)
                     made[name] = (*both, estimate(head, *both))
                 out, share = answer(head, *made[name], choice, tail, budget)
-                yield {"budget": budget, "setting": setting, "error": relative_error(out, full), "exact": share}
+                yield {"budget": budget, "parts": setting, "error": relative_error(out, full), "exact": share}
 
 
 def ingredients(options: Options) -> None:
     """One ingredient at a time."""
 
     def show(rows: list[Any]) -> None:
-        print(harness.table(rows, ("error", "exact"), {"setting": SETTINGS[0]}, ("error",)))
+        print(harness.table(rows, ("error", "exact"), {"parts": SETTINGS[0]}, ("error",)))
 
     harness.run("ingredients", Row, options, harness.on_calls(Row, options, lambda calls: judge(calls, options)), show)
 
