@@ -18,6 +18,8 @@ from triton.compiler import ASTSource
 from rectified_spaattn.backends.triton import columns_of
 from rectified_spaattn.backends.triton.arrange import _directions_kernel, _halve_kernel, _project_kernel
 from rectified_spaattn.backends.triton.attend import _attend_kernel, tiling_of
+from rectified_spaattn.backends.triton.eight_bits import _listed_kernel, _quantise_kernel
+from rectified_spaattn.backends.triton.eight_bits import tiling_of as tiling_in_8_bits
 from rectified_spaattn.backends.triton.plan import (
     _compensate_kernel,
     _leaders_kernel,
@@ -61,6 +63,11 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield slope_kernel(128, 128)
     yield tile_kernel(128, 128, True, True, RANK)
     yield project_kernel(128)
+    if arch != "hip":
+        yield attend_kernel(arch, 128, 128, True, *TAILS[-1], "isolated")
+        for values in (False, True) if arch != "80" else (False,):  # which has no 8-bit floats
+            yield listed_kernel(arch, 128, 128, values)
+            yield quantise_kernel(values)
     if arch == "90":
         yield attend_kernel("90", 128, 128, True, *TAILS[-1])
         yield from with_the_fewest_flags()
@@ -186,18 +193,40 @@ def select_kernel(width: int, given: bool, *flags: str) -> Kernel:
     return kernel(name, _select_kernel, constants, num_warps=min(max(width // 512, 1), 16))
 
 
-def attend_kernel(arch: str, block: int, head_dim: int, resume: bool, tail: bool, slope: bool) -> Kernel:
+def attend_kernel(
+    arch: str, block: int, head_dim: int, resume: bool, tail: bool, slope: bool, listed: str | None = None
+) -> Kernel:
+    """listed: whose listed blocks are attended to; None: of those that nothing has attended to before."""
     tiling = tiling_of(arch, block, head_dim, resume)
     constants = {"BLOCK": block, "HEAD_DIM": head_dim, "RESUME": resume, "TAIL": tail, "SLOPE": slope}
     constants |= {"COLUMNS": columns_of(head_dim), "PART": gcd(tiling.block_n, head_dim)}
-    constants["TURNS"] = slope and not resume
+    listed = listed or ("none" if resume else "all")
+    constants |= {"TURNS": slope and not resume, "LISTED": listed}
     constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "TAIL_STAGES": tiling.tail_stages}
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     if tiling.maxnreg is not None:
         options["maxnreg"] = tiling.maxnreg
     return kernel(
-        f"attend {block}x{head_dim} resume={resume} tail={tail} slope={slope}", _attend_kernel, constants, **options
+        f"attend {block}x{head_dim} resume={resume} {listed} tail={tail} slope={slope}",
+        _attend_kernel,
+        constants,
+        **options,
     )
+
+
+def listed_kernel(arch: str, block: int, head_dim: int, values: bool) -> Kernel:
+    """values: whether they are in 8 bits, too."""
+    tiling = tiling_in_8_bits(arch, block, head_dim, values)
+    constants = {"BLOCK": block, "HEAD_DIM": head_dim, "COLUMNS": columns_of(head_dim), "WIDEN": False, "ROOM": 8}
+    constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "VALUES": values}
+    constants["K_MAX"] = 448.0 if values else 127.0
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    return kernel(f"listed {block}x{head_dim} values={values}", _listed_kernel, constants, **options)
+
+
+def quantise_kernel(values: bool) -> Kernel:
+    constants = {"BLOCK": 128, "HEAD_DIM": 128, "COLUMNS": 128, "INTEGERS": not values}
+    return kernel(f"quantise values={values}", _quantise_kernel, constants)
 
 
 def kernel(name: str, function: Any, constants: dict[str, Any], **options: Any) -> Kernel:
@@ -210,6 +239,13 @@ def kernel(name: str, function: Any, constants: dict[str, Any], **options: Any) 
 
 def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
     x = "bf16"
+    if kernel == "_listed_kernel" and argument in ("k_desc", "v_desc"):
+        rows, columns = constants["BLOCK_N"], constants["COLUMNS"]
+        if argument == "k_desc":
+            return f"tensordesc<{'fp8e4nv' if constants['VALUES'] else 'i8'}[{rows},{columns}]>"
+        return f"tensordesc<{f'fp8e4nv[{columns},{rows}]' if constants['VALUES'] else f'{x}[{rows},{columns}]'}>"
+    if argument in ("k8_ptr", "v8_ptr"):
+        return "*i8" if constants["INTEGERS"] else "*fp8e4nv"
     if argument.endswith("_desc"):
         rows = constants["BLOCK_M" if argument.startswith("q_") else "PART" if argument == "slope_desc" else "BLOCK_N"]
         columns = constants["PART" if argument == "q_part_desc" else "COLUMNS"]
@@ -242,6 +278,8 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         "_project_kernel": ("q_ptr", "k_ptr", "w_ptr"),
         "_attend_kernel": ("out_ptr", "partial_ptr"),
         "_slope_kernel": ("k_ptr", "v_ptr"),
+        "_quantise_kernel": ("k_ptr", "v_ptr"),
+        "_listed_kernel": ("out_ptr",),
     }.get(kernel, ())
     if argument in in_model_dtype:
         return f"*{x}"

@@ -128,6 +128,14 @@ def test_without_the_places_it_is_another_video(name: str, monkeypatch: pytest.M
         assert_same(cut, alone, apart(forward(model, inputs), dense), dense)
 
 
+def test_a_forward_reads_no_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are compiled before their first forward cannot: some versions of torch refuse it."""
+    model, inputs = four_heads("wan")
+    rsa.parallelize(model)
+    monkeypatch.setattr("inspect.signature", lambda *_: pytest.fail("read a signature"))
+    forward(model, inputs)
+
+
 ORDERS = [("cogvideox", order) for order in ("enable first", "parallelize first", "by diffusers")]
 
 
@@ -172,13 +180,13 @@ def test_a_mask_of_the_video_and_dense_layers() -> None:
     tokens = inputs["hidden_states"].shape[1] + inputs["encoder_hidden_states"].shape[1]
     mask = torch.ones(2, 1, 1, tokens, dtype=torch.bool, device=inputs["hidden_states"].device)
     mask[0, ..., 5:9], mask[1, ..., 40:77] = False, False
-    inputs["joint_attention_kwargs"] = {"attention_mask": mask}
+    masked = {**inputs, "joint_attention_kwargs": {"attention_mask": mask}}
     config = CONTENT.replace(dense_layers=(1,))
-    dense, alone = forward(model, inputs), sparse(model, inputs, config)
+    open_dense, dense, alone = forward(model, inputs), forward(model, masked), sparse(model, masked, config)
     rsa.parallelize(model)
-    cut = sparse(model, inputs, config)
+    cut = sparse(model, masked, config)
     if GPU:
-        assert apart(cut, alone) < 0.3 * apart(alone, dense)
+        assert_same(cut, alone, apart(forward(model, inputs), open_dense), dense)
     else:
         torch.testing.assert_close(cut, alone, rtol=1e-4, atol=1e-5)
 

@@ -1,13 +1,16 @@
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rectified_spaattn import PRESETS, SparseConfig, preset
+from rectified_spaattn.backends import Call, choose
 from rectified_spaattn.config import ORDERS, RECTIFY
 from rectified_spaattn.orders import CURVES
 from rectified_spaattn.presets import origin
@@ -44,6 +47,8 @@ def test_defaults() -> None:
         "tolerance": None,
         "max_density": 0.5,
         "probes": None,
+        "replan": 1,
+        "kept_lists": False,
     }
     assert list(SparseConfig().to_dict()) == [field.name for field in dataclasses.fields(SparseConfig) if field.init]
 
@@ -265,6 +270,29 @@ def test_an_unknown_preset_lists_each_model_once() -> None:
     ) as told:
         preset("wan")
     assert str(told.value).count("wan2.1-t2v") == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "meant"),
+    [
+        (lambda: SparseConfig(sparsity=80), "Did you mean 0.8?"),
+        (lambda: SparseConfig(tolerance=5), "Did you mean 0.05?"),
+        (lambda: SparseConfig(rectify="rwo"), "Did you mean 'row'?"),  # type: ignore[arg-type]
+        (lambda: SparseConfig.from_dict({"sparcity": 0.8}), "Did you mean 'sparsity'?"),
+        (lambda: preset("wan2.1t2v"), "Did you mean 'wan2.1-t2v'?"),
+        (lambda: choose("tritn", Call(torch.device("cpu"), torch.float32, 64, 64)), "Did you mean 'triton'?"),
+    ],
+)
+def test_what_was_probably_meant_is_said(make: Callable[[], object], meant: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as told:
+        make()
+    assert str(told.value).endswith(meant)
+
+
+@pytest.mark.parametrize("sparsity", [1, 800, -0.2, float("nan")])
+def test_nothing_is_guessed_where_no_share_is_near(sparsity: float) -> None:
+    with pytest.raises(ValueError, match=r"allowed: a number in \[0, 1\)\.$"):
+        SparseConfig(sparsity=sparsity)
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ def test_tokens_stand_where_the_row_says(name: str, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", CASES)
 def test_the_preset_is_found(name: str) -> None:
     model, _ = built(name, CASES[name].head_dims[0])
+    assert CASES[name].preset in {each.transformer: each.presets for each in rsa.supported()}[type(model).__name__]
     chosen = rsa.preset(CASES[name].preset)[0]
     with rsa.enable(model, dense_layers=(), dense_steps=0) as handle:
         assert handle.configs() == {"transformer": chosen.replace(dense_layers=(), dense_steps=0)}

@@ -1,6 +1,6 @@
 """The settings of every model: what was published for it, and what this package makes of that."""
 
-from .config import SparseConfig
+from .config import SparseConfig, nearest
 
 _WAN = SparseConfig.paper(sparsity=0.75, dense_layers=(0, 1), first_frame=True)
 _WAN_A14B = _WAN.replace(sparsity=0.85)
@@ -62,7 +62,10 @@ PRESET_NAMES = f"{', '.join(_OWN)}; each also with {ENDINGS}"  # for people
 def preset(name: str) -> tuple[SparseConfig, ...]:
     """The settings under `name`, one config a transformer. Raises ValueError for a name it does not know."""
     if name not in PRESETS:
-        raise ValueError(f"preset: got {name!r}; allowed: one of {list(_OWN)}, also with {ENDINGS} (docs/models.md).")
+        raise ValueError(
+            f"preset: got {name!r}; allowed: one of {list(_OWN)}, also with {ENDINGS} (docs/models.md)."
+            f"{nearest(name, PRESETS)}"
+        )
     return PRESETS[name]
 
 

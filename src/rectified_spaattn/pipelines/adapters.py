@@ -17,6 +17,16 @@ from .tokens import Inputs, Layouts, joint, joint_and_alone, joint_text
 Preset = Callable[[nn.Module, Any], str]
 
 
+@dataclass(frozen=True)
+class Always:
+    """One preset, whatever the weights."""
+
+    name: str
+
+    def __call__(self, model: nn.Module, pipeline: Any) -> str:
+        return self.name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """What the attention seam must know of one transformer class.
@@ -26,6 +36,7 @@ class Adapter:
                 forward arguments; ValueError for tokens that have none
     padding     how many tokens at the end of the first are padding in the whole batch: left out of sparse calls
     timestep    the forward's argument that holds it
+    text        the one that guidance calls differ by
     optional    block lists that a forward may leave out
     packed      all tokens, text included, are one tensor outside of attention
     preset      name of the preset, read from the transformer and its pipeline (None: transformer alone)
@@ -35,9 +46,10 @@ class Adapter:
     layouts: Layouts
     padding: Callable[[Inputs], int] = tokens.no_text
     timestep: str = "timestep"
+    text: str = "encoder_hidden_states"
     optional: tuple[str, ...] = ()
     packed: bool = False
-    preset: Preset = lambda model, pipeline: "image"
+    preset: Preset = Always("image")
 
 
 def _attentions_of(**lists: str) -> Callable[[nn.Module], list[tuple[str, nn.Module]]]:
@@ -53,8 +65,8 @@ def _attentions_of(**lists: str) -> Callable[[nn.Module], list[tuple[str, nn.Mod
     return find
 
 
-def _always(name: str) -> Preset:
-    return lambda model, pipeline: name
+def _always(name: str) -> Always:
+    return Always(name)
 
 
 def _wan_preset(model: nn.Module, pipeline: Any) -> str:
@@ -190,6 +202,7 @@ ADAPTERS: dict[str, Adapter] = {
         attentions=_attentions_of(layers="self_attn"),
         layouts=packed.cosmos3,
         timestep="vision_timesteps",
+        text="input_ids",
         preset=_VIDEO,
     ),
     "MotifVideoTransformer3DModel": Adapter(attentions=_JOINT, layouts=packed.motif_video, preset=_VIDEO),
@@ -235,11 +248,13 @@ ADAPTERS: dict[str, Adapter] = {
     "ErnieImageTransformer2DModel": Adapter(
         attentions=_attentions_of(layers="self_attention"),
         layouts=joint(tokens.picture_grid, joint_text("text_bth")),
+        text="text_bth",
     ),
     "ZImageTransformer2DModel": Adapter(
         attentions=_attentions_of(noise_refiner="attention", layers="attention"),
         layouts=packed.z_image,
         timestep="t",
+        text="cap_feats",
     ),
     "Krea2Transformer2DModel": Adapter(attentions=_ATTN, layouts=joint(tokens.positions_grid, _TEXT, text_first=True)),
     "Ideogram4Transformer2DModel": Adapter(attentions=_attentions_of(layers="attention"), layouts=packed.ideogram4),
@@ -266,6 +281,19 @@ def adapter_for(model: nn.Module) -> Adapter:
         f"enable: got a {name}{why}; allowed: a diffusers pipeline with, or itself, one of {list(ADAPTERS)}. "
         "docs/models.md tells how to add a row for another model."
     )
+
+
+_WAN_PRESETS = ("wan2.1-t2v", "wan2.1-i2v", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b")
+_CHOICES: dict[Preset, tuple[str, ...]] = {  # of those that look at the model
+    _wan_preset: _WAN_PRESETS,
+    _skyreels_preset: _WAN_PRESETS,
+    _cogvideox_preset: ("cogvideox1.5-t2v", "cogvideox1.5-i2v"),
+}
+
+
+def presets_of(adapter: Adapter) -> tuple[str, ...]:
+    """Names of the presets that a row may choose."""
+    return (adapter.preset.name,) if isinstance(adapter.preset, Always) else _CHOICES[adapter.preset]
 
 
 def default_configs(model: nn.Module, pipeline: Any, name: str | None = None) -> tuple[SparseConfig, ...]:

@@ -1,5 +1,6 @@
 """enable and disable: rectified attention on a diffusers pipeline, one processor at a time."""
 
+import logging
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .processor import check_processor, is_enabled
 from .state import TransformerState
 from .watch import Watch
 
+_log = logging.getLogger(__name__)
 EXPERTS = ("transformer", "transformer_2")  # of one model; the others are models of their own
 SLOTS = (*EXPERTS, "transformer_ref", "unconditional_transformer")
 
@@ -92,7 +94,9 @@ def enable(
             "handle.set_step(step, total) is called every step is sparse. Or pass dense_steps=0.",
             stacklevel=2,
         )
-    return Handle(attachments, clock, watch)
+    handle = Handle(attachments, clock, watch)
+    _log.info("enable: %r", handle)
+    return handle
 
 
 def disable(pipe_or_transformer: Any) -> bool:

@@ -6,8 +6,6 @@ The sizes are those of the diffusers classes' defaults where the comment names n
 import math
 from typing import Any
 
-import torch
-
 from .architecture import Grid, Make, Model
 from .shapes import Shape
 
@@ -17,6 +15,7 @@ _TIME = 500
 
 def _minimax_h3_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
     """Text, two channels of sound, as much as text, and video: the order of the modular pipeline."""
+    import torch
     from diffusers.modular_pipelines.minimax_h3.before_denoise import MiniMaxH3PrepareLayoutStep
 
     (t, h, w), c, text = grid, model.config, model.shape.text // 2
@@ -44,6 +43,8 @@ def _minimax_h3_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
 
 
 def _ltx2_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    import torch
+
     t, h, w = grid
     c = model.arguments(1)
     video = make(model.batch, math.prod(grid), c["in_channels"])
@@ -76,6 +77,8 @@ def _ltx2_heads(shape: Shape) -> dict[str, Any]:
 
 def _kandinsky6_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
     """Video with the channels of a condition, and its mask."""
+    import torch
+
     t, h, w = grid
     c = model.config
     video = make(model.batch, t, 2 * h, 2 * w, 2 * c["in_visual_dim"] + 1)
@@ -95,6 +98,8 @@ def _kandinsky6_heads(shape: Shape) -> dict[str, Any]:
 
 def _cosmos3_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
     """Text, then a video that is all made."""
+    import torch
+
     (t, h, w), text, c = grid, model.shape.text, model.config
     latents = make(1, c["latent_channel"], t, 2 * h, 2 * w)
     words = torch.arange(text, device=latents.device)
@@ -125,6 +130,8 @@ def _cosmos3_heads(shape: Shape) -> dict[str, Any]:
 
 
 def _motif_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    import torch
+
     t, h, w = grid
     c = model.config
     video = make(model.batch, c["in_channels"], t, 2 * h, 2 * w)
@@ -139,7 +146,12 @@ def _motif_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
 _LTX_TEXT = 1024  # cross-attention only
 _H3_WIDTHS = {"hidden_size": 5376, "ffn_dim": 14336, "text_dim": 5120, "time_embed_hidden_dim": 5376}
 _KANDINSKY_WIDTHS = {"in_text_dim": 3584, "in_text_dim2": 768, "ff_dim": 16384, "time_dim": 1024, "num_text_blocks": 4}
-_LTX25 = {"gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True, "audio_cross_attn_mod": True}
+_LTX25: dict[str, bool | str] = {
+    "gated_attn": True,
+    "cross_attn_mod": True,
+    "audio_gated_attn": True,
+    "audio_cross_attn_mod": True,
+}
 _LTX25 |= {"use_prompt_embeddings": False, "rope_type": "split", "ff_bias": False}
 
 _MOTIF = {"enable_text_cross_attention_dual": True, "num_decoder_layers": 1}  # one: a few layers have some of each
@@ -150,6 +162,7 @@ LATER_MODELS = (
         transformer="MiniMaxH3Transformer3DModel",
         config={"in_channels": 24, "audio_in_channels": 32, "num_refiner_layers": 2, **_H3_WIDTHS},
         shape=Shape(name="minimax-h3", grid=(37, 24, 42), text=4 * 207, text_first=True, heads=56),
+        stride=(0, 32, 32),
         units=50,
         inputs=_minimax_h3_inputs,
         preset="video",
@@ -160,6 +173,7 @@ LATER_MODELS = (
         transformer="LTX2VideoTransformer3DModel",
         config={**_LTX25, "use_keyframes_abs_pos_embedding": True, "in_channels": 128, "audio_in_channels": 128},
         shape=Shape(name="ltx-2.5", grid=(16, 34, 60), heads=32),
+        stride=(8, 32, 32),
         heads=_ltx2_heads,
         units=48,
         inputs=_ltx2_inputs,
@@ -184,6 +198,7 @@ LATER_MODELS = (
         transformer="Cosmos3OmniTransformer",
         config={"latent_channel": 48, "intermediate_size": 12288, "vocab_size": 151936},
         shape=Shape(name="cosmos-3", grid=(48, 23, 40), text=512, text_first=True, heads=32, kv_heads=8),
+        stride=(4, 32, 32),
         heads=_cosmos3_heads,
         unit={"num_hidden_layers": 1},
         units=36,

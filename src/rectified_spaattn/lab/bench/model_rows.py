@@ -57,7 +57,7 @@ def forward_rows(
                 diffusers=importlib.metadata.version("diffusers"),
                 density=density.get(variant),
                 how=how,
-                layers=model.units * model.layers_a_unit,
+                layers=model.layers,
                 layers_low=low * model.layers_a_unit,
                 layers_high=high * model.layers_a_unit,
                 units=model.units,

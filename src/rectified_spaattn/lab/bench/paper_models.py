@@ -6,16 +6,19 @@ Fields that a published config.json shares with the defaults of the diffusers cl
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .architecture import Grid, Make, Model
 from .shapes import SHAPES, Shape
 
+if TYPE_CHECKING:  # options are read and help is shown without it
+    import torch
 
-def _inputs(model: Model, latents: torch.Tensor, make: Make) -> dict[str, Any]:
+
+def _inputs(model: Model, latents: "torch.Tensor", make: Make) -> dict[str, Any]:
     """What all forwards take, and what `config` says that one takes, too. latents: [batch, ...]."""
+    import torch
+
     c = model.config
     width = next(c[name] for name in ("text_embed_dim", "text_dim", "joint_attention_dim") if name in c)
     inputs = {
@@ -31,12 +34,16 @@ def _inputs(model: Model, latents: torch.Tensor, make: Make) -> dict[str, Any]:
     return inputs
 
 
-def _video(model: Model, grid: Grid, make: Make) -> torch.Tensor:
+def _video(model: Model, grid: Grid, make: Make) -> "torch.Tensor":
     t, h, w = grid
-    return make(model.batch, model.config["in_channels"], t, 2 * h, 2 * w)
+    patch = model.config.get("patch_size", 2)  # Wan has one a side, frames first
+    side = patch if isinstance(patch, int) else patch[-1]
+    return make(model.batch, model.config["in_channels"], t, side * h, side * w)
 
 
 def _hunyuan_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    import torch
+
     valid = torch.ones(model.batch, model.shape.text, dtype=torch.bool)
     inputs = _inputs(model, _video(model, grid, make), make)
     return inputs | {"encoder_attention_mask": valid.to(inputs["timestep"].device)}
@@ -70,6 +77,8 @@ def _cogvideox_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
 
 
 def _flux_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
+    import torch
+
     image = make(model.batch, math.prod(grid), model.config["in_channels"])
     places = torch.cartesian_prod(*(torch.arange(side) for side in grid))  # [tokens, 3]
     inputs = _inputs(model, image, make) | {
@@ -125,6 +134,7 @@ PAPER_MODELS = (
         name="wan2.2-ti2v-5b",
         config={**_WAN, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336},
         shape=Shape(name="wan2.2-ti2v-5b", grid=(31, 22, 40), heads=24),
+        stride=(4, 32, 32),
         units=30,
         inputs=_wan_timestep_a_token,
         preset="wan2.2-ti2v-5b",
@@ -146,6 +156,7 @@ PAPER_MODELS = (
         transformer="FluxTransformer2DModel",
         config={"in_channels": 64, "joint_attention_dim": 4096, **_GUIDED},
         shape=SHAPES["flux-4096"],
+        stride=(1, 16, 16),
         unit={"num_layers": 1, "num_single_layers": 2},
         units=19,
         inputs=_flux_inputs,
