@@ -55,9 +55,9 @@ def layouts_of(patcher, **inputs):
     return seen
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_all_blocks_kept_is_full_attention_and_the_model_itself_stays(kind, form):
-    model = comfy.Patcher(kind(form=form))
+@pytest.mark.parametrize(("form", "kv_heads"), [(form, 2) for form in FORMS] + [((False, True), 1), ((True, False), 1)])
+def test_all_blocks_kept_is_full_attention_and_the_model_itself_stays(kind, form, kv_heads):
+    model = comfy.Patcher(kind(form=form, kv_heads=kv_heads))
     dense = run(model)
     patched = patch(model, FULL)
     torch.testing.assert_close(run(patched), dense, rtol=1e-5, atol=1e-5)
@@ -183,8 +183,9 @@ class Cancelled(Exception):
 
 def test_a_run_that_is_cancelled_leaves_nothing():
     model = comfy.Patcher(comfy.HunyuanVideo())
-    dense, patched = run(model), patch(model, SPARSE)
-    expected = run(patched)
+    dense, patched = run(model), patch(model, SPARSE.replace(replan=9))
+    expected, plans = run(patched), override_of(patched).seam.plans
+    assert (plans.planned, plans.taken, plans.nbytes) == (2, 6, 0)
 
     def cancel(*args):
         raise Cancelled
@@ -194,6 +195,7 @@ def test_a_run_that_is_cancelled_leaves_nothing():
         run(patched)
     handle.remove()
     assert override_of(patched)._running == {}
+    assert override_of(patched).seam.plans.nbytes == 0 < override_of(patched).seam.plans.peak
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.model.modules())
     assert torch.equal(run(patched), expected)
     assert torch.equal(run(model), dense)
@@ -267,6 +269,7 @@ def test_the_inputs_of_the_node_become_a_config():
     assert config_of(0.9, "row", 0, 0, "", "custom").tolerance is None
     for preset in ("custom", "wan2.1-t2v"):
         assert config_of(0.9, "row", 0, 0, "", preset, 0.05).tolerance == 0.05
+        assert config_of(0.9, "row", 0, 0, "", preset, 0.0, 4).replan == 4
     with pytest.raises(ValueError, match="dense_blocks"):
         config_of(0.9, "row", 0, 0, "0-3", "custom")
 

@@ -1,13 +1,14 @@
 """One call of the video's self-attention: sparse where the schedule and the tensors allow it, and noted either way."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from ..attention import DTYPES, rectified_attention
-from ..budgets import BudgetKey, Budgets
+from ..attention import DTYPES
+from ..budgets import Budgets
 from ..config import SparseConfig
+from ..kept_plans import KeptPlans, Moment
 from ..layout import TokenLayout
 from .masks import Masks
 from .record import Record
@@ -15,12 +16,16 @@ from .record import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where in a run a call stands: index and name of its layer, the step, the number of steps; None: unknown."""
+    """Where in a run a call stands: index and name of its layer, the step, the number of steps; None: unknown.
+
+    branch: what the engine says of the guidance call that it belongs to.
+    """
 
     layer: int | None
     name: str
     step: int | None
     total: int | None
+    branch: Hashable = None
 
 
 @dataclass(kw_only=True)
@@ -29,15 +34,26 @@ class Seam:
 
     record   of the run that goes on, or else of the last one
     budgets  what a tolerance learnt in it
+    plans    what calls of it keep for later steps
     """
 
     config: SparseConfig
     record: Record = field(default_factory=Record)
     budgets: Budgets = field(default_factory=Budgets)
+    plans: KeptPlans = field(default_factory=KeptPlans)
 
     def begin_run(self) -> None:
         """Forget the run before."""
-        self.record, self.budgets = Record(), Budgets()
+        self.plans.clear()
+        self.record, self.budgets, self.plans = Record(), Budgets(), KeptPlans()
+
+    def end_run(self) -> None:
+        """Free what was kept for later steps."""
+        self.plans.clear()
+
+    def summary(self) -> str:
+        """What the run did, in a few lines."""
+        return "\n".join([self.record.summary(settings(self.config)), *self.plans.lines(self.config)])
 
     def attend(
         self,
@@ -53,8 +69,8 @@ class Seam:
     ) -> torch.Tensor | None:
         """out [B, S, H, D]; None where the call must run dense, which is noted with its reason.
 
-        q, k, v: [B, S, H, D]. layout: of their tokens, or the reason why nobody knows it. mask: as masks.masked takes
-        it. masks: those of the forward that runs.
+        q: [B, S, H, D]; k, v: the same, or fewer heads. layout: of their tokens, or the reason why nobody knows it.
+        mask: as masks.masked takes it. masks: those of the forward that runs.
         """
         plain = layout if isinstance(layout, str) else self.why_dense(place) or unfit(q, k, v, layout, self.config)
         text_mask = None
@@ -68,16 +84,18 @@ class Seam:
         if plain is not None or isinstance(layout, str):
             self.record.note_dense(place.name, place.step, str(plain))
             return None
-        options: dict[str, Any] = {"text_mask": text_mask, "scale": scale}
-        if self.config.tolerance is not None:
-            turn = self.record.calls(place.name, place.step)
-            blocks = layout.video // self.config.block_size
-            layer: int = place.layer  # type: ignore[assignment]  # why_dense leaves no call without
-            key = BudgetKey(layer, turn, len(q), q.shape[2], blocks, q.device)
-            options["top_k"] = self.budgets.top_k(key, self.config)
-        out, stats = rectified_attention(q, k, v, layout, self.config, return_stats=True, **options)
-        if self.config.tolerance is not None:
-            self.budgets.learn(key, place.step, options["top_k"], stats, self.config)
+        turn = self.record.calls(place.name, place.step)
+        moment = Moment(
+            layer=place.layer,
+            branch=(place.branch, turn),
+            step=place.step,
+            total=place.total,
+            problem=_why_unknown(place),
+        )
+        options = {"text_mask": text_mask, "scale": scale}
+        out, stats, _ = self.budgets.attend(
+            q, k, v, layout, self.config, self.plans, moment, turn=turn, step=place.step, **options
+        )
         self.record.note_sparse(place.name, place.step, stats)
         return out
 
@@ -103,6 +121,12 @@ class Seam:
         return None
 
 
+def of_itself(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether q, k, v [B, S, H, D] have as many tokens each, and the heads of k and v are shared evenly by q's."""
+    same = q.shape[:2] == k.shape[:2] and q.shape[3:] == k.shape[3:] and k.shape == v.shape
+    return same and q.shape[2] % k.shape[2] == 0
+
+
 def unfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, config: SparseConfig) -> str | None:
     """Why the operator cannot take a call of self-attention; None where it can."""
     if layout.video < config.block_size:
@@ -114,6 +138,12 @@ def unfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "the gradient that it is asked for"
     return None
+
+
+def _why_unknown(place: Place) -> str:
+    """Why no plan can be kept for a call; empty where it can."""
+    unknown = [name for name in ("layer", "step") if getattr(place, name) is None]
+    return f"the {' and the '.join(unknown)} is unknown" if unknown else ""
 
 
 def settings(config: SparseConfig) -> str:

@@ -17,7 +17,7 @@ import torch
 from ..config import SparseConfig
 from ..layout import TokenLayout
 from ..presets import preset
-from .attend import Place, Seam, settings
+from .attend import Place, Seam, of_itself
 from .masks import Masks
 
 KEY = "rectified_spaattn"
@@ -56,6 +56,7 @@ class Component:
             name=name,
             step=step - self.first_step,
             total=None if total is None else total - self.first_step,
+            branch=getattr(batch, "is_cfg_negative", None),
         )
 
 
@@ -122,10 +123,13 @@ class Plugin:
         """Around the denoising loop: what it did goes to the log."""
         from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
-        out = original(*args, **kwargs)
+        try:
+            out = original(*args, **kwargs)
+        finally:
+            for component in self.components.values():
+                component.seam.end_run()
         for component in self.components.values():
-            summary = component.seam.record.summary(settings(component.seam.config))
-            init_logger(__name__).info("%s: %s", component.name, summary)
+            init_logger(__name__).info("%s: %s", component.name, component.seam.summary())
         return out
 
 
@@ -190,12 +194,12 @@ def backend_around(dense: Any, owner: Component) -> Any:
 
         @torch.compiler.disable
         def forward(self, query: Any, key: Any, value: Any, attn_metadata: Any = None, **more: Any) -> torch.Tensor:
-            """query, key, value: [B, S, H, D]."""
+            """query: [B, S, H, D]; key, value: the same, or fewer heads."""
             self.rectified_called = True
             context, out = get_forward_context(), None
             place = self.component.place(self.index, self.name, context)
             record = self.component.seam.record
-            if query.shape != key.shape or key.shape != value.shape:
+            if not of_itself(query, key, value):
                 record.note_other("of other keys than queries")
             elif self.causal or more:
                 record.note_dense(place.name, place.step, f"causal={self.causal} and {sorted(more)}")
