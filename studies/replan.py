@@ -29,7 +29,7 @@ from rectified_spaattn.lab.clips.intervals import bootstrap
 from rectified_spaattn.lab.clips.metrics import psnr, ssim
 from rectified_spaattn.lab.machine import device_of
 from rectified_spaattn.lab.option import option
-from rectified_spaattn.lab.pages.figures import PALETTE
+from rectified_spaattn.lab.pages.styles import MARKERS, colour
 
 from . import harness
 
@@ -193,12 +193,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     names = {"psnr": "PSNR to full attention, dB (higher is closer)", "error": "error of a call (lower is better)"}
     for axis, (name, title) in zip(figure.subplots(1, 2).flat, names.items(), strict=True):
-        for colour, ((sparsity, kept), line) in zip(PALETTE, points(rows).items(), strict=False):
+        for marker, ((sparsity, kept), line) in zip(MARKERS, points(rows).items(), strict=False):
             means = [bootstrap([getattr(row, name) for row in some]) for *_, some in line]
             bars = [[each.mean - each.low for each in means], [each.high - each.mean for each in means]]
             label = f"{kept}, {sparsity:.4g} sparse"
             x, y = [ms for _, ms, _ in line], [each.mean for each in means]
-            axis.errorbar(x, y, yerr=bars, marker="o", markersize=4, capsize=3, color=colour, label=label)
+            drawn = {"marker": marker, "color": colour(SparseConfig().rectify)}
+            axis.errorbar(x, y, yerr=bars, markersize=4, capsize=3, label=label, **drawn)
             for (steps, ms, _), mean in zip(line, y, strict=True):
                 axis.annotate(f"{steps}", (ms, mean), textcoords="offset points", xytext=(5, 5), fontsize=8)
         axis.set_title(title, fontsize=10, loc="left")

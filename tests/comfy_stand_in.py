@@ -19,10 +19,12 @@ def attention(q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False
         more = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape, "inside": True}
         return override(attention, q, k, v, heads, mask, attn_precision, **more, **options)
     if not skip_reshape:
-        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.unflatten(2, (-1, q.shape[2] // heads)).transpose(1, 2) for x in (q, k, v))
     if mask is not None and mask.ndim < 4:
         mask = mask[(None,) * (3 - mask.ndim)].unsqueeze(1)
-    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out = nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=options.get("enable_gqa", False)
+    )
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
@@ -63,16 +65,19 @@ class Patcher:
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, kv_heads: int) -> None:
         super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.parts = [WIDTH, *[kv_heads * WIDTH // HEADS] * 2]
+        self.qkv = nn.Linear(WIDTH, sum(self.parts))
 
     def forward(self, x: torch.Tensor, mask: Any, form: tuple[bool, bool], options: dict[str, Any]) -> torch.Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = self.qkv(x).split(self.parts, -1)
         skip_in, skip_out = form
         if skip_in:
-            q, k, v = (each.unflatten(2, (HEADS, -1)).transpose(1, 2) for each in (q, k, v))
+            q, k, v = (each.unflatten(2, (-1, WIDTH // HEADS)).transpose(1, 2) for each in (q, k, v))
         flags = {"skip_reshape": skip_in, "skip_output_reshape": skip_out}
+        if self.parts[1] < WIDTH:
+            flags["enable_gqa"] = True
         out = attention(q, k, v, HEADS, mask, **flags, transformer_options=options)
         return x + (out.transpose(1, 2).flatten(2) if skip_out else out)
 
@@ -80,11 +85,11 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Two blocks. names: whether calls tell their block, as newer versions do."""
 
-    def __init__(self, names: bool = True, form: tuple[bool, bool] = (True, False)) -> None:
+    def __init__(self, names: bool = True, form: tuple[bool, bool] = (True, False), kv_heads: int = HEADS) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.patch_size, self.names, self.form = PATCH, names, form
-        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks = nn.ModuleList([Block(kv_heads), Block(kv_heads)])
         self.text_in = nn.Linear(8, WIDTH)
         self.embed = nn.Conv3d(4, WIDTH, PATCH, PATCH)
         self.head = nn.Linear(WIDTH, 16)

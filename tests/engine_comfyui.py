@@ -11,9 +11,11 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from comfy_cases import CASES, LETTERS, TEXT, Case
 from rectified_spaattn.engines.comfyui import override_of, patch
 
 STEPS = 4
+WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 SPARSE = rsa.SparseConfig(sparsity=0.6, top_p=0.0, block_size=16)
 FULL = SPARSE.replace(sparsity=0.0, top_p=1.0)
 ATOL = 1e-5  # of full attention by other kernels, float32, four steps of values near one
@@ -72,6 +75,12 @@ def run(model: Any, case: Case, callback: Any = None, prompt: int = 1, **part: i
     settings = (STEPS, case.guidance, "euler", "simple")
     out = comfy.sample.sample(model, noise, *settings, positive, negative, latent, **options)
     return torch.cat([each.flatten() for each in out.unbind()]) if case.audio else out
+
+
+def block(model: Any, index: int) -> str:
+    """The name of a block of the transformer itself, not of what embeds text for it."""
+    names = (name for name, _ in model.model.named_modules())
+    return next(name for name in names if re.fullmatch(rf"diffusion_model\.\w*blocks\.{index}", name))
 
 
 def hooks(model: Any) -> int:
@@ -159,11 +168,11 @@ def check_cancelled(model: Any, case: Case, dense: torch.Tensor) -> str:
     def stop(module: Any, inputs: Any) -> None:
         raise Cancelled
 
-    inside = next(part for name, part in model.model.named_modules() if name.endswith("blocks.1"))
-    for where in ("between steps", "within a step"):
-        handle = inside.register_forward_pre_hook(stop) if where == "within a step" else None
+    inside = model.model.get_submodule(block(model, 1))
+    for where, callback in (("between steps", cancel), ("within a step", None)):
+        handle = inside.register_forward_pre_hook(stop) if callback is None else None
         try:
-            run(patched, case, cancel)
+            run(patched, case, callback)
         except Cancelled:
             pass
         else:
@@ -187,8 +196,12 @@ def check_composed(model: Any, case: Case, dense: torch.Tensor) -> str:
         return func(*args, **kwargs)
 
     changed = model.clone()
-    linear = ((n, w) for n, w in model.model.named_parameters() if w.ndim == 2 and "blocks" in n and ".weight" in n)
-    name, weight = next(linear)
+    first = block(model, 0) + "."
+    linear = (
+        n for n, w in model.model.named_parameters() if n.startswith(first) and n.endswith(".weight") and w.ndim == 2
+    )
+    name = next(linear)
+    weight = model.model.get_parameter(name)
     changed.add_patches({name: ("diff", (torch.randn_like(weight),))}, 1.0)
     below = changed.clone()
     below.model_options["transformer_options"]["optimized_attention_override"] = other
@@ -205,27 +218,82 @@ def check_composed(model: Any, case: Case, dense: torch.Tensor) -> str:
     return f"another override got {len(calls) // 2} dense calls; LoRA; patched twice"
 
 
-CHECKS = (check_full, check_places, check_sparse, check_expert, check_untouched, check_cancelled, check_composed)
+def check_tolerance(model: Any, case: Case, dense: torch.Tensor) -> str:
+    patched = patch(model, SPARSE.replace(tolerance=1e-4, max_density=1.0))
+    out = run(patched, case)
+    seam = override_of(patched).seam
+    densities = [float(seam.record.cells[seam.record.layers[0], step].density) for step in range(STEPS)]
+    assert not seam.record.dense_reasons, seam.record.dense_reasons
+    assert densities[0] < densities[-1], densities
+    assert len(seam.budgets)
+    error = float((out - dense).norm() / dense.norm())
+    return f"tolerance: density {', '.join(f'{density:.0%}' for density in densities)}, off by {error:.1e}"
+
+
+CHECKS = (
+    check_full,
+    check_places,
+    check_sparse,
+    check_tolerance,
+    check_expert,
+    check_untouched,
+    check_cancelled,
+    check_composed,
+)
+
+
+def fill(inputs: dict[str, Any], kind: dict[str, Any], values: Iterator[Any], prefix: str = "") -> None:
+    """Gives the widgets of a node their saved values in turn; what a choice adds comes behind it, named under it."""
+    for name, (form, *options) in (kind["required"] | kind.get("optional", {})).items():
+        settings = options[0] if options else {}
+        choice = form == "COMFY_DYNAMICCOMBO_V3"
+        if settings.get("hidden") or not (choice or isinstance(form, list) or form in WIDGETS):
+            continue
+        value = inputs[prefix + name] = next(values, settings.get("default"))
+        if settings.get("control_after_generate"):
+            next(values)  # "fixed"
+        if choice:
+            chosen = next(each for each in settings["options"] if each["key"] == value)
+            fill(inputs, chosen["inputs"], values, f"{prefix}{name}.")
+
+
+def prompt_of(workflow: dict[str, Any], kinds: dict[str, Any]) -> dict[str, Any]:
+    """A saved workflow as ComfyUI's page hands it to the server: {node: its class and its inputs by name}."""
+    sources = {link: [str(source), slot] for link, source, slot, *_ in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        inputs, values = {each["name"]: sources[each["link"]] for each in node["inputs"]}, iter(node["widgets_values"])
+        fill(inputs, kinds[node["type"]].INPUT_TYPES(), values)
+        assert not list(values), f"{node['type']} has more widgets than this version"
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
 
 
 def check_nodes() -> str:
-    """ComfyUI's loader takes the folder, and knows every node, input and output of the example workflows."""
+    """ComfyUI loads the folder, and its validation takes the example workflows, with empty files as weights."""
+    import execution
+    import folder_paths
     import nodes
 
     folder = Path(__file__).parents[1] / "comfyui"
     assert asyncio.run(nodes.load_custom_node(str(folder)))
     asyncio.run(nodes.init_builtin_extra_nodes())
-    count = 0
-    for path in sorted((folder / "workflows").glob("*.json")):
-        workflow = json.loads(path.read_text(encoding="utf-8"))
-        kinds = {node["id"]: nodes.NODE_CLASS_MAPPINGS[node["type"]] for node in workflow["nodes"]}
-        entries = {node["id"]: node["inputs"] for node in workflow["nodes"]}
-        for _, source, slot, target, entry, kind in workflow["links"]:
-            assert kinds[source].RETURN_TYPES[slot] == kind
-            required = kinds[target].INPUT_TYPES()["required"]
-            assert required[entries[target][entry]["name"]][0] == kind
-            count += 1
-    return f"{count} links of the example workflows fit"
+    paths = sorted((folder / "workflows").glob("*.json"))
+    with tempfile.TemporaryDirectory() as weights:
+        for kind in ("diffusion_models", "text_encoders", "vae"):
+            folder_paths.add_model_folder_path(kind, weights)
+        for path in paths:
+            workflow = json.loads(path.read_text(encoding="utf-8"))
+            for node in workflow["nodes"]:
+                for value in node["widgets_values"]:
+                    if str(value).endswith(".safetensors"):
+                        Path(weights, value).touch()
+            prompt = prompt_of(workflow, nodes.NODE_CLASS_MAPPINGS)
+            valid, error, outputs, errors = asyncio.run(execution.validate_prompt("example", prompt, None))
+            assert valid, (path.name, error, errors)
+            kinds = [nodes.NODE_CLASS_MAPPINGS[node["type"]] for node in workflow["nodes"]]
+            assert len(outputs) == sum(bool(getattr(kind, "OUTPUT_NODE", False)) for kind in kinds) > 1
+    return f"valid {', '.join(path.name for path in paths)}"
 
 
 def main() -> None:

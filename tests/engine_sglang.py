@@ -62,6 +62,8 @@ def start(rank: int, ranks: int, meeting: str) -> None:
     from sglang.multimodal_gen.runtime.layers.attention import layer
     from sglang.multimodal_gen.runtime.platforms.plugins import apply_plugin_hooks
 
+    for part in ("layers.attention.selector", "pipelines_core.stages.denoising"):
+        importlib.import_module(PARTS + part)  # a hook on what cannot be imported is logged by SGLang, and left out
     apply_plugin_hooks()
     for module in [module for name, module in sys.modules.items() if name.startswith("sglang")]:
         if hasattr(module, "get_global_server_args"):
@@ -230,6 +232,28 @@ def check_others() -> str:
     return "dense, bit for bit"
 
 
+def check_shared_heads() -> str:
+    """Fewer heads of keys, as GLM-Image and Cosmos 3 have them."""
+    q, k, v = tensors(VIDEO)
+    k, v = k[:, :, :2], v[:, :, :2]
+    out = run(attention(component="transformer of shared heads", num_kv_heads=2), (q, k, v))
+    layout = rsa.TokenLayout.build((3, 6, 8))
+    assert torch.equal(out[1], rsa.rectified_attention(q, k, v, layout, SPARSE, backend="torch"))
+    dense = run(attention(config=None, num_kv_heads=2), (q, k, v))
+    torch.testing.assert_close(out[0], dense[0])
+    return "2 of keys for 4 of queries"
+
+
+def check_tolerance() -> str:
+    config = {"tolerance": 1e-4, "max_density": 1.0, "top_p": 0.0, "block_size": 16}
+    layer = attention(component="transformer of a tolerance", config=config)
+    run(layer, tensors(VIDEO))
+    densities = [float(record(layer).cells["blocks.3.attn1", step].density) for step in range(STEPS)]
+    assert densities[0] < densities[1] <= densities[2], densities
+    assert len(layer.attn_impl.component.seam.budgets) == 1
+    return f"density {', '.join(f'{density:.0%}' for density in densities)}"
+
+
 def ulysses(rank: int, ranks: int, folder: str) -> None:
     """Every process has a part of the video's tokens, and all of the text's."""
     start(rank, ranks, f"{folder}/meeting")
@@ -288,7 +312,18 @@ def check_log() -> str:
     return line
 
 
-CHECKS = (check_selection, check_steps, check_experts, check_text, check_masks, check_others, check_log, check_ulysses)
+CHECKS = (
+    check_selection,
+    check_steps,
+    check_experts,
+    check_text,
+    check_masks,
+    check_others,
+    check_shared_heads,
+    check_tolerance,
+    check_log,
+    check_ulysses,
+)
 
 
 def main() -> None:

@@ -55,9 +55,9 @@ def layouts_of(patcher, **inputs):
     return seen
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_all_blocks_kept_is_full_attention_and_the_model_itself_stays(kind, form):
-    model = comfy.Patcher(kind(form=form))
+@pytest.mark.parametrize(("form", "kv_heads"), [(form, 2) for form in FORMS] + [((False, True), 1), ((True, False), 1)])
+def test_all_blocks_kept_is_full_attention_and_the_model_itself_stays(kind, form, kv_heads):
+    model = comfy.Patcher(kind(form=form, kv_heads=kv_heads))
     dense = run(model)
     patched = patch(model, FULL)
     torch.testing.assert_close(run(patched), dense, rtol=1e-5, atol=1e-5)

@@ -11,7 +11,7 @@ import torch
 
 from rectified_spaattn import PRESETS, SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.engines import sglang
-from rectified_spaattn.engines.attend import Place, Seam, settings
+from rectified_spaattn.engines.attend import Place, Seam, of_itself, settings
 from rectified_spaattn.engines.masks import HIDDEN, Masks, masked
 from rectified_spaattn.engines.picture import picture
 from rectified_spaattn.engines.record import Record
@@ -85,6 +85,17 @@ def test_a_call_is_the_operators_and_is_noted():
     assert seam.record.backends == {"torch"}
 
 
+def test_heads_may_share_keys_and_other_calls_are_not_of_self_attention():
+    q, k, v = tensors()
+    assert of_itself(q, k, v)
+    assert of_itself(q, k[:, :, :1], v[:, :, :1])
+    shared = Seam(config=CONFIG).attend(q, k[:, :, :1], v[:, :, :1], LAYOUT, place(), masks=Masks())
+    assert torch.equal(shared, rectified_attention(q, k[:, :, :1], v[:, :, :1], LAYOUT, CONFIG))
+    for other in ((k[:, :64], v[:, :64]), (k[:1], v[:1]), (k[..., :8], v[..., :8]), (k, v[:, :, :1])):
+        assert not of_itself(q, *other)
+    assert not of_itself(q[:, :, :1], k, v)
+
+
 def test_a_tolerance_learns_from_step_to_step_and_forgets_with_the_run():
     q, k, v = tensors()
     seam = Seam(config=CONFIG.replace(tolerance=1e-6, max_density=1.0))
@@ -104,14 +115,14 @@ def test_a_tolerance_learns_from_step_to_step_and_forgets_with_the_run():
 def test_plans_live_for_steps_within_a_branch_and_end_with_the_run():
     q, k, v = tensors()
     seam = Seam(config=CONFIG.replace(replan=3))
-    for step in range(4):
-        for branch in ("text", "no text") if step != 2 else ("no text", "text"):
+    for step, branches in enumerate((("text", "no text"), ("text", "no text"), ("no text", "text"), ("text",))):
+        for branch in branches:
             for layer in range(2):
                 where = place(layer=layer, name=f"block {layer}", step=step, total=6, branch=branch)
                 assert seam.attend(q, k, v, LAYOUT, where, masks=Masks()) is not None
-    assert (seam.plans.planned, seam.plans.taken) == (12, 4)  # calls in another order plan anew
-    assert (len(seam.plans), seam.plans.nbytes) == (8, 8 * 2 * 2 * 64 * 2)  # those of step 0 are too old
-    assert "replan 3: orders of 12 calls were kept, 4 calls took them" in seam.summary()
+    assert (seam.plans.planned, seam.plans.taken) == (10, 4)  # calls in another order plan anew
+    assert (len(seam.plans), seam.plans.nbytes) == (6, 6 * 2 * 2 * 64 * 2)  # those of step 0 are too old
+    assert "replan 3: orders of 10 calls were kept, 4 calls took them" in seam.summary()
     seam.end_run()
     assert seam.plans.nbytes == 0
     assert "now 0" in seam.summary()

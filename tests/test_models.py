@@ -184,10 +184,13 @@ def test_the_preset_is_found(name: str) -> None:
         assert handle.configs() == {"transformer": chosen.replace(dense_layers=(), dense_steps=0)}
 
 
-PAPER = ["Wan 2.1 I2V", "Wan 2.2 TI2V", "HunyuanVideo T2V", "CogVideoX 1.5 T2V", "CogVideoX 1.5 I2V", "Flux.1"]
+PUBLISHED = ["Wan 2.1 I2V", "CogVideoX 1.5 I2V", "Flux.1", "HunyuanVideo 1.5 I2V"]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("Wan 2.2 TI2V", "HunyuanVideo T2V", "CogVideoX 1.5 T2V")
+]
 
 
-@pytest.mark.parametrize("name", [*PAPER, "HunyuanVideo 1.5 I2V"])
+@pytest.mark.parametrize("name", [*PUBLISHED, *SLOW])
 def test_at_the_published_block_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 blocks of 128 tokens, heads of the real size, bfloat16 as the checkpoints are run."""
     monkeypatch.setattr(tiny_models, "VIDEO", (4, 16, 32))

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "rectified_spaattn"
 # What may import what: a name may import those before it, and a folder itself.
-CORE = ("config", "presets", "layout", "orders", "method", "backends", "ops", "attention", "budgets", "kept_plans")
+CORE = ("config", "presets", "layout", "orders", "method", "backends", "ops", "attention", "kept_plans", "budgets")
 LEVELS = (*CORE, "pipelines", "lab", "cli")
 ENGINES = (
     "attention",

@@ -3,6 +3,7 @@
 The schema of an op takes plain values, so layout and config travel as their keys.
 """
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -21,7 +22,7 @@ from .orders import blocks_of
 # (a torch that knows no such tag knows no argument for it, either)
 TAGS: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 
-COPIES_AT_ONCE = 5 << 28  # bytes of q, k and v of the heads that run together
+SMALL = 256 << 20  # bytes of copies from which on a call asks whether there is room for them
 
 
 @torch.library.custom_op("rectified_spaattn::attention", mutates_args=(), **TAGS)
@@ -122,12 +123,11 @@ def _inputs(
 
 
 def _run(inputs: Inputs, backend: Backend) -> tuple[Choices, torch.Tensor]:
-    """All heads at once or, where a backend copies q, k and v and they are large, a few at a time.
-
-    Heads know nothing of each other once they are sorted, so that this changes nothing but the memory.
+    """All heads at once or, where a backend copies q, k and v and there is no room for that, a few at a time: so that
+    a call fits wherever full attention does. Heads know nothing of each other once they are sorted.
     """
     key_heads = inputs.k.shape[2]
-    parts = 1 if not backend.copies else min(key_heads, -(-sum(x.nbytes for x in inputs[:3]) // COPIES_AT_ONCE))
+    parts = min(key_heads, _parts(inputs)) if backend.copies else 1
     if parts == 1:
         choices, prepared = backend.plan(inputs)
         return choices, backend.attend(inputs, prepared)
@@ -141,6 +141,26 @@ def _run(inputs: Inputs, backend: Backend) -> tuple[Choices, torch.Tensor]:
         backend.attend(some, prepared)
         del prepared
     return Choices(*(torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))), inputs.new_out()
+
+
+def _parts(inputs: Inputs) -> int:
+    """In how many parts of its heads a call fits into the memory that is left: into half of it, where that is short."""
+    copies, count = sum(x.nbytes for x in inputs[:3]), inputs.blocks.num_blocks
+    if copies < SMALL:
+        return 1
+    planning = 20 * inputs.q.shape[0] * inputs.q.shape[2] * count * count  # bytes of what is as large as block masks
+    room = _room(inputs.q.device) - inputs.q.nbytes
+    if copies + planning <= 0.8 * room:
+        return 1
+    return math.ceil((copies + planning) / max(1.0, 0.5 * room))
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of device memory that nobody holds; infinite where that is not known, as while a CUDA graph is captured."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return math.inf
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _outputs(

@@ -61,7 +61,7 @@ def root(
 
 
 def demo(options: DemoOptions) -> None:
-    """Generate the same videos with full, sparse and rectified attention, and write a report about them."""
+    """Make the same clips with full attention, plain sparse, the paper's and ours, and a report about them."""
     check_ours(options.out, "demo")
     with loading():
         from .demo import run

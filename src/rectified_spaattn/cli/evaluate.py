@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..lab.clips import evaluate as work
-from ..lab.clips.clip import FULL, Mode, Pair
+from ..lab.clips.clip import Mode, Pair
 from ..lab.clips.evaluate import Evaluation
 from ..lab.clips.folder import Folder
 from ..lab.clips.models import load, source_of
@@ -19,6 +19,7 @@ from ..lab.machine import device_of
 from ..lab.pages.clips import HEADS, number_text, score_text
 from ..lab.pages.evaluation import write_evaluation
 from ..lab.pages.html import percent
+from ..lab.pages.styles import FULL
 from .console import markdown_table, plain_console, print_wide, progress_bars, short_label
 from .options import command_line, loading
 

@@ -83,7 +83,7 @@ def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOpti
     call, mode = with_pictures(arguments), single.mode_of(options, pipe)
     pair = Pair(prompt=options.prompt, seed=options.seed)
 
-    with _bar("ours") as on_step:
+    with _bar(mode.label) as on_step:
         [sparse] = generate(pipe, mode, [pair], call, backend=options.backend, on_step=on_step)
     for summary in sparse.summary:
         print_wide(console, summary)
@@ -103,7 +103,7 @@ def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOpti
         console.print("Note: no attention call ran sparse; the lines above say why.")
     if not options.compare:
         return
-    with _bar("full") as on_step:
+    with _bar(full_mode().label) as on_step:
         [full] = generate(pipe, full_mode(), [pair], call, on_step=on_step)
     rows = single.compare(full, sparse)
     write_clip(outputs.full, full.video, options.fps)

@@ -15,16 +15,16 @@ from ..lab.clips.models import call_arguments, call_defaults, load, source_of, w
 from ..lab.clips.options import ClipError
 from ..lab.machine import device_of, machine
 from ..lab.pages.html import data_uri, render
-from ..lab.pages.maps import maps_figure
+from ..lab.pages.maps import maps_figure, told, verdict
+from ..lab.pages.styles import label
 from ..lab.rows import write_json, write_rows
 from ..pipelines.adapters import adapter_for
 from .console import Watch, plain_console, print_wide, progress, row_table, shown
 from .options import command_line, loading
 
-_SHORT = ("sparsity", "rectify", "output error", "computed pairs", "mass error")
+_SHORT = ("attention", "output error", "computed pairs", "mass error")
 _COLUMNS = {
-    "sparsity": "{0[sparsity]:g}",
-    "rectify": "{0[rectify]}",
+    "attention": "{0[attention]}",
     "output error": "{0[relative_error]:.3f}",
     "computed pairs": "{0[density]:.1%}",
     "kept mass": "{0[kept_mass]:.1%}",
@@ -36,7 +36,7 @@ _COLUMNS = {
 
 
 def run(options: InspectOptions) -> None:
-    """The whole command."""
+    """Look into one attention head: its error under every rectify mode, and where its attention goes."""
     console, device, out = plain_console(), device_of(options.device), options.out
     source = source_of(options)
     arguments = call_defaults(source) | call_arguments(source, options)
@@ -55,7 +55,7 @@ def run(options: InspectOptions) -> None:
         maps_figure(path, study, sparsity, config.rectify)
     call, where = study.call, machine(device)
     place = {"layer": call.layer, "head": call.head, "step": call.step}
-    rows = [place | result.scores() for result in study.results.values()]
+    rows = [place | each for each in told(study, config)]
     write_rows(out / "results.csv", rows, where.origin(command_line()))
     record = {
         "command": command_line(),
@@ -76,7 +76,8 @@ def run(options: InspectOptions) -> None:
     }
     write_json(out / "inspect.json", record)
     images, page = {sparsity: data_uri(path) for sparsity, path in figures.items()}, out / "inspect.html"
-    render("inspect.html", page, r=record, figures=images, raw=json.dumps(record, indent=2))
+    words = {"verdict": verdict(rows, config.rectify), "shown": label(config.rectify, config.order)}
+    render("inspect.html", page, r=record, figures=images, raw=json.dumps(record, indent=2), **words)
     lines = [row if row["compensated"] else row | {"r_error": None} for row in rows]
     columns = shown(_COLUMNS, _SHORT, not console.is_terminal)
     print_wide(console, row_table(columns, lines, f"{call} of {record['model']}"))

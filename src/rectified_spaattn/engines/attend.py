@@ -2,12 +2,11 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from ..attention import DTYPES
-from ..budgets import BudgetKey, Budgets
+from ..budgets import Budgets
 from ..config import SparseConfig
 from ..kept_plans import KeptPlans, Moment
 from ..layout import TokenLayout
@@ -70,8 +69,8 @@ class Seam:
     ) -> torch.Tensor | None:
         """out [B, S, H, D]; None where the call must run dense, which is noted with its reason.
 
-        q, k, v: [B, S, H, D]. layout: of their tokens, or the reason why nobody knows it. mask: as masks.masked takes
-        it. masks: those of the forward that runs.
+        q: [B, S, H, D]; k, v: the same, or fewer heads. layout: of their tokens, or the reason why nobody knows it.
+        mask: as masks.masked takes it. masks: those of the forward that runs.
         """
         plain = layout if isinstance(layout, str) else self.why_dense(place) or unfit(q, k, v, layout, self.config)
         text_mask = None
@@ -85,13 +84,7 @@ class Seam:
         if plain is not None or isinstance(layout, str):
             self.record.note_dense(place.name, place.step, str(plain))
             return None
-        options: dict[str, Any] = {"text_mask": text_mask, "scale": scale}
         turn = self.record.calls(place.name, place.step)
-        if self.config.tolerance is not None:
-            blocks = layout.video // self.config.block_size
-            layer: int = place.layer  # type: ignore[assignment]  # why_dense leaves no call without
-            key = BudgetKey(layer, turn, len(q), q.shape[2], blocks, q.device)
-            options["top_k"] = self.budgets.top_k(key, self.config)
         moment = Moment(
             layer=place.layer,
             branch=(place.branch, turn),
@@ -99,9 +92,10 @@ class Seam:
             total=place.total,
             problem=_why_unknown(place),
         )
-        out, stats = self.plans.attention(q, k, v, layout, self.config, moment, **options)
-        if self.config.tolerance is not None:
-            self.budgets.learn(key, place.step, options["top_k"], stats, self.config)
+        options = {"text_mask": text_mask, "scale": scale}
+        out, stats, _ = self.budgets.attend(
+            q, k, v, layout, self.config, self.plans, moment, turn=turn, step=place.step, **options
+        )
         self.record.note_sparse(place.name, place.step, stats)
         return out
 
@@ -125,6 +119,12 @@ class Seam:
         if place.step >= place.total - config.dense_last_step_count(place.total):
             return "dense_last_steps"
         return None
+
+
+def of_itself(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether q, k, v [B, S, H, D] have as many tokens each, and the heads of k and v are shared evenly by q's."""
+    same = q.shape[:2] == k.shape[:2] and q.shape[3:] == k.shape[3:] and k.shape == v.shape
+    return same and q.shape[2] % k.shape[2] == 0
 
 
 def unfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout, config: SparseConfig) -> str | None:

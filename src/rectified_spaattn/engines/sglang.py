@@ -17,7 +17,7 @@ import torch
 from ..config import SparseConfig
 from ..layout import TokenLayout
 from ..presets import preset
-from .attend import Place, Seam
+from .attend import Place, Seam, of_itself
 from .masks import Masks
 
 KEY = "rectified_spaattn"
@@ -194,12 +194,12 @@ def backend_around(dense: Any, owner: Component) -> Any:
 
         @torch.compiler.disable
         def forward(self, query: Any, key: Any, value: Any, attn_metadata: Any = None, **more: Any) -> torch.Tensor:
-            """query, key, value: [B, S, H, D]."""
+            """query: [B, S, H, D]; key, value: the same, or fewer heads."""
             self.rectified_called = True
             context, out = get_forward_context(), None
             place = self.component.place(self.index, self.name, context)
             record = self.component.seam.record
-            if query.shape != key.shape or key.shape != value.shape:
+            if not of_itself(query, key, value):
                 record.note_other("of other keys than queries")
             elif self.causal or more:
                 record.note_dense(place.name, place.step, f"causal={self.causal} and {sorted(more)}")

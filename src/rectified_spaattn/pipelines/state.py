@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..budgets import BudgetKey, Budgets
+from ..budgets import Budgets
 from ..config import SparseConfig
 from ..kept_plans import KeptPlans
 from ..layout import TokenLayout
@@ -317,19 +317,15 @@ class LayerState:
                 self._count_dense(f"its mask leaves {layout.video} tokens, less than one block of {block_size}")
                 return self._dense(q, k, v, mask, scale)
         options: dict[str, Any] = {"text_mask": text_mask, "scale": scale, "backend": state.backend}
-        budgets, config = state.budgets, state.config
-        if config.tolerance is not None:
-            key = BudgetKey(self.index, forward.turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
-            options["top_k"] = budgets.top_k(key, config)
         moment = forward.moment(self.index, self.heads)
-        out, stats = state.plans.attention(q, k, v, layout, config, moment, **options)
+        out, stats, full = state.budgets.attend(
+            q, k, v, layout, state.config, state.plans, moment, turn=forward.turn, step=forward.step, **options
+        )
         density = stats.device_density
         with state.lock:
             if stats.probe is not None:
-                full = torch.zeros_like(stats.probe.error, dtype=torch.bool)
-                if config.tolerance is not None:
-                    full = budgets.learn(key, forward.step, options["top_k"], stats, config)
-                self.record.probes.append((stats.probe.error, full))
+                error = stats.probe.error
+                self.record.probes.append((error, torch.zeros_like(error, dtype=torch.bool) if full is None else full))
             if forward.ranks is None:
                 self.record.add(density)
             else:  # of this rank's heads: counted when all ranks are through

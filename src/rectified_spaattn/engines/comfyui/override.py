@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...config import SparseConfig
-from ..attend import Place, Seam
+from ..attend import Place, Seam, of_itself
 from .tokens import Forward
 
 KEY = "rectified_spaattn"
@@ -97,10 +97,11 @@ class Override:
         if running is None:
             record.note_other(OUTSIDE)
             return None
-        if q.shape != k.shape or k.shape != v.shape:
+        apart = _apart(q, k, v, heads, given)
+        if apart is None:
             record.note_other(CROSS)
             return None
-        q, k, v = (x.transpose(1, 2) if given.get("skip_reshape") else x.unflatten(2, (heads, -1)) for x in (q, k, v))
+        q, k, v = apart
         layout = running.layout(q.shape[1], q.shape[2] * q.shape[3])
         if layout is None:
             record.note_other(ELSE)
@@ -132,6 +133,15 @@ def override_of(model: Any) -> Override | None:
     """What `patch` put on a ModelPatcher or on one that it was cloned from; None without."""
     wrappers = model.get_wrappers(FORWARD, KEY)
     return wrappers[-1].__self__ if wrappers else None
+
+
+def _apart(q: Any, k: Any, v: Any, heads: int, given: dict[str, Any]) -> tuple[Any, Any, Any] | None:
+    """q, k, v of a call of self-attention with their heads apart, [B, S, H, D]; None for any other call."""
+    if k.shape != v.shape or (q.shape != k.shape and not given.get("enable_gqa")):
+        return None
+    head = (-1, q.shape[-1] // heads)
+    q, k, v = (x.transpose(1, 2) if given.get("skip_reshape") else x.unflatten(2, head) for x in (q, k, v))
+    return (q, k, v) if of_itself(q, k, v) else None
 
 
 def _forward_of(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward:

@@ -6,8 +6,9 @@ from typing import Any
 
 from ...config import SparseConfig, check_choice
 from ..demo_model.words import MOTIONS, PAIRED, Solid, caption, places
+from ..pages.styles import STYLES
 
-FULL, PLAIN, PAPER, OURS = "full", "plain sparse", "paper", "ours"
+PLAIN, PAPER, OURS = (STYLES[name].label for name in ("none", "ipar+gapr", "row+slope"))
 MODES = (OURS, PAPER)  # what can stand in the third column
 NOTHING = "nothing"
 _PAPER = SparseConfig.paper()

@@ -16,8 +16,9 @@ from ..clips.clip import Clip, Mode, Pair, generate
 from ..clips.evaluate import base_configs
 from ..clips.metrics import psnr, ssim
 from ..clips.models import Source, call_arguments, load, source_of, with_pictures
+from ..pages.styles import FULL
 from ..pages.video import FPS, difference, enlarge, write_frames
-from .choice import FULL, PLAIN, Choice, configs_of, plain_configs, same_pairs
+from .choice import PLAIN, Choice, configs_of, plain_configs, same_pairs
 from .options import AppOptions
 
 _KEPT = 48  # clips

@@ -146,7 +146,12 @@ def _motif_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
 _LTX_TEXT = 1024  # cross-attention only
 _H3_WIDTHS = {"hidden_size": 5376, "ffn_dim": 14336, "text_dim": 5120, "time_embed_hidden_dim": 5376}
 _KANDINSKY_WIDTHS = {"in_text_dim": 3584, "in_text_dim2": 768, "ff_dim": 16384, "time_dim": 1024, "num_text_blocks": 4}
-_LTX25 = {"gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True, "audio_cross_attn_mod": True}
+_LTX25: dict[str, bool | str] = {
+    "gated_attn": True,
+    "cross_attn_mod": True,
+    "audio_gated_attn": True,
+    "audio_cross_attn_mod": True,
+}
 _LTX25 |= {"use_prompt_embeddings": False, "rope_type": "split", "ff_bias": False}
 
 _MOTIF = {"enable_text_cross_attention_dual": True, "num_decoder_layers": 1}  # one: a few layers have some of each

@@ -15,9 +15,9 @@ from ...backends import Call, choose
 from ...config import SparseConfig, check_choice
 from ...pipelines import Handle, RunStats, enable
 from ...pipelines.teacache import TeaCacheHandle, enable_teacache
+from ..pages.styles import FULL
 from .options import FLOOR_KERNELS, KERNELS, ClipError
 
-FULL = "full"
 OnStep = Callable[[int, int, float | None], None]  # (steps done, of how many, density of the last or None)
 
 
@@ -106,7 +106,7 @@ class Clip:
 
 def full_mode() -> Mode:
     """The reference that the other modes are compared with."""
-    return Mode(name=FULL, label="full attention")
+    return Mode(name=FULL, label=FULL)
 
 
 @contextmanager

@@ -231,19 +231,19 @@ class EvaluateOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """The demo model's clips with full attention, plain sparse, the paper's mode and the default.
+    """The demo model's clips: full, plain sparse, paper, ours.
 
-    prompt   captions in place of the fixed prompts; quick: one prompt, 6 steps, no timing at 96 x 96
+    prompt   captions in place of the fixed prompts; quick: full, plain sparse and ours, one clip each
     """
 
     out: Path = option("Folder for the report, videos, figures and metrics.json.", Path("demo-output"))
-    quick: bool = option("A first look: 1 prompt, 6 steps, no 96 x 96 timing.", False)
+    quick: bool = option("A first look: full, plain sparse and ours, a clip each.", False)
     prompts: int | None = option("How many of the fixed prompts.", None, unset="3")
     prompt: tuple[str, ...] = option("A caption of your own, in the words the model knows; may be repeated.", ())
     seeds: int = option("Seeds per prompt: 0, 1, ...", 1)
-    steps: int | None = option("Denoising steps.", None, unset="12")
+    steps: int = option("Denoising steps.", 12)
     size: int = option("Height and width in pixels; the model was trained at 64; 96 is for timing.", 64)
-    sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.8, 0.9))
+    sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.9,))
     block_size: int = option("Tokens a block.", SMALL_GRID["block_size"])
     device: str = option("Where to run.", "auto", choices=DEVICES)
     backend: str = option("Attention backend.", "auto", choices=("auto", *BACKEND_NAMES))
@@ -267,8 +267,12 @@ class DemoOptions:
         exact = SMALL_GRID | {"block_size": self.block_size}
         return SparseConfig.paper(sparsity=sparsity, neighbours=False, **exact)  # neighbours alone are many here
 
-    def default(self, sparsity: float) -> SparseConfig:
-        """The package's."""
+    def plain(self, sparsity: float) -> SparseConfig:
+        """The paper's blocks, with nothing in the place of those that are dropped."""
+        return self.paper(sparsity).replace(rectify="none")
+
+    def ours(self, sparsity: float) -> SparseConfig:
+        """The package's default."""
         return SparseConfig(sparsity=sparsity, **(SMALL_GRID | {"block_size": self.block_size}))
 
 

@@ -10,6 +10,7 @@ import torch
 
 from ...pipelines.adapters import default_configs
 from ..machine import machine
+from ..pages.styles import label_of
 from .clip import Clip, Mode
 from .folder import file_name
 from .models import Source, call_defaults, file_hash
@@ -113,11 +114,9 @@ def mode_of(options: GenerateOptions, pipe: Any) -> Mode:
     except (TypeError, ValueError) as error:
         raise ClipError(str(error)) from error
     cached = " + TeaCache" if options.teacache else ""
-    first = configs[0]
-    how = f"{first.sparsity:.4g} sparse" if first.tolerance is None else f"within {first.tolerance:g}"
     return Mode(
         name="sparse",
-        label=f"rectified, {how}{cached}",
+        label=f"{label_of(configs[0])}{cached}",
         configs=configs,
         teacache=options.teacache,
         threshold=options.teacache_threshold,
