@@ -51,7 +51,6 @@ def test_defaults() -> None:
         "probes": None,
         "replan": 1,
         "kept_lists": False,
-        "precision": "inputs",
     }
     assert list(SparseConfig().to_dict()) == [field.name for field in dataclasses.fields(SparseConfig) if field.init]
 
