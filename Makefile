@@ -60,7 +60,9 @@ browser-test:
 	$(PYTHON) -m venv build/browser
 	build/browser/bin/python -m pip install --quiet --disable-pip-version-check \
 		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	build/browser/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app]" playwright
+	grep -v '^pillow==' constraints.txt > build/browser/constraints.txt  # gradio asks for an older one
+	build/browser/bin/python -m pip install --quiet --disable-pip-version-check -c build/browser/constraints.txt \
+		-e ".[app]" playwright
 	build/browser/bin/python tests/browser_app.py build/browser/pictures --browser "$$(command -v $(BROWSER))"
 
 # pages with the API reference, to build/site; a warning is an error

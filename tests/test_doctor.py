@@ -38,7 +38,7 @@ def record(*arguments: str) -> tuple[int, dict[str, Any]]:
 @pytest.fixture
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a GPU outside the tests: the kernels are not interpreted, which takes long."""
-    monkeypatch.setattr("rectified_spaattn.backends.triton._interpreted", lambda: False)
+    monkeypatch.setattr("rectified_spaattn.backends.triton.interpreted", lambda: False)
 
 
 @pytest.mark.usefixtures("no_interpreter")
