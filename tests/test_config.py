@@ -39,6 +39,7 @@ def test_defaults() -> None:
         "rectify": "row+slope",
         "block_size": 128,
         "order": "content",
+        "precision": "inputs",
         "neighbours": False,
         "first_frame": False,
         "dense_steps": 0,
