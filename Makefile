@@ -52,6 +52,7 @@ engines-test:
 	$(if $(COMFYUI)$(SGLANG_PYTHON),,$(error say COMFYUI=checkout, or SGLANG_PYTHON=python, or both))
 	$(if $(COMFYUI),PYTHONPATH=src $(COMFYUI_PYTHON) tests/engine_comfyui.py $(COMFYUI))
 	$(if $(SGLANG_PYTHON),PYTHONPATH=src $(SGLANG_PYTHON) tests/engine_sglang.py)
+	$(if $(SGLANG_PYTHON),PYTHONPATH=src $(SGLANG_PYTHON) tests/engine_sglang_generate.py)
 
 # the app in a Chromium that is there (apt-get install chromium); everything else goes into build/browser
 BROWSER ?= chromium

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cache_cases import cache_of
 from model_cases import CASES, built
+from model_sizes import tokens_of
 from rectified_spaattn.layout import TokenLayout
 from rectified_spaattn.pipelines.adapters import ADAPTERS
 from rectified_spaattn.pipelines.refused import REFUSED
@@ -26,14 +27,23 @@ PIPELINES += ("Mochi",)
 
 
 def supported() -> str:
-    """One line a class: its models, what stands alone in their attention, preset, cache, how they are proven."""
-    lines = ["| diffusers transformer | models | stands alone | preset | cache | proof |", "|---|---|---|---|---|---|"]
+    """One line a class: its models, tokens, what stands alone, preset, cache, how they are proven."""
+    heads = ("diffusers transformer", "models", "tokens", "stands alone", "preset", "cache", "proof")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for kind in ADAPTERS:
         names = [name for name, case in CASES.items() if _kind(name) == kind]
         alone = sorted({_alone(_layout(name)) for name in names})
         presets = list(dict.fromkeys(_preset(name) for name in names))
         proof = "M P" if kind.partition("Transformer")[0] in PIPELINES else "M"
-        columns = [f"`{kind}`", "; ".join(names), "; ".join(alone), "; ".join(presets), cache_of(kind) or "none", proof]
+        columns = [
+            f"`{kind}`",
+            "; ".join(names),
+            tokens_of(kind),
+            "; ".join(alone),
+            "; ".join(presets),
+            cache_of(kind) or "none",
+            proof,
+        ]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
