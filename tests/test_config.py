@@ -25,6 +25,7 @@ configs = st.builds(
     sparsity=st.one_of(st.just(0), st.floats(0, 1, exclude_max=True)),
     top_p=st.floats(0, 1),
     rectify=st.sampled_from(tuple(RECTIFY)),
+    precision=st.sampled_from(("inputs", "int8-qk", "fp8")),
     block_size=st.integers(1, 16).map(lambda n: 16 * n),
     dense_steps=st.one_of(st.integers(0, 100), st.floats(0, 1, exclude_max=True)),
     dense_last_steps=st.one_of(st.integers(0, 100), st.floats(0, 1, exclude_max=True)),

@@ -37,6 +37,8 @@ RUN = {
     "pip install": "test_docs.py::test_every_extra_is_there",
     "python -m pip install": "test_docs.py::test_every_extra_is_there",
     "rectified-spaattn doctor": "test_doctor.py::",
+    "rectified-spaattn app": "test_app.py::",
+    "rectified-spaattn advise": "test_advise.py::",
     "rectified-spaattn inspect --layer 3": "test_inspect.py::",
     "rectified-spaattn generate": "test_generate.py::",
     "rectified-spaattn evaluate --out runs/demo": "test_evaluate.py::",
@@ -100,7 +102,7 @@ def test_the_walk_finds_a_command_that_nobody_runs(tmp_path: Path) -> None:
 def test_the_command_line_takes_it(text: str) -> None:
     words = shlex.split(text)[1:]
     command: Any = typer.main.get_command(app)
-    words = [word for word in words if word != "--debug"]
+    words = [word for word in words if word not in ("--debug", "--help")]
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         command = command.commands[words.pop(0)]
     if words != ["--version"]:

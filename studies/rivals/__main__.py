@@ -119,7 +119,7 @@ def rivals(options: Options) -> None:
     left_out: set[str] = set()
 
     def measure(pipe, pairs, say):
-        base = base_configs(options.source, pipe, (0.9,))[0]
+        base = base_configs(options.source, pipe)[0]
         rules = OTHERS | ours.rules(base)
         arguments = with_pictures(call_arguments(options.source, options))
         for pair in pairs:
