@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from rectified_spaattn.config import ORDERS, RECTIFY, SparseConfig
 from rectified_spaattn.kept_plans import KeptPlans, Moment
-from rectified_spaattn.lab.bench.shapes import DTYPES, SHAPES, Case
+from rectified_spaattn.lab.bench.shapes import SHAPES, Case
 from rectified_spaattn.lab.bench.timing import Timed, durations, input_sets, time_columns
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.error import full_attention
@@ -100,7 +100,7 @@ def errors(calls: Iterable[AttentionCall], configs: Sequence[SparseConfig], tota
 def times(options: Options, device: torch.device) -> dict[tuple[float, str], tuple[float, float]]:
     """Milliseconds of a call that plans, and of one that takes what is kept, by sparsity and what is kept; medians."""
     size = 64 if options.shape == "tiny" else 128
-    dtype = DTYPES["float32" if device.type == "cpu" else "bfloat16"]
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     case = Case(SHAPES[options.shape], options.base.replace(block_size=size), dtype, device)
     sets = case.inputs(1, input_sets(3 * case.inputs(0)[0][0].nbytes, device))
     layout, calls = case.layout(), {}

@@ -219,6 +219,30 @@ def test_statistics_are_of_all_ranks_and_on_every_one() -> None:
     assert {repr(each) for each in told} == {repr(stats)}  # NaN is what was not measured
 
 
+def test_plans_are_of_the_heads_that_a_rank_has() -> None:
+    """Heads differ in their blocks, so they are dealt out: after every third step, where no plan is kept."""
+    model, inputs = four_heads("hunyuan")
+    config = CONTENT.replace(top_p=0.9, sparsity=0.9, replan=3)
+    runs, dealt = [], []
+    for cut in (False, True):
+        if cut:
+            rsa.parallelize(model)
+        with rsa.enable(model, config) as handle:
+            (state,) = handle._watch.states
+            state.balanced = cut
+            for step in range(6):
+                handle.set_step(step, 7)
+                changed = inputs | {"hidden_states": inputs["hidden_states"] * (1 - 0.05 * step)}
+                runs.append(forward(model, changed))
+                dealt.append([layer.heads for layer in state.layers])
+            assert (state.plans.planned, state.plans.taken) == (2 * len(state.layers), 4 * len(state.layers))
+    for one, other in zip(runs[:6], runs[6:], strict=True):
+        assert apart(other, one) < (0.05 if GPU else 1e-5)
+    assert all(heads is None for heads in dealt[7])
+    assert all(before is after for before, after in zip(dealt[8], dealt[10], strict=True))
+    assert all(heads is not None for heads in dealt[8])
+
+
 # TeaCache: every rank leaves out the same steps, those that one process does
 
 
