@@ -14,7 +14,7 @@ GPU_TESTS ?= tests
 GPU_PYTEST := PYTHONPATH=src:tests OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(CURDIR)/build/triton \
 	TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU_PYTHON) -m pytest
 
-.PHONY: demo test quick slow-test gpu-test gpu2-test upstream-test engines-test lint clean
+.PHONY: demo docs test quick slow-test gpu-test gpu2-test upstream-test engines-test browser-test lint clean
 
 demo: $(STAMP)
 	$(BIN)/rectified-spaattn demo --out demo-output
@@ -53,6 +53,20 @@ engines-test:
 	$(if $(COMFYUI),PYTHONPATH=src $(COMFYUI_PYTHON) tests/engine_comfyui.py $(COMFYUI))
 	$(if $(SGLANG_PYTHON),PYTHONPATH=src $(SGLANG_PYTHON) tests/engine_sglang.py)
 	$(if $(SGLANG_PYTHON),PYTHONPATH=src $(SGLANG_PYTHON) tests/engine_sglang_generate.py)
+
+# the app in a Chromium that is there (apt-get install chromium); everything else goes into build/browser
+BROWSER ?= chromium
+browser-test:
+	$(PYTHON) -m venv build/browser
+	build/browser/bin/python -m pip install --quiet --disable-pip-version-check \
+		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	build/browser/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[app]" playwright
+	build/browser/bin/python tests/browser_app.py build/browser/pictures --browser "$$(command -v $(BROWSER))"
+
+# pages with the API reference, to build/site; a warning is an error
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(STAMP)
 	$(BIN)/ruff check src studies tests benchmarks examples comfyui

@@ -6,7 +6,7 @@ from diffusers import Ideogram4Pipeline
 import rectified_spaattn as rsa
 
 pipe = Ideogram4Pipeline.from_pretrained("ideogram-ai/ideogram-v4", dtype=torch.bfloat16).to("cuda")
-handle = rsa.enable(pipe, sparsity=0.8)  # nothing was published for it: compare with full attention
+handle = rsa.enable(pipe)  # the preset image: 80% sparse, chosen here and not published
 
 image = pipe(
     prompt="A lighthouse on a cliff at dawn, waves breaking below, every rock in sharp focus",

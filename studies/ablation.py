@@ -24,7 +24,7 @@ from rectified_spaattn.lab.clips.clip import Mode, full_mode, generate
 from rectified_spaattn.lab.clips.intervals import bootstrap
 from rectified_spaattn.lab.clips.metrics import psnr, ssim
 from rectified_spaattn.lab.option import option
-from rectified_spaattn.lab.pages.figures import MODE_COLOURS, PALETTE
+from rectified_spaattn.lab.pages.styles import LINES, colour, label
 
 from . import harness
 from .allocation import allocation, exact
@@ -88,8 +88,8 @@ def attention(pipe: Any, pairs: Any, options: Options) -> dict[tuple[Any, Sparse
     return {place: [fmean(column) for column in zip(*calls, strict=True)] for place, calls in on_calls.items()}
 
 
-def ablation(options: Options) -> None:
-    """Every rectify mode at several sparsities and orders."""
+def ablation(options: Options, study: str = "ablation") -> None:
+    """Every rectify mode at several sparsities and orders. study: what harness.run is told."""
     modes = [Mode(name="floor", label=FLOOR, kernel="math")]
     for config in options.configs:
         name = f"{config.rectify}-{config.order}-{config.sparsity:g}"
@@ -127,7 +127,7 @@ def ablation(options: Options) -> None:
         if options.plot is not None:
             plot(rows, options.plot)
 
-    harness.run("ablation", Row, options, measure, show)
+    harness.run(study, Row, options, measure, show)
 
 
 def ranks(rows: list[Row]) -> str:
@@ -158,9 +158,6 @@ def plot(rows: list[Row], path: Path) -> None:
     by_setting = {key: of_pair for key, of_pair in harness.settings_of(rows).items() if key != FLOOR_SETTING}
     sparsities = sorted({key[0] for key in by_setting})
     modes = list(dict.fromkeys(key[1:] for key in by_setting))
-    spare = itertools.cycle(colour for colour in PALETTE if colour not in MODE_COLOURS.values())
-    colours = {rectify: MODE_COLOURS.get(rectify) or next(spare) for rectify, _ in modes}
-    styles = dict(zip(dict.fromkeys(order for _, order in modes), ("-", "--", ":", "-."), strict=False))
     figure = Figure(figsize=(11, 7.6), layout="constrained")
     for axis, (name, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
         for place, mode in enumerate(modes):
@@ -170,7 +167,7 @@ def plot(rows: list[Row], path: Path) -> None:
             bars = [[each.mean - each.low for each in means], [each.high - each.mean for each in means]]
             axis.errorbar(
                 [100 * s + aside for s in measured], [each.mean for each in means], yerr=bars, marker="o", markersize=4,
-                color=colours[mode[0]], linestyle=styles[mode[1]], capsize=3, label=", ".join(mode),
+                color=colour(mode[0], place), linestyle=LINES[mode[1]], capsize=3, label=label(*mode),
             )  # fmt: skip
         axis.set_title(title, fontsize=10, loc="left")
         axis.set_xticks([100 * s for s in sparsities], [f"{s:.0%}" for s in sparsities])

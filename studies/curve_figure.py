@@ -1,6 +1,6 @@
 """The picture of curves on the demo's page, which the package carries.
 
-python -m studies.curve_figure src/rectified_spaattn/lab/pages/curve.png
+python -m studies.curve_figure docs/images/curve.png
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import typer
 from matplotlib.figure import Figure
 from PIL import Image
 
-from rectified_spaattn.lab.pages.figures import BLUE, PALETTE
+from rectified_spaattn.lab.pages.styles import BLUE, PALETTE
 from rectified_spaattn.layout import Grid
 from rectified_spaattn.orders import CURVES
 

@@ -3,7 +3,7 @@
 python -m studies.op_speed docs/data/op-speed.csv docs/images/op-speed.png
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from rectified_spaattn.lab.bench.rows import Row
-from rectified_spaattn.lab.pages.figures import GREY, PALETTE
+from rectified_spaattn.lab.pages.styles import GREY, INK, LINES, MARKERS, colour, label
 
 from .rows import read_rows
 
@@ -30,11 +30,14 @@ class Point(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """lines: backend -> points by sparsity; ideal: (sparsity, 1 / density); levels: baseline -> speed-up."""
+    """rectify, order: of all lines; lines: backend -> points by sparsity; ideal: (sparsity, 1 / density); levels:
+    baseline -> speed-up."""
 
     shape: str
     tokens: int
     dense: str
+    rectify: str
+    order: str
     lines: dict[str, list[Point]]
     ideal: list[tuple[float, float]]
     levels: dict[str, float]
@@ -44,7 +47,8 @@ class Panel(NamedTuple):
         name, best = max(((name, points[-1]) for name, points in self.lines.items()), key=lambda each: each[1])
         ideal = dict(self.ideal)[best.sparsity]
         return (
-            f"{self.shape}, {self.tokens:,} tokens: at {best.sparsity:.4g} sparsity {name} is\n"
+            f"{self.shape}, {self.tokens:,} tokens, {label(self.rectify, self.order)}: "
+            f"at {best.sparsity:.4g} sparsity {name} is\n"
             f"{best.speedup:.1f} times as fast as dense {self.dense} (ideal: {ideal:.1f} times)"
         )
 
@@ -67,7 +71,10 @@ def _panel(rows: Sequence[Row]) -> Panel:
         lines.setdefault(row.name, []).append(Point(sparsity, _number(ratio), low, high))
         ideal[sparsity] = best
     levels = {row.name: _number(row.ratio) for row in rows if row.kind == "dense"}
-    return Panel(rows[0].shape, rows[0].tokens, rows[0].dense, lines, sorted(ideal.items()), levels)
+    first = rows[0]
+    return Panel(
+        first.shape, first.tokens, first.dense, first.rectify, first.order, lines, sorted(ideal.items()), levels
+    )
 
 
 def _number(value: float | None) -> float:
@@ -94,39 +101,38 @@ def speed_figure(path: Path, panels: Sequence[Panel], machine: str) -> None:
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(7 * columns, 4.8 * rows + 0.3), layout="constrained")
     axes: Any = figure.subplots(rows, columns, squeeze=False)
-    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
-    colours = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(names)}
     for axis, panel in zip(axes.flat, panels, strict=False):
-        _draw_speed(axis, panel, colours)
+        _draw_speed(axis, panel)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     figure.supxlabel(f"{machine}. Points: medians; bars: quartiles of the sparse call's time.", fontsize=8, color=GREY)
     figure.savefig(path, dpi=130)
 
 
-def _draw_speed(axis: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
+def _draw_speed(axis: Axes, panel: Panel) -> None:
+    drawn = {"color": colour(panel.rectify), "linestyle": LINES[panel.order]}
     sparsities, ideal = zip(*panel.ideal, strict=True)
     first, last = min(sparsities), max(sparsities)
     width = max(last - first, 0.02)
     axis.set_yscale("log")
-    axis.plot(sparsities, ideal, color=GREY, linestyle="--", linewidth=1.2)
+    axis.plot(sparsities, ideal, color=GREY, linewidth=1.0)
     ends = [(f"ideal {ideal[-1]:.1f}x", ideal[-1], GREY)]
-    for (name, points), marker in zip(panel.lines.items(), "osD^vPX" * len(panel.lines), strict=False):
+    for (name, points), marker in zip(panel.lines.items(), MARKERS * len(panel.lines), strict=False):
         x, y = [point.sparsity for point in points], [point.speedup for point in points]
         bars = [[point.speedup - point.low for point in points], [point.high - point.speedup for point in points]]
-        axis.errorbar(x, y, yerr=bars, color=colours[name], marker=marker, markersize=5, linewidth=1.8, capsize=3)
-        ends.append((f"{name} {y[-1]:.1f}x", y[-1], colours[name]))
+        axis.errorbar(x, y, yerr=bars, marker=marker, markersize=5, linewidth=1.8, capsize=3, **drawn)
+        ends.append((f"{name} {y[-1]:.1f}x", y[-1], drawn["color"]))
     for level in panel.levels.values():
-        axis.axhline(level, color="#222222", linewidth=0.9, linestyle=":")
+        axis.axhline(level, color=INK, linewidth=0.9)
     shown = [*ideal, *panel.levels.values(), *(y for points in panel.lines.values() for p in points for y in p[2:])]
     low, high = min(shown) / 1.15, max(shown) * 1.15
     axis.set(ylim=(low, high), xlim=(first - 0.3 * width, last + 0.28 * width))
     gap = float(np.log(high / low)) * 0.05  # the height of a line of text
-    for (text, _, colour), place in zip(ends, _spread_log([y for _, y, _ in ends], gap), strict=True):
-        axis.text(last + 0.03 * width, place, text, color=colour, va="center", fontsize=9, fontweight="bold")
+    for (text, _, shade), place in zip(ends, _spread_log([y for _, y, _ in ends], gap), strict=True):
+        axis.text(last + 0.03 * width, place, text, color=shade, va="center", fontsize=9, fontweight="bold")
     names = [f"dense {name}" for name in panel.levels]
     for text, place in zip(names, _spread_log(list(panel.levels.values()), gap), strict=True):
-        axis.text(first - 0.28 * width, place, text, color="#222222", va="bottom", fontsize=8)
+        axis.text(first - 0.28 * width, place, text, color=INK, va="bottom", fontsize=8)
     axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}x"))
     axis.yaxis.set_minor_formatter(NullFormatter())

@@ -21,7 +21,8 @@ from rectified_spaattn.lab.bench.rows import Row as Speed
 from rectified_spaattn.lab.clips.clip import Pair
 from rectified_spaattn.lab.clips.intervals import bootstrap
 from rectified_spaattn.lab.option import option
-from rectified_spaattn.lab.pages.figures import MODE_COLOURS
+from rectified_spaattn.lab.pages.styles import LINES, colour
+from rectified_spaattn.lab.pages.styles import label as label_of
 
 from . import harness
 from .ablation import FLOOR_SETTING, Row
@@ -88,7 +89,6 @@ def show(by_mode: dict[Mode, list[Point]], against: Sequence[str]) -> None:
 
 def plot(by_mode: dict[Mode, list[Point]], title: str, path: Path) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    styles = dict(zip(dict.fromkeys(order for _, order in by_mode), ("--", "-", ":"), strict=False))
     axes = figure.subplots(1, 2)
     for axis, name, label in zip(
         axes, ("psnr", "error"), ("PSNR to full attention, dB", "error of a call"), strict=True
@@ -98,8 +98,8 @@ def plot(by_mode: dict[Mode, list[Point]], title: str, path: Path) -> None:
             bars = [[each.mean - each.low for each in means], [each.high - each.mean for each in means]]
             axis.errorbar(
                 [point.ms for point in points], [each.mean for each in means], yerr=bars, marker="o", markersize=4,
-                color=MODE_COLOURS[rectify], linestyle=styles[order], capsize=2, elinewidth=0.7,
-                label=f"{rectify}, {order}",
+                color=colour(rectify), linestyle=LINES[order], capsize=2, elinewidth=0.7,
+                label=label_of(rectify, order),
             )  # fmt: skip
         axis.set_xlabel("ms of a call, everything included")
         axis.set_title(label, loc="left", fontsize=10)

@@ -26,7 +26,8 @@ from rectified_spaattn.method.gain import gain
 from rectified_spaattn.method.pool import pool
 from rectified_spaattn.method.select import top_k_of
 from rectified_spaattn.orders import Blocks, blocks_of
-from rectified_spaattn.pipelines.state import LayerState, key_text_mask
+from rectified_spaattn.pipelines.masks import key_text_mask
+from rectified_spaattn.pipelines.state import LayerState
 
 from . import harness
 from .harness import EXACT

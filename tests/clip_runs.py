@@ -51,8 +51,8 @@ PROMPTS = (
 )
 PAIRS = [(prompt, seed) for prompt in PROMPTS for seed in (0, 1)]
 MODES = ["full", "full-other-kernel", "none-50", "row-50"]
-LABELS = ["full attention", "full attention, math kernel (noise floor)", "none, 50%", "row, 50%"]
-PRINTED = ["full attention", "full-other-kernel", "none, 50%", "row, 50%"]  # where there is little room
+LABELS = ["full", "full, math kernel (noise floor)", "plain sparse by content, 50%", "row, 50%"]
+PRINTED = ["full", "full-other-kernel", "plain sparse by content, 50%", "row, 50%"]  # where there is little room
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Compiles kernels without a GPU: `python compile_kernels.py 90 hip` (or 80, ...: compute capabilities, or AMD's).
+"""Compiles kernels without a GPU: `python compile_kernels.py 90 hip` (compute capabilities, 90-every, or AMD's).
 
 Prints a JSON line a kernel: architecture, name, and the shared memory that it needs. A process of its own, because
 Triton's interpreter, which the tests use, replaces the compiler for good.
@@ -18,6 +18,8 @@ from triton.compiler import ASTSource
 from rectified_spaattn.backends.triton import columns_of
 from rectified_spaattn.backends.triton.arrange import _directions_kernel, _halve_kernel, _project_kernel
 from rectified_spaattn.backends.triton.attend import _attend_kernel, tiling_of
+from rectified_spaattn.backends.triton.eight_bits import _listed_kernel, _quantise_kernel
+from rectified_spaattn.backends.triton.eight_bits import tiling_of as tiling_in_8_bits
 from rectified_spaattn.backends.triton.plan import (
     _compensate_kernel,
     _leaders_kernel,
@@ -41,17 +43,18 @@ class Kernel(NamedTuple):
 
 
 def kernels(arch: str) -> Iterator[Kernel]:
-    """What is compiled for an architecture, in bfloat16.
+    """What is compiled for an architecture, in bfloat16; every one at its largest, with a tail and a slope.
 
-    90      every kernel at every shape and with every flag; only there a partial result is taken up (RESUME), after
-            FlashAttention-4
-    hip     every kernel once, at its largest: another compiler
-    others  what multiplies on tensor cores, which every generation does in its own way: to NVIDIA's the other kernels
-            are the same instructions and the same shared memory
-    attend  everywhere at its largest, with a tail and a slope: its tiling follows the architecture
-    256     a head of 256 everywhere: tiles are twice as large, and where they fit follows the architecture
+    90, hip   every kernel once
+    90-every  every kernel at every shape and with every flag
+    others    what multiplies on tensor cores, which every generation does in its own way: to NVIDIA's the other kernels
+              are the same instructions and the same shared memory
+    256       a head of 256 on the others and 90-every: tiles are twice as large, and where they fit follows the
+              architecture
+
+    Only for 90 a partial result is taken up (RESUME), after FlashAttention-4.
     """
-    if arch == "90":
+    if arch == "90-every":
         yield from every_variant()
         return
     yield attend_kernel(arch, 128, 128, False, *TAILS[-1])
@@ -60,15 +63,33 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield slope_kernel(128, 128)
     yield tile_kernel(128, 128, True, True, RANK)
     yield project_kernel(128)
-    yield from of_wide_heads(arch)
-    if arch == "hip":
+    if arch != "hip":
+        yield attend_kernel(arch, 128, 128, True, *TAILS[-1], "isolated")
+        for values in (False, True) if arch != "80" else (False,):  # which has no 8-bit floats
+            yield listed_kernel(arch, 128, 128, values)
+            yield quantise_kernel(values)
+    if arch == "90":
+        yield attend_kernel("90", 128, 128, True, *TAILS[-1])
+        yield from with_the_fewest_flags()
+    else:
+        yield from of_wide_heads(arch)
+    if arch in ("90", "hip"):
         yield directions_kernel(128, True)
-        yield directions_kernel(256, True)
         yield halve_kernel(8192, 16)
         yield kernel("tail", _tail_kernel, {"BLOCK": 128})
         yield select_kernel(8192, False, *SELECT_FLAGS)
         yield leaders_kernel(8192)
         yield mass_kernel()
+    if arch == "hip":
+        yield directions_kernel(256, True)
+
+
+def with_the_fewest_flags() -> Iterator[Kernel]:
+    """And at the smallest shape: what a flag leaves out must not be needed elsewhere."""
+    yield attend_kernel("90", 64, 64, False, *TAILS[0])
+    yield scores_kernel(64, False, False)
+    yield tile_kernel(64, 64, False, False)
+    yield select_kernel(64, False)
 
 
 def of_wide_heads(arch: str) -> Iterator[Kernel]:
@@ -172,18 +193,40 @@ def select_kernel(width: int, given: bool, *flags: str) -> Kernel:
     return kernel(name, _select_kernel, constants, num_warps=min(max(width // 512, 1), 16))
 
 
-def attend_kernel(arch: str, block: int, head_dim: int, resume: bool, tail: bool, slope: bool) -> Kernel:
+def attend_kernel(
+    arch: str, block: int, head_dim: int, resume: bool, tail: bool, slope: bool, listed: str | None = None
+) -> Kernel:
+    """listed: whose listed blocks are attended to; None: of those that nothing has attended to before."""
     tiling = tiling_of(arch, block, head_dim, resume)
     constants = {"BLOCK": block, "HEAD_DIM": head_dim, "RESUME": resume, "TAIL": tail, "SLOPE": slope}
     constants |= {"COLUMNS": columns_of(head_dim), "PART": gcd(tiling.block_n, head_dim)}
-    constants["TURNS"] = slope and not resume
+    listed = listed or ("none" if resume else "all")
+    constants |= {"TURNS": slope and not resume, "LISTED": listed}
     constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "TAIL_STAGES": tiling.tail_stages}
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     if tiling.maxnreg is not None:
         options["maxnreg"] = tiling.maxnreg
     return kernel(
-        f"attend {block}x{head_dim} resume={resume} tail={tail} slope={slope}", _attend_kernel, constants, **options
+        f"attend {block}x{head_dim} resume={resume} {listed} tail={tail} slope={slope}",
+        _attend_kernel,
+        constants,
+        **options,
     )
+
+
+def listed_kernel(arch: str, block: int, head_dim: int, values: bool) -> Kernel:
+    """values: whether they are in 8 bits, too."""
+    tiling = tiling_in_8_bits(arch, block, head_dim, values)
+    constants = {"BLOCK": block, "HEAD_DIM": head_dim, "COLUMNS": columns_of(head_dim), "WIDEN": False, "ROOM": 8}
+    constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "VALUES": values}
+    constants["K_MAX"] = 448.0 if values else 127.0
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
+    return kernel(f"listed {block}x{head_dim} values={values}", _listed_kernel, constants, **options)
+
+
+def quantise_kernel(values: bool) -> Kernel:
+    constants = {"BLOCK": 128, "HEAD_DIM": 128, "COLUMNS": 128, "INTEGERS": not values}
+    return kernel(f"quantise values={values}", _quantise_kernel, constants)
 
 
 def kernel(name: str, function: Any, constants: dict[str, Any], **options: Any) -> Kernel:
@@ -196,6 +239,13 @@ def kernel(name: str, function: Any, constants: dict[str, Any], **options: Any) 
 
 def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
     x = "bf16"
+    if kernel == "_listed_kernel" and argument in ("k_desc", "v_desc"):
+        rows, columns = constants["BLOCK_N"], constants["COLUMNS"]
+        if argument == "k_desc":
+            return f"tensordesc<{'fp8e4nv' if constants['VALUES'] else 'i8'}[{rows},{columns}]>"
+        return f"tensordesc<{f'fp8e4nv[{columns},{rows}]' if constants['VALUES'] else f'{x}[{rows},{columns}]'}>"
+    if argument in ("k8_ptr", "v8_ptr"):
+        return "*i8" if constants["INTEGERS"] else "*fp8e4nv"
     if argument.endswith("_desc"):
         rows = constants["BLOCK_M" if argument.startswith("q_") else "PART" if argument == "slope_desc" else "BLOCK_N"]
         columns = constants["PART" if argument == "q_part_desc" else "COLUMNS"]
@@ -228,6 +278,8 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         "_project_kernel": ("q_ptr", "k_ptr", "w_ptr"),
         "_attend_kernel": ("out_ptr", "partial_ptr"),
         "_slope_kernel": ("k_ptr", "v_ptr"),
+        "_quantise_kernel": ("k_ptr", "v_ptr"),
+        "_listed_kernel": ("out_ptr",),
     }.get(kernel, ())
     if argument in in_model_dtype:
         return f"*{x}"
@@ -246,7 +298,8 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
 
 
 def compiled(kernel: Kernel, arch: str) -> Any:
-    target = GPUTarget("hip", "gfx942", 64) if arch == "hip" else GPUTarget("cuda", int(arch), 32)
+    capability = arch.removesuffix("-every")
+    target = GPUTarget("hip", "gfx942", 64) if arch == "hip" else GPUTarget("cuda", int(capability), 32)
     names = list(kernel.types)
     aligned = [name for name, kind in kernel.types.items() if kind.startswith("*") or name.endswith(("_ss", "_sh"))]
     source = ASTSource(

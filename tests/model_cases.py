@@ -113,7 +113,7 @@ class Case:
 
     sparse     names of the processors that are exchanged, as a regular expression; calls: how many there are
     head_dims  a tiny one, and one the kernels are made for
-    preset     found from the transformer alone; None: the user must say
+    preset     found from the transformer alone
     text       tokens beside the video or image
     axes       what the dimensions of the video are where it is not packed, "list" for one video a sample; "tail" where
                other tokens are packed before it; "" where no token is found by its place
@@ -127,7 +127,7 @@ class Case:
     sparse: str
     calls: int
     head_dims: tuple[int, int]
-    preset: str | None
+    preset: str
     text: int = 0
     axes: str = "bcthw"
     sample: str = "hidden_states"
@@ -148,7 +148,7 @@ COGVIDEOX = r"transformer_blocks\.\d+\.attn1\.processor"
 CASES: dict[str, Case] = {}
 
 
-def case(name: str, make: Any, inputs: Any, sparse: str, calls: int, preset: str | None, text: int = 0, **more: Any):
+def case(name: str, make: Any, inputs: Any, sparse: str, calls: int, preset: str, text: int = 0, **more: Any):
     CASES[name] = Case(
         make=make,
         inputs=inputs,
@@ -218,42 +218,15 @@ case(
     "hunyuan-video-t2v",
     15,
 )
-case(
-    "CogVideoX 1.0",
-    lambda d: cogvideox(d, use_rotary_positional_embeddings=False),
-    cogvideox_inputs,
-    COGVIDEOX,
-    2,
-    "cogvideox1.5-t2v",
-    TEXT,
-    head_dims=(16, 64),
-    axes="btchw",
-)
-case(
-    "CogVideoX 1.5 T2V",
-    cogvideox15,
-    cogvideox_inputs,
-    COGVIDEOX,
-    2,
-    "cogvideox1.5-t2v",
-    TEXT,
-    head_dims=(16, 64),
-    axes="btchw",
-)
-case(
-    "CogVideoX 1.5 I2V",
-    lambda d: cogvideox15(d, in_channels=8, ofs_embed_dim=8),
-    cogvideox_inputs,
-    COGVIDEOX,
-    2,
-    "cogvideox1.5-i2v",
-    TEXT,
-    head_dims=(16, 64),
-    axes="btchw",
-)
+for name, make, preset in (
+    ("1.0", lambda d: cogvideox(d, use_rotary_positional_embeddings=False), "cogvideox1.5-t2v"),
+    ("1.5 T2V", cogvideox15, "cogvideox1.5-t2v"),
+    ("1.5 I2V", lambda d: cogvideox15(d, in_channels=8, ofs_embed_dim=8), "cogvideox1.5-i2v"),
+):
+    case(f"CogVideoX {name}", make, cogvideox_inputs, COGVIDEOX, 2, preset, TEXT, head_dims=(16, 64), axes="btchw")
 case("Flux.1", flux, flux_inputs, JOINT, 3, "flux.1-dev-4096", TEXT)
-case("Flux.2", flux2, flux2_inputs, JOINT, 3, None, TEXT)
-case("Qwen-Image", qwen, qwen_inputs, JOINT, 2, None, TEXT)
+case("Flux.2", flux2, flux2_inputs, JOINT, 3, "image", TEXT)
+case("Qwen-Image", qwen, qwen_inputs, JOINT, 2, "image", TEXT)
 case("LTX-Video", ltx, ltx_inputs, COGVIDEOX, 2, "video", head_dims=(16, 64))
 case("LTX-2", ltx2, ltx2_inputs, COGVIDEOX, 2, "video")
 case("LTX-Video, conditions", ltx, ltx_coordinates, COGVIDEOX, 2, "video", head_dims=(16, 64))
@@ -266,7 +239,7 @@ VISUAL = r"visual_transformer_blocks\.\d+\.self_attention\.processor"
 LAYERS = r"layers\.\d+\.(self_)?attention\.processor"
 
 
-def later(name: str, make: Any, inputs: Any, sparse: str, calls: int, preset: str | None, text: int = 0, **more: Any):
+def later(name: str, make: Any, inputs: Any, sparse: str, calls: int, preset: str, text: int = 0, **more: Any):
     case(name, make, inputs, sparse, calls, preset, text, **{"head_dims": (16,), **more})
 
 
@@ -338,52 +311,54 @@ later("EasyAnimate", easyanimate, easyanimate_inputs, COGVIDEOX, 2, "video", TEX
 later("ConsisID", consisid, consisid_inputs, COGVIDEOX, 2, "cogvideox1.5-i2v", TEXT, axes="btchw")
 later("Framepack", framepack, framepack_inputs, JOINT, 2, "hunyuan-video-t2v", TEXT + 3, axes="", tiled=316)
 FLUX3 = r"(mode_blocks\.image(_cond)?|single_transformer_blocks)\.\d+\.attn\.processor"
-later("Flux.3", flux3, flux3_inputs, FLUX3, 2, None, TEXT)
+later("Flux.3", flux3, flux3_inputs, FLUX3, 2, "image", TEXT)
 later(
     "Flux.3 with a reference",
     flux3,
     lambda model: flux3_inputs(model, (8, 12)),
     FLUX3,
     3,
-    None,
+    "image",
     TEXT,
 )
-later("LongCat-Image", longcat, longcat_inputs, JOINT, 2, None, TEXT)
-later("Ovis-Image", ovis, longcat_inputs, JOINT, 2, None, TEXT)
-later("Bria 3", bria, longcat_inputs, JOINT, 2, None, TEXT)
-later("Bria FIBO", bria_fibo, bria_fibo_inputs, JOINT, 2, None, TEXT)
+later("LongCat-Image", longcat, longcat_inputs, JOINT, 2, "image", TEXT)
+later("Ovis-Image", ovis, longcat_inputs, JOINT, 2, "image", TEXT)
+later("Bria 3", bria, longcat_inputs, JOINT, 2, "image", TEXT)
+later("Bria FIBO", bria_fibo, bria_fibo_inputs, JOINT, 2, "image", TEXT)
 DOUBLE = r"double_blocks\.\d+\.attn\.processor"
-later("JoyImage-Edit", joyimage, joyimage_inputs, DOUBLE, 2, None, TEXT, axes="")
+later("JoyImage-Edit", joyimage, joyimage_inputs, DOUBLE, 2, "image", TEXT, axes="")
 later(
     "JoyImage-Edit Plus",
     joyimage_plus,
     joyimage_plus_inputs,
     DOUBLE,
     2,
-    None,
+    "image",
     TEXT,
     axes="",
     of_video=lambda out: out[:, :128],
 )
-later("HunyuanImage", hunyuan_image, hunyuan_image_inputs, JOINT, 2, None, TEXT, axes="bchw", words="")
-later("ERNIE-Image", ernie, ernie_inputs, LAYERS, 2, None, TEXT, axes="bchw", words="text_bth")
+later("HunyuanImage", hunyuan_image, hunyuan_image_inputs, JOINT, 2, "image", TEXT, axes="bchw", words="")
+later("ERNIE-Image", ernie, ernie_inputs, LAYERS, 2, "image", TEXT, axes="bchw", words="text_bth")
 Z_IMAGE = r"(noise_refiner|layers)\.\d+\.attention\.processor"
-later("Z-Image", z_image, z_image_inputs, Z_IMAGE, 2, None, 64, axes="list", sample="x", words="cap_feats")
+later("Z-Image", z_image, z_image_inputs, Z_IMAGE, 2, "image", 64, axes="list", sample="x", words="cap_feats")
 later(
     "Z-Image Omni",
     lambda d: z_image(d, siglip_feat_dim=8),
     z_image_omni_inputs,
     Z_IMAGE,
     2,
-    None,
+    "image",
     96 + 64,
     axes="",
     words="",
     tiled=96 + 192,
 )
-later("Krea-2", krea2, krea2_inputs, JOINT, 2, None, TEXT)
-later("Ideogram-4", ideogram4, ideogram4_inputs, LAYERS, 2, None, TEXT, axes="tail", of_video=lambda out: out[:, TEXT:])
-later("SD3.5", sd3, sd3_inputs, r"transformer_blocks\.\d+\.attn2?\.processor", 3, None, TEXT, axes="bchw")
+later("Krea-2", krea2, krea2_inputs, JOINT, 2, "image", TEXT)
+later(
+    "Ideogram-4", ideogram4, ideogram4_inputs, LAYERS, 2, "image", TEXT, axes="tail", of_video=lambda out: out[:, TEXT:]
+)
+later("SD3.5", sd3, sd3_inputs, r"transformer_blocks\.\d+\.attn2?\.processor", 3, "image", TEXT, axes="bchw")
 
 
 @functools.cache

@@ -8,10 +8,13 @@ writes them between the marks in that file; tests/test_model_tables.py holds tha
 from itertools import pairwise
 from pathlib import Path
 
+from cache_cases import cache_of
 from model_cases import CASES, built
+from model_sizes import tokens_of
 from rectified_spaattn.layout import TokenLayout
 from rectified_spaattn.pipelines.adapters import ADAPTERS
 from rectified_spaattn.pipelines.refused import REFUSED
+from rectified_spaattn.presets import origin
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 # For whom the settings were published; for all others they are those of the nearest.
@@ -19,18 +22,28 @@ PUBLISHED = ("HunyuanVideo T2V", "Wan 2.1 T2V", "Wan 2.1 I2V", "Wan 2.2 I2V", "W
 PUBLISHED += ("CogVideoX 1.5 I2V", "Flux.1")
 # Whose diffusers pipelines tests run, too: tiny_pipelines, tiny_later_pipelines, test_diffusers, test_minimax_h3.
 PIPELINES = ("HunyuanVideo", "HunyuanVideo15", "Wan", "WanVACE", "SkyReelsV2", "CogVideoX", "Flux", "LTXVideo")
-PIPELINES += ("QwenImage", "MiniMaxH3", "Kandinsky5", "ZImage")
+PIPELINES += ("QwenImage", "MiniMaxH3", "Kandinsky5", "Kandinsky6", "ZImage", "LTX2Video", "Cosmos3Omni", "MotifVideo")
+PIPELINES += ("Mochi",)
 
 
 def supported() -> str:
-    """One line a class: its models, what stands alone in their attention, their preset, how they are proven."""
-    lines = ["| diffusers transformer | models | stands alone | preset | proof |", "|---|---|---|---|---|"]
+    """One line a class: its models, tokens, what stands alone, preset, cache, how they are proven."""
+    heads = ("diffusers transformer", "models", "tokens", "stands alone", "preset", "cache", "proof")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for kind in ADAPTERS:
         names = [name for name, case in CASES.items() if _kind(name) == kind]
         alone = sorted({_alone(_layout(name)) for name in names})
         presets = list(dict.fromkeys(_preset(name) for name in names))
         proof = "M P" if kind.partition("Transformer")[0] in PIPELINES else "M"
-        columns = [f"`{kind}`", "; ".join(names), "; ".join(alone), "; ".join(presets), proof]
+        columns = [
+            f"`{kind}`",
+            "; ".join(names),
+            tokens_of(kind),
+            "; ".join(alone),
+            "; ".join(presets),
+            cache_of(kind) or "none",
+            proof,
+        ]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
 
@@ -65,9 +78,8 @@ def _alone(layout: TokenLayout) -> str:
 
 def _preset(name: str) -> str:
     preset = CASES[name].preset
-    if preset is None:
-        return "none: say a sparsity"
-    return f"`{preset}`" + ("" if name in PUBLISHED or preset == "video" else " (nearest)")
+    source = origin(preset) if name in PUBLISHED or origin(preset) != "published" else "nearest"
+    return f"`{preset}` ({source.partition(',')[0]})"
 
 
 def page() -> str:

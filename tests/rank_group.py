@@ -48,15 +48,17 @@ def group() -> Iterator[None]:
 
 
 def moved(value: Any) -> Any:
-    if isinstance(value, tuple):  # cosines and sines
-        return tuple(each.to("cuda") for each in value) if GPU else value
-    if not isinstance(value, torch.Tensor) or not GPU:
+    if not GPU:
+        return value
+    if isinstance(value, tuple):  # cosines and sines, or several of them: as they are, in float32
+        return tuple(each.to("cuda") if isinstance(each, torch.Tensor) else moved(each) for each in value)
+    if not isinstance(value, torch.Tensor):
         return value
     return value.to("cuda", torch.bfloat16 if value.is_floating_point() else value.dtype)
 
 
 def made(name: str) -> tuple[Any, dict[str, Any]]:
-    model, inputs = build(name, CASES[name].head_dims[GPU])
+    model, inputs = build(name, CASES[name].head_dims[-1 if GPU else 0])
     if name.startswith("LTX-2"):
         inputs["timestep"] = inputs["timestep"][:, 0]  # as its pipeline passes it
     return moved_model(model), {key: moved(value) for key, value in inputs.items()}

@@ -40,8 +40,8 @@ from rectified_spaattn.pipelines.adapters import adapter_for
 from rectified_spaattn.pipelines.plans import cp_plan
 
 SLOW = GPU or "RANK_TESTS_SLOW" in os.environ
-COUSINS = ("Wan 2.2 I2V", "HunyuanVideo I2V, latents concatenated", "HunyuanVideo 1.5 T2V", "CogVideoX 1.5 I2V")
-EVERY = [name for name in CASES if name != REFUSED and (SLOW or name not in COUSINS)]
+FIRST_OF_KIND = {case.kind: name for name, case in reversed(CASES.items())}.values()
+EVERY = [name for name in CASES if name != REFUSED and (SLOW or name in FIRST_OF_KIND)]
 
 
 @pytest.mark.skipif(COUNT != 2, reason="these models have two heads")
@@ -93,8 +93,9 @@ def test_four_heads_on_two_or_four_ranks(name: str) -> None:
     is_cut_right(*four_heads(name))
 
 
-@pytest.mark.parametrize("text", [11, 9])
-@pytest.mark.parametrize("name", ["hunyuan", "flux"])
+@pytest.mark.parametrize(
+    ("name", "text"), [("hunyuan", 11), ("flux", 9), *([("hunyuan", 9), ("flux", 11)] if SLOW else [])]
+)
 def test_text_of_uneven_length(name: str, text: int) -> None:
     model, inputs = four_heads(name)
     inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"][:, :text]
@@ -114,7 +115,7 @@ def test_video_of_uneven_length(name: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.skipif(GPU, reason="attention changes these models by less than bfloat16 does; see the layer below")
-@pytest.mark.parametrize("name", ["hunyuan", "flux", "cogvideox"])
+@pytest.mark.parametrize("name", ["hunyuan", "flux", *(["cogvideox"] if SLOW else [])])
 def test_without_the_places_it_is_another_video(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: tokens lie in the order of the ranks, and blocks cut in the model's order are wrong."""
     model, inputs = four_heads(name)
@@ -125,6 +126,14 @@ def test_without_the_places_it_is_another_video(name: str, monkeypatch: pytest.M
     assert apart(cut, alone) > max(1e-3, 0.5 * apart(alone, dense))
     with pytest.raises(AssertionError):
         assert_same(cut, alone, apart(forward(model, inputs), dense), dense)
+
+
+def test_a_forward_reads_no_signature(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are compiled before their first forward cannot: some versions of torch refuse it."""
+    model, inputs = four_heads("wan")
+    rsa.parallelize(model)
+    monkeypatch.setattr("inspect.signature", lambda *_: pytest.fail("read a signature"))
+    forward(model, inputs)
 
 
 ORDERS = [("cogvideox", order) for order in ("enable first", "parallelize first", "by diffusers")]
@@ -171,13 +180,13 @@ def test_a_mask_of_the_video_and_dense_layers() -> None:
     tokens = inputs["hidden_states"].shape[1] + inputs["encoder_hidden_states"].shape[1]
     mask = torch.ones(2, 1, 1, tokens, dtype=torch.bool, device=inputs["hidden_states"].device)
     mask[0, ..., 5:9], mask[1, ..., 40:77] = False, False
-    inputs["joint_attention_kwargs"] = {"attention_mask": mask}
+    masked = {**inputs, "joint_attention_kwargs": {"attention_mask": mask}}
     config = CONTENT.replace(dense_layers=(1,))
-    dense, alone = forward(model, inputs), sparse(model, inputs, config)
+    open_dense, dense, alone = forward(model, inputs), forward(model, masked), sparse(model, masked, config)
     rsa.parallelize(model)
-    cut = sparse(model, inputs, config)
+    cut = sparse(model, masked, config)
     if GPU:
-        assert apart(cut, alone) < 0.3 * apart(alone, dense)
+        assert_same(cut, alone, apart(forward(model, inputs), open_dense), dense)
     else:
         torch.testing.assert_close(cut, alone, rtol=1e-4, atol=1e-5)
 
@@ -226,7 +235,9 @@ def denoise(model: Any, inputs: dict[str, Any], threshold: float) -> tuple[torch
     return out, branch.skipped_steps
 
 
-@pytest.mark.parametrize(("name", "threshold"), [("wan", 0.4), ("hunyuan", 0.15), ("flux", 0.6), ("cogvideox", 1.0)])
+@pytest.mark.parametrize(  # by default one model a signal
+    ("name", "threshold"), [("wan", 0.4), ("hunyuan", 0.15), *([("flux", 0.6), ("cogvideox", 1.0)] if SLOW else [])]
+)
 def test_teacache_decides_alike(name: str, threshold: float) -> None:
     model, inputs = four_heads(name)
     if name == "wan":

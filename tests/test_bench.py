@@ -83,7 +83,7 @@ def test_rows_are_complete_and_consistent() -> None:
         assert all(
             getattr(row, name) is not None
             for name in Row.__dataclass_fields__
-            if name not in ("sparsity", "extra_bytes")
+            if name not in ("sparsity", "extra_bytes", "error")
         )
         assert row.ms_min <= row.ms_q1 <= row.ms <= row.ms_q3 <= row.ms_max
         assert (row.dense, row.dense_ms) == ("sdpa", measured[0].ms)
@@ -92,6 +92,8 @@ def test_rows_are_complete_and_consistent() -> None:
         assert row.tflops == pytest.approx(4 * 266**2 * 2 * 64 * row.density / (row.ms / 1000) / 1e12)
         assert row.extra_bytes is None  # torch does not count a CPU's memory
         assert (row.repeats, row.input_sets) == (2, 2)
+    assert measured[0].error is None
+    assert 0 < measured[1].error < measured[2].error < 0.2
     blocks = 256 // 32
     for row, kept in zip(measured[1:], (4, 2), strict=True):
         pooled = 256 * (blocks - kept)  # one key a dropped block and query

@@ -51,6 +51,11 @@ def run(name: str, **changes: Any) -> ModelResult:
         ("wan2.2-ti2v-5b", 5.00, 30, 27_280),
         ("cogvideox1.5-5b", 5.57, 42, 45_106),
         ("flux.1-dev", 11.90, 57, 66_048),
+        ("minimax-h3", 33.12, 50, 38_124),
+        ("ltx-2.5", 18.99, 48, 32_640),
+        ("kandinsky-6", 48.19, 60, 47_616),
+        ("cosmos-3", 15.16, 36, 44_672),
+        ("motif-video", 2.00, 36, 114_592),
     ],
 )
 def test_full_size_models_are_the_published_ones(name: str, billions: float, layers: int, tokens: int) -> None:
@@ -60,9 +65,8 @@ def test_full_size_models_are_the_published_ones(name: str, billions: float, lay
     assert sum(p.numel() for p in transformer.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
     assert model.units * model.layers_a_unit == layers
     assert model.shape.tokens == tokens
-    assert model.shape.heads * model.shape.head_dim == transformer.config.num_attention_heads * (
-        transformer.config.attention_head_dim
-    )
+    sizes = {name: size for name, size in model.heads(model.shape).items() if size is not None}
+    assert {name: transformer.config[name] for name in sizes} == sizes
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -106,19 +110,25 @@ def test_every_model_is_measured_without_a_warning(name: str) -> None:
         ("sparse", "torch", 0.75),
         ("removed", "none", None),
     ]
-    video, text, block = model.shape.video, model.shape.text, 64
+    video, block = model.shape.video, 64
     blocks = video // block
+
+    def density(sparsity: float, text: int) -> float:
+        kept = math.floor((1 - sparsity) * blocks + 1e-9)
+        alone = video - blocks * block + text
+        pairs = blocks * kept * block**2 + blocks * block * alone + alone * (video + text)
+        pairs += blocks * block * (blocks - kept)  # one pooled key a dropped block and query
+        return pairs / (video + text) ** 2
+
     for row in result.forwards:
         assert row.seconds_min <= row.seconds_q1 <= row.seconds <= row.seconds_q3 <= row.seconds_max
         assert row.measured_s is None
         assert row.layers_low == model.layers_a_unit < row.layers_high < row.layers == 6 * model.layers_a_unit
         assert row.constant_s + row.unit_s * row.layers_high / model.layers_a_unit == pytest.approx(row.high_s)
         if row.sparsity is not None:
-            kept = math.floor((1 - row.sparsity) * blocks + 1e-9)
-            alone = video - blocks * block + text
-            pairs = blocks * kept * block**2 + blocks * block * alone + alone * (video + text)
-            pairs += blocks * block * (blocks - kept)  # one pooled key a dropped block and query
-            assert row.density == pytest.approx(pairs / (video + text) ** 2)
+            decoders = model.config.get("num_decoder_layers", 0) / row.layers_high  # which attend over the video alone
+            mean = decoders * density(row.sparsity, 0) + (1 - decoders) * density(row.sparsity, model.shape.text)
+            assert row.density == pytest.approx(mean)
         else:
             assert row.density is None
     assert [row.sparsity for row in result.schedules] == [0.75]
@@ -157,8 +167,8 @@ def test_every_kind_of_layer_is_compiled(name: str) -> None:
     whole = build(model, 2, CPU, torch.float32)
     compile_blocks(whole, "eager")
     compiled = [type(each).__name__ for each in whole.modules() if each._compiled_call_impl is not None]
-    layers = [each for each in compiled if each.endswith(("TransformerBlock", "CogVideoXBlock"))]
-    assert len(layers) == 2 * model.layers_a_unit
+    kinds = {type(block).__name__ for name in weights._block_lists(whole) for block in getattr(whole, name)}
+    assert sum(each in kinds for each in compiled) == 2 * model.layers_a_unit
 
 
 # --- checks

@@ -94,10 +94,15 @@ def test_published_figures_stand_beside_the_sparsity_they_are_for() -> None:
     assert [(row.paper, row.paper_composed) for row in made] == [(2.50, 5.24), (None, 5.24), (3.33, 5.24)]
 
 
+def test_a_dense_layer_of_a_unit_of_several_costs_their_mean() -> None:
+    model = MODELS["hunyuan-video"]  # units of three layers
+    seconds = {Key(each, "eager", n): [cost * n] * 2 for each, cost in ((DENSE, 9.0), (SPARSE, 3.0)) for n in (1, 2)}
+    rows = forward_rows(model, "full", case_of(model.name), seconds, {}, {SPARSE: 0.12})
+    (row,) = schedule_rows(model, Schedule(50, 50, 0, 1, 2), rows)
+    assert row.sparse_forward_s == pytest.approx(20 * 3.0 + 2 * (9.0 - 3.0) / 3)
+
+
 def test_schedule_arithmetic_refuses_what_it_cannot_know() -> None:
-    hunyuan = MODELS["hunyuan-video"]
-    with pytest.raises(ValueError, match="a unit has 3"):
-        schedule_rows(hunyuan, Schedule(50, 50, 0, 1, 20), [])
     for values in ((50, 51, 0, 1), (50, 4, 5, 1), (0, 0, 0, 1)):
         with pytest.raises(ValueError, match=r"steps: got .*allowed"):
             Schedule(*values)

@@ -1,42 +1,37 @@
 """Sparse attention together with other people's caches: diffusers' own, and cache-dit where it is installed."""
 
+import diffusers
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, MagCacheConfig
+from diffusers.models.cache_utils import CacheMixin
 
 import rectified_spaattn as rsa
 import tiny
+from cache_cases import CACHES, STEPS, cache_of
+from model_cases import CASES, build
+from test_models import forward
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPARSE = {"block_size": 16, "neighbours": False, "first_frame": False, "dense_layers": (), "top_p": 0.0}
-STEPS = 8
 PIPELINES = {
     "hunyuan": (tiny.hunyuan_pipeline, tiny.run_hunyuan, 1),
     "wan": (tiny.wan_pipeline, tiny.run_wan, 2),
 }
 
-# Of 8 steps: only the first block ever runs after step 0; all blocks run at steps 0, 1, 4 and 7.
-CACHES = {
-    "first block": (lambda: FirstBlockCacheConfig(threshold=1e9), [8, 1, 1]),
-    "mag": (
-        lambda: MagCacheConfig(
-            threshold=1e9,
-            max_skip_steps=2,
-            retention_ratio=0.25,
-            num_inference_steps=STEPS,
-            mag_ratios=torch.ones(STEPS),
-        ),
-        [4, 4, 4],
-    ),
+# How often each block runs in 4 steps: all of them at step 0, and at the last one that is not left out.
+RUNS = {
+    ("hunyuan", "FirstBlockCache"): [4, 1, 1],
+    ("hunyuan", "TaylorSeer"): [3, 3, 3],
+    ("wan", "MagCache"): [2, 2, 2],
+    ("wan", "SeaCache"): [2, 2, 2],
 }
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("name", PIPELINES)
-def test_diffusers_caches_in_either_order(cache, name):
+@pytest.mark.parametrize(("name", "cache"), RUNS)
+def test_diffusers_caches_in_either_order(name, cache):
     make, run, branches = PIPELINES[name]
-    config, runs = CACHES[cache]
+    config, runs = CACHES[cache], RUNS[name, cache]
     pipeline = make()
     untouched = run(pipeline, steps=STEPS)
     outputs = []
@@ -54,7 +49,7 @@ def test_diffusers_caches_in_either_order(cache, name):
         assert stats.steps == STEPS
         assert stats.forwards == STEPS * branches
         assert stats.skipped == (STEPS - max(runs)) * branches
-        assert ("skipped by a cache" in handle.summary()) == (cache == "mag")
+        assert ("skipped by a cache" in handle.summary()) == (max(runs) < STEPS)
         if cache_first:  # off in the order they went on
             pipeline.transformer.disable_cache()
             handle.disable()
@@ -64,6 +59,53 @@ def test_diffusers_caches_in_either_order(cache, name):
         assert torch.equal(run(pipeline, steps=STEPS), untouched)
     assert torch.equal(*outputs)
     assert not torch.equal(outputs[0], untouched)
+
+
+OF_KIND = {case.kind: name for name, case in reversed(CASES.items())}  # the first case of each class
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
+@pytest.mark.parametrize("kind", [kind for kind in OF_KIND if cache_of(kind)])
+def test_the_cache_of_a_model_in_either_order(kind):
+    """The same comes out, something is left out, and the model is as it was, whichever is taken off first."""
+    case = CASES[OF_KIND[kind]]
+    model, inputs = build(OF_KIND[kind], case.head_dims[0])
+
+    def run():
+        outputs = []
+        for step in range(STEPS):
+            place = {"step_index": step, "sigma": 1 - step / STEPS, "num_inference_steps": STEPS}
+            with torch.no_grad(), model.cache_context("cond", **place):
+                outputs.append(forward(model, inputs))
+        return torch.stack(outputs)
+
+    untouched = run()
+    outputs, calls = [], []
+    for cache_first in (True, False):
+        if cache_first:
+            model.enable_cache(CACHES[cache_of(kind)]())
+        handle = rsa.enable(model, sparsity=0.75, dense_steps=0, **SPARSE)
+        if not cache_first:
+            model.enable_cache(CACHES[cache_of(kind)]())
+        outputs.append(run())
+        calls.append(handle.stats().sparse_calls)
+        assert handle.stats().dense_calls == 0
+        if cache_first:
+            model.disable_cache()
+        handle.disable()
+        if not cache_first:
+            model.disable_cache()
+        with torch.no_grad():
+            assert torch.equal(forward(model, inputs), untouched[0])
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], untouched)
+    assert 0 < calls[0] == calls[1] < STEPS * case.calls
+
+
+def test_there_is_a_cache_for_every_class_that_diffusers_can_cache():
+    assert {kind for kind in OF_KIND if cache_of(kind)} == {
+        kind for kind in OF_KIND if issubclass(getattr(diffusers, kind), CacheMixin)
+    }
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ import torch
 
 from clip_runs import command
 from rectified_spaattn import SparseConfig, cli
-from rectified_spaattn.lab.clips.demo import evaluation_of
+from rectified_spaattn.lab.clips.demo import evaluation_of, ours_of, with_slider
 from rectified_spaattn.lab.clips.options import DemoOptions
 
-FILES = ("report.html", "metrics.json", "side-by-side.mp4", "side-by-side.png")
-MODES = ["full", *(f"{word}-{share}" for share in (80, 90) for word in ("sparse", "rectified", "default"))]
+FILES = ("report.html", "metrics.json", "side-by-side.mp4", "side-by-side.webp")
+MODES = ["full", "plain-90", "paper-90", "ours-90"]
+SLIDER = ["ours-50", "ours-70", "ours-80", "ours-90", "ours-95"]
 CAPTION = "a red matte sphere rolls right, grey floor"
 CPU = torch.device("cpu")
 
@@ -27,8 +28,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished demo: its folder and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    words = ["--out", out, "--weights", weights, "--quick", "--size", 32, "--steps", 2, "--seeds", 2]
-    result = command("demo", *words)
+    words = ["--out", out, "--weights", weights, "--prompts", 1, "--size", 32, "--steps", 2, "--seeds", 2]
+    with pytest.MonkeyPatch.context() as patch:  # smaller videos, and steps that are timed sooner
+        patch.setattr("rectified_spaattn.lab.clips.demo.WIDTH", 96)
+        patch.setattr("rectified_spaattn.lab.clips.demo._TIMING_SIZE", 32)
+        result = command("demo", *words)
     assert result.exit_code == 0, result.output
     return out, result.output
 
@@ -118,22 +122,21 @@ def test_modes_differ_in_nothing_but_sparsity_rectification_and_order() -> None:
         assert mode.config is not None
         same = mode.config.replace(sparsity=0.5, rectify="none", order="gilbert")
         assert same == default.paper(0.5).replace(rectify="none")
-    assert evaluation_of(DemoOptions(sparsity=(0.875,)), CPU).modes[1].name == "sparse-87.5"
-    steps = [evaluation_of(DemoOptions(quick=quick), CPU) for quick in (True, False)]
-    quick, whole = (len(each.prompts) * each.arguments["num_inference_steps"] for each in steps)
-    assert quick < whole
+    assert evaluation_of(DemoOptions(sparsity=(0.875,)), CPU).modes[1].name == "plain-87.5"
 
 
-def test_the_demo_shows_the_paper_and_the_default() -> None:
-    for options in (DemoOptions(), DemoOptions(quick=True)):
-        configs = [mode.config for mode in evaluation_of(options, CPU).modes if mode.config is not None]
-        shown = {(config.rectify, config.order, config.neighbours) for config in configs}
-        paper, ours = SparseConfig.paper(), SparseConfig()
-        assert shown == {
-            ("none", paper.order, False),
-            (paper.rectify, paper.order, False),
-            (ours.rectify, ours.order, ours.neighbours),
-        }
+def test_the_demo_shows_plain_sparse_the_paper_and_ours_and_a_quick_one_three_clips() -> None:
+    paper, ours = SparseConfig.paper(), SparseConfig()
+    plain = ("none", paper.order, False)
+    shown = [plain, (paper.rectify, paper.order, False), (ours.rectify, ours.order, ours.neighbours)]
+    for options, wanted in ((DemoOptions(), shown), (DemoOptions(quick=True), [plain, shown[2]])):
+        evaluation = evaluation_of(options, CPU)
+        configs = [mode.config for mode in evaluation.modes if mode.config is not None]
+        assert [(config.rectify, config.order, config.neighbours) for config in configs] == wanted
+        assert (len(evaluation.pairs) * len(evaluation.modes) == 3) == options.quick
+        slider = with_slider(evaluation, options)
+        assert len(slider.pairs) == 1
+        assert [mode.name for mode in ours_of(slider.modes)] == (["ours-90"] if options.quick else SLIDER)
 
 
 def test_demo_writes_every_file(run: tuple[Path, str]) -> None:
@@ -141,20 +144,23 @@ def test_demo_writes_every_file(run: tuple[Path, str]) -> None:
     assert all((out / name).stat().st_size > 1000 for name in FILES)
     assert {path.stem for path in (out / "figures").iterdir()} == {"error", "maps"}
     videos = sorted((out / "videos").rglob("*.mp4"))
-    assert len(videos) == 2 * 7
-    assert {path.parent.name for path in videos} == set(MODES)
-    assert iio.imread(videos[0]).shape == (16, 384, 384, 3)
+    assert len(videos) == 2 * 4 + 4
+    assert {path.parent.name for path in videos} == {*MODES, *SLIDER}
+    assert iio.imread(videos[0]).shape == (16, 96, 96, 3)
     side = iio.imread(out / "side-by-side.mp4")
     assert side.shape[0] == 16
-    assert 7 * 192 < side.shape[2] < 7 * 192 + 60
-    assert "Report:" in printed
+    assert 4 * 192 < side.shape[2] < 4 * 192 + 60
+    verdict, link = printed.splitlines()[-2:]
+    assert verdict.startswith("ours, 90%: ")
+    assert link == f"Report: {(out / 'report.html').as_uri()}"
 
 
 def test_metrics_json_agrees_with_itself_and_with_the_report(run: tuple[Path, str]) -> None:
     out, printed = run
     metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
     assert [each["mode"] for each in metrics["means"]] == MODES
-    assert len(metrics["clips"]) == 2 * 7
+    assert len(metrics["clips"]) == 2 * 4
+    assert [each["mode"] for each in metrics["slider"]] == SLIDER
     assert {(each["prompt"], each["seed"]) for each in metrics["clips"]} == {
         (prompt, seed) for prompt in {each["prompt"] for each in metrics["clips"]} for seed in (0, 1)
     }
@@ -168,17 +174,16 @@ def test_metrics_json_agrees_with_itself_and_with_the_report(run: tuple[Path, st
         assert mean["backend"] == "torch"
     assert metrics["means"][0]["psnr"] is None
     density = {each["mode"]: each["density"] for each in metrics["means"]}
-    assert density["sparse-80"] == density["rectified-80"]
-    assert density["sparse-80"] < density["default-80"] < density["sparse-80"] + 1 / 64  # the same and pooled keys
-    assert density["sparse-90"] < density["sparse-80"] < 0.3
+    assert density["plain-90"] == density["paper-90"] < 0.2
+    assert density["plain-90"] < density["ours-90"] < density["plain-90"] + 1 / 64  # the same and pooled keys
     assert metrics["settings"]["seeds"] == 2
-    assert metrics["speed"] == []
+    assert [each["mode"] for each in metrics["speed"]] == ["full", "ours-90"]
     assert {"rectified-spaattn", "python", "torch", "diffusers"} <= set(metrics["versions"])
 
 
 def test_a_second_run_replaces_the_videos_of_the_first_and_no_others(run: tuple[Path, str], weights: Path) -> None:
     out, _ = run
-    mine = [out / "videos" / "holiday.mp4", out / "videos" / "sparse-90" / "mine.mp4", out / "notes.txt"]
+    mine = [out / "videos" / "holiday.mp4", out / "videos" / "plain-90" / "mine.mp4", out / "notes.txt"]
     for path in mine:
         path.write_text("mine")
     words = ["--out", out, "--weights", weights, "--size", 32, "--steps", 1, "--sparsity", 0.5, "--quick"]
@@ -186,7 +191,7 @@ def test_a_second_run_replaces_the_videos_of_the_first_and_no_others(run: tuple[
     assert result.exit_code == 0, result.output
     videos = set((out / "videos").rglob("*.mp4"))
     assert videos - set(mine) == {
-        out / "videos" / mode / f"{CAPTION}-0.mp4" for mode in ("full", "sparse-50", "rectified-50", "default-50")
+        out / "videos" / mode / f"{CAPTION}-0.mp4" for mode in ("full", "plain-50", "ours-50")
     }
     assert all(path.read_text() == "mine" for path in mine)
     assert json.loads((out / "metrics.json").read_text())["clips"][0]["prompt"] == CAPTION

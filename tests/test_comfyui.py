@@ -183,8 +183,9 @@ class Cancelled(Exception):
 
 def test_a_run_that_is_cancelled_leaves_nothing():
     model = comfy.Patcher(comfy.HunyuanVideo())
-    dense, patched = run(model), patch(model, SPARSE)
-    expected = run(patched)
+    dense, patched = run(model), patch(model, SPARSE.replace(replan=9))
+    expected, plans = run(patched), override_of(patched).seam.plans
+    assert (plans.planned, plans.taken, plans.nbytes) == (2, 6, 0)
 
     def cancel(*args):
         raise Cancelled
@@ -194,6 +195,7 @@ def test_a_run_that_is_cancelled_leaves_nothing():
         run(patched)
     handle.remove()
     assert override_of(patched)._running == {}
+    assert override_of(patched).seam.plans.nbytes == 0 < override_of(patched).seam.plans.peak
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in model.model.modules())
     assert torch.equal(run(patched), expected)
     assert torch.equal(run(model), dense)
@@ -267,6 +269,7 @@ def test_the_inputs_of_the_node_become_a_config():
     assert config_of(0.9, "row", 0, 0, "", "custom").tolerance is None
     for preset in ("custom", "wan2.1-t2v"):
         assert config_of(0.9, "row", 0, 0, "", preset, 0.05).tolerance == 0.05
+        assert config_of(0.9, "row", 0, 0, "", preset, 0.0, 4).replan == 4
     with pytest.raises(ValueError, match="dense_blocks"):
         config_of(0.9, "row", 0, 0, "0-3", "custom")
 

@@ -1,15 +1,19 @@
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rectified_spaattn import PRESETS, SparseConfig, preset
+from rectified_spaattn.backends import Call, choose
 from rectified_spaattn.config import ORDERS, RECTIFY
 from rectified_spaattn.orders import CURVES
+from rectified_spaattn.presets import origin
 
 places = st.one_of(
     st.tuples(st.sampled_from(("gilbert", "tile", "raster")), st.booleans(), st.booleans()),
@@ -43,6 +47,8 @@ def test_defaults() -> None:
         "tolerance": None,
         "max_density": 0.5,
         "probes": None,
+        "replan": 1,
+        "kept_lists": False,
     }
     assert list(SparseConfig().to_dict()) == [field.name for field in dataclasses.fields(SparseConfig) if field.init]
 
@@ -193,30 +199,46 @@ TABLE = {
 
 
 def test_there_are_no_other_presets() -> None:
-    assert list(PRESETS) == [*TABLE, "video", *(f"{name}-paper" for name in TABLE), *WARM_UPS]
+    models = [*TABLE, "video", "image"]
+    warmed = [f"{name}-{ending}" for ending in ("sol", "svg", "safe") for name in models]
+    assert list(PRESETS) == [*models, *(f"{name}-paper" for name in TABLE), *warmed]
+    assert {name: origin(name) for name in models} == {
+        **dict.fromkeys(TABLE, "published"),
+        **dict.fromkeys(("video", "image"), "chosen here, not published"),
+    }
 
 
 def test_where_nothing_was_published_it_is_the_default_sparsity_with_the_schedule_of_the_nearest() -> None:
-    (near,) = preset("wan2.1-t2v")
-    assert preset("video") == (SparseConfig(dense_steps=near.dense_steps, dense_layers=near.dense_layers),)
+    for name, nearest in (("video", "wan2.1-t2v"), ("image", "flux.1-dev-4096")):
+        (near,) = preset(nearest)
+        assert preset(name) == (SparseConfig(dense_steps=near.dense_steps, dense_layers=near.dense_layers),)
 
 
-# Dense first steps of so many, as others publish them.
-WARM_UPS = {
-    "hunyuan-video-t2v-sol": (10, 50),
-    "hunyuan-video-t2v-svg": (5, 50),
-    "wan2.1-t2v-sol": (10, 50),
-    "wan2.1-t2v-svg": (10, 50),
-    "wan2.1-i2v-svg": (14, 40),
+# Dense first steps of so many; as SVG publishes them, where it does.
+WARM_UPS = {"sol": dict.fromkeys([*TABLE, "video", "image"], (10, 50))}
+WARM_UPS["svg"] = dict.fromkeys([*TABLE, "video", "image"], (15, 50)) | {
+    "hunyuan-video-t2v": (5, 50),
+    "wan2.1-t2v": (10, 50),
+    "wan2.1-i2v": (14, 40),
 }
 
 
-@pytest.mark.parametrize("name", WARM_UPS)
-def test_a_warm_up_of_others_is_all_that_differs_from_the_models_preset(name: str) -> None:
-    [config], [own] = preset(name), preset(name.rpartition("-")[0])
-    dense, steps = WARM_UPS[name]
-    assert (config.dense_step_count(steps), config.dense_layers) == (dense, (0,))
-    assert config == own.replace(dense_steps=config.dense_steps, dense_layers=(0,))
+@pytest.mark.parametrize("ending", WARM_UPS)
+def test_a_warm_up_of_others_is_all_that_differs_from_the_models_preset(ending: str) -> None:
+    for name, (dense, steps) in WARM_UPS[ending].items():
+        config, *second = preset(f"{name}-{ending}")
+        own, *after = preset(name)
+        assert (config.dense_step_count(steps), config.dense_layers) == (dense, (0,)), name
+        assert config == own.replace(dense_steps=config.dense_steps, dense_layers=(0,))
+        assert second == after  # which begins when the warm-up is over
+
+
+def test_the_safe_schedule_is_all_that_differs_from_the_models_preset() -> None:
+    for name in (*TABLE, "video", "image"):
+        safe, own = preset(f"{name}-safe"), preset(name)
+        assert [(c.dense_step_count(50), c.dense_last_step_count(50)) for c in safe] == [(20, 5), (5, 5)][: len(own)]
+        for config, each in zip(safe, own, strict=True):
+            assert config == each.replace(dense_steps=config.dense_steps, dense_last_steps=0.1), name
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -243,9 +265,34 @@ def test_other_presets_have_the_published_sparsity_and_schedule_and_our_defaults
 
 
 def test_an_unknown_preset_lists_each_model_once() -> None:
-    with pytest.raises(ValueError, match=r"got 'wan'; allowed: one of .*'wan2\.1-t2v'.*'-paper' behind it") as told:
+    with pytest.raises(
+        ValueError, match=r"got 'wan'; allowed: one of .*'wan2\.1-t2v'.*-safe behind it.*-paper"
+    ) as told:
         preset("wan")
     assert str(told.value).count("wan2.1-t2v") == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "meant"),
+    [
+        (lambda: SparseConfig(sparsity=80), "Did you mean 0.8?"),
+        (lambda: SparseConfig(tolerance=5), "Did you mean 0.05?"),
+        (lambda: SparseConfig(rectify="rwo"), "Did you mean 'row'?"),  # type: ignore[arg-type]
+        (lambda: SparseConfig.from_dict({"sparcity": 0.8}), "Did you mean 'sparsity'?"),
+        (lambda: preset("wan2.1t2v"), "Did you mean 'wan2.1-t2v'?"),
+        (lambda: choose("tritn", Call(torch.device("cpu"), torch.float32, 64, 64)), "Did you mean 'triton'?"),
+    ],
+)
+def test_what_was_probably_meant_is_said(make: Callable[[], object], meant: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as told:
+        make()
+    assert str(told.value).endswith(meant)
+
+
+@pytest.mark.parametrize("sparsity", [1, 800, -0.2, float("nan")])
+def test_nothing_is_guessed_where_no_share_is_near(sparsity: float) -> None:
+    with pytest.raises(ValueError, match=r"allowed: a number in \[0, 1\)\.$"):
+        SparseConfig(sparsity=sparsity)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rectified_spaattn.lab.demo_model.model import VOCABULARY
+from rectified_spaattn.lab.demo_model.words import PLACES
 from slow_rays import Rays, outside
 from studies.demo_model.motion import HALF, contact, poses, sizes, view
 from studies.demo_model.render import NOWHERE, bodies_of, camera_rays, colours, nearest, render, render_numbers
@@ -22,7 +23,6 @@ from studies.demo_model.world import (
     FLOORS,
     MATERIALS,
     MOTIONS,
-    PLACES,
     SHAPES,
     Scene,
     Solid,

@@ -87,6 +87,28 @@ def test_disable_restores_every_bit_and_object(model_and_inputs):
     assert "disabled" in handle.summary()
 
 
+def test_a_handle_says_what_it_is_when_it_ran_and_where(caplog):
+    caplog.set_level("INFO", logger="rectified_spaattn")
+    model, inputs = tiny.wan_transformer(), tiny.wan_inputs()
+    handle = rsa.enable(model, sparsity=0.75, **SPARSE)
+    assert repr(handle).startswith("<Handle, enabled")
+    assert "WanTransformer3DModel" in repr(handle)
+    assert math.isnan(handle.stats().seconds)
+    assert handle.stats().devices == ()
+    forward(model, inputs)
+    forward(model, inputs)
+    stats = handle.stats()
+    assert stats.devices == ("cpu",)
+    assert stats.seconds > 0
+    assert f"took {stats.seconds:.1f} s from the first forward to the end of the last, on cpu" in handle.summary()
+    handle.disable()
+    assert repr(handle).startswith("<Handle, disabled")
+    enabled, run, disabled = [record.getMessage() for record in caplog.records]
+    assert "sparsity 0.75" in enabled
+    assert "a run of unknown steps begins, 3*8*8 video" in run
+    assert disabled == "disable transformer: its last run: 2 forwards, 6 attention calls"
+
+
 def test_context_manager_disables_after_an_exception():
     model, inputs = tiny.wan_transformer(), tiny.wan_inputs()
     untouched = forward(model, inputs)

@@ -47,7 +47,7 @@ def test_the_report_names_versions_backends_reasons_and_checks() -> None:
     assert code == 0, output
     assert re.search(rf"\| torch +\| {re.escape(torch.__version__)} ", output)
     assert "the kernels run on a GPU, not on cpu" in output
-    assert "| float32  |       64 |        128 | no (1) | no (1) | yes   | yes       | torch        |" in output
+    assert "| float32  |       64 | no (1) | no (1) | yes   | yes       | torch        |" in output
     assert "relative error: sparsity 0.8, top_p 0.3, row+slope, content" in " ".join(output.split())
     assert "Right here: torch, reference." in output
 
@@ -129,7 +129,7 @@ def test_nothing_that_runs_is_not_healthy() -> None:
 
 def test_interpreted_kernels_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton interprets its kernels, as it does in these tests."""
-    monkeypatch.setattr(bench_doctor, "_CHECKED", Shape(name="self-check", grid=(3, 8, 12), text=10, heads=1))
+    monkeypatch.setattr(bench_doctor, "SELF_CHECK", Shape(name="self-check", grid=(3, 8, 12), text=10, heads=1))
     call = Call(CPU, torch.float32, 64, 64)
     if BACKENDS["triton"].why_not(call) is not None:
         pytest.skip("triton runs on the GPU here, where test_gpu.py checks it")

@@ -112,6 +112,25 @@ def test_a_tolerance_learns_from_step_to_step_and_forgets_with_the_run():
     assert (len(seam.budgets), seam.record.sparse) == (0, 0)
 
 
+def test_plans_live_for_steps_within_a_branch_and_end_with_the_run():
+    q, k, v = tensors()
+    seam = Seam(config=CONFIG.replace(replan=3))
+    for step, branches in enumerate((("text", "no text"), ("text", "no text"), ("no text", "text"), ("text",))):
+        for branch in branches:
+            for layer in range(2):
+                where = place(layer=layer, name=f"block {layer}", step=step, total=6, branch=branch)
+                assert seam.attend(q, k, v, LAYOUT, where, masks=Masks()) is not None
+    assert (seam.plans.planned, seam.plans.taken) == (10, 4)  # calls in another order plan anew
+    assert (len(seam.plans), seam.plans.nbytes) == (6, 6 * 2 * 2 * 64 * 2)  # those of step 0 are too old
+    assert "replan 3: orders of 10 calls were kept, 4 calls took them" in seam.summary()
+    seam.end_run()
+    assert seam.plans.nbytes == 0
+    assert "now 0" in seam.summary()
+    seam.begin_run()
+    assert seam.attend(q, k, v, LAYOUT, place(step=None), masks=Masks()) is not None
+    assert "1 calls planned for themselves, because the step is unknown" in seam.summary()
+
+
 DENSE = {
     "dense_layers": ({"dense_layers": (0,)}, {}, {}),
     "dense_layers, as the layer is unknown": ({"dense_layers": (7,)}, {"layer": None}, {}),

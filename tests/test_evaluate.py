@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -93,7 +94,11 @@ def test_the_worst_and_the_gains_are_those_of_the_clips(finished: tuple[Path, st
     assert both["gains"][0]["gain"] == pytest.approx(float(told["gain"]))
     assert [each["mode"] for each in both["configurations"]] == MODES
     report = (out / "report.html").read_text()
-    for text in ("The worst clip and the worst frame", "Pair by pair against none-50", f"{float(told['gain']):.2f}"):
+    for text in (
+        "The worst clip and the worst frame",
+        "Pair by pair against plain sparse by content, 50%",
+        f"{float(told['gain']):.2f}",
+    ):
         assert text in report
     assert f"{float(summary['row-50']['psnr_frame_worst']):.2f}</td>" in report
 
@@ -106,8 +111,16 @@ def test_the_report_has_all_rows(finished: tuple[Path, str]) -> None:
             assert f"{float(each['psnr']):.2f}" in report
     for label in LABELS:
         assert f"<td>{label}</td>" in report
+    label_of = dict(zip(MODES, LABELS, strict=True))
+    [verdict] = re.findall(r'class="verdict">(.*?)</p>', report)
+    nearest = max(rows(out, "summary.csv")[2:], key=lambda each: float(each["psnr"]))
+    assert re.search(f"{label_of[nearest['mode']]}.*: PSNR {float(nearest['psnr']):.2f} dB", verdict)
     for clip in rows(out):
-        cells = [f">{clip['mode']}</a>", f'<td class="text">{clip["prompt"]}</td>', f"{float(clip['flicker']):.4f}"]
+        cells = [
+            f">{label_of[clip['mode']]}</a>",
+            f'<td class="text">{clip["prompt"]}</td>',
+            f"{float(clip['flicker']):.4f}",
+        ]
         assert all(cell in report for cell in cells)
     assert report.count('<td class="text">') == len(PAIRS) * len(MODES)
     assert "Not computed: --no-lpips" in report
@@ -275,7 +288,7 @@ def test_grid_names_say_what_differs() -> None:
     grid = {"sparsity": (0.9,), "rectify": ("none", "ipar"), "block_size": (64, 128), "order": ()}
     modes = grid_modes(base, grid, {"top_p": 0.0})
     assert [mode.name for mode in modes] == ["none-90-b64", "none-90-b128", "ipar-90-b64", "ipar-90-b128"]
-    assert modes[0].label == "none, 90%, block 64"
+    assert modes[0].label == "plain sparse by content, 90%, block 64"
     for mode in modes:
         assert [config.dense_steps for config in mode.configs] == [3, 1]
         assert {config.top_p for config in mode.configs} == {0.0}

@@ -107,7 +107,7 @@ def test_compare_writes_full_attention_and_both_side_by_side(wan_run: tuple[Path
     assert sparse["computed"] == told(out)["stats"]["overall_density"]
     assert sparse["psnr"] > 10
     assert 0 < sparse["ssim"] < 1
-    lines = [line.split("|") for line in printed.splitlines() if "| rectified, 0.8 sparse" in line]
+    lines = [line.split("|") for line in printed.splitlines() if "| ours, 80%" in line]
     shown = [f"{sparse['psnr']:.2f}", f"{sparse['ssim']:.4f}", f"{sparse['flicker']:.4f}"]
     assert [row[2].strip() for row in lines] == [*shown, f"{100 * sparse['computed']:.1f}%"]
     assert lines[0][4].strip() == f"{sparse['psnr_frame_worst']:.2f}"

@@ -72,6 +72,23 @@ def test_importing_the_package_imports_no_module_of_it_and_not_even_torch_before
     assert got == []
 
 
+def test_help_and_version_come_without_what_commands_need() -> None:
+    got = python(
+        """
+        import json, sys
+        from typer.testing import CliRunner
+        from rectified_spaattn.cli.app import app
+
+        commands = ["demo", "advise", "generate", "evaluate", "inspect", "doctor", "bench op", "bench model", ""]
+        asked = [["--version"], *([*words.split(), "--help"] for words in commands)]
+        codes = [CliRunner().invoke(app, words).exit_code for words in asked]
+        heavy = {"torch", "diffusers", "matplotlib", "numpy", "transformers", "gradio", "yaml"}
+        print(json.dumps({"codes": codes, "heavy": sorted(heavy & set(sys.modules))}))
+        """
+    )
+    assert got == {"codes": [0] * 10, "heavy": []}
+
+
 def test_enable_without_diffusers_says_what_to_install() -> None:
     got = python(
         BLOCK
@@ -94,7 +111,7 @@ def test_every_public_name_resolves_and_unknown_ones_are_named() -> None:
 import json
 import rectified_spaattn
 
-needing = ("enable", "disable", "parallelize", "Handle", "Parallelism")
+needing = ("enable", "disable", "parallelize", "Handle", "Parallelism", "SupportedModel", "supported")
 names = [n for n in rectified_spaattn.__all__ if n not in needing and "eacache" not in n.lower()]
 kinds = {name: getattr(rectified_spaattn, name).__class__.__name__ for name in names}
 assert set(rectified_spaattn.__all__) <= set(dir(rectified_spaattn))

@@ -173,7 +173,13 @@ def test_inspect_the_demo_model_from_end_to_end(tmp_path: Path) -> None:
     page = (out / "inspect.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing is linked to
-    for text in ("Layer 4, head 2, denoising step 1", "ipar+gapr", f"{told['results'][0]['mass_error']:.3f}"):
+    verdict = f"ours, 90%: {told['results'][-1]['density']:.1%} of the query-key pairs"
+    for text in (
+        "Layer 4, head 2, denoising step 1",
+        "paper by content, 90%",
+        verdict,
+        f"{told['results'][0]['mass_error']:.3f}",
+    ):
         assert text in page
 
 

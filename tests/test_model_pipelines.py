@@ -60,14 +60,12 @@ def test_a_pipeline_runs_sparse_and_comes_back(name: str) -> None:
     assert torch.equal(run(pipeline, arguments), untouched)
 
 
-@pytest.mark.parametrize("name", [name for name, case in PIPELINES.items() if case.preset])
+@pytest.mark.parametrize("name", PIPELINES)
 def test_a_pipeline_finds_its_preset(name: str) -> None:
-    preset = PIPELINES[name].preset
-    assert preset
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*step_index")  # CogVideoX's schedulers have none
         handle = rsa.enable(PIPELINES[name].make())
-    assert tuple(handle.configs().values()) == rsa.preset(preset)
+    assert tuple(handle.configs().values()) == rsa.preset(PIPELINES[name].preset)
 
 
 def test_a_controlnet_stays_as_it_is() -> None:

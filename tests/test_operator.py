@@ -354,12 +354,16 @@ def test_gradients_are_refused_where_they_are_asked_for(which: int) -> None:
         assert not rectified_attention(*qkv, ODD, SMALL).requires_grad
 
 
-# The interpreter is slow: a mode of every kind of rule there, every mode elsewhere.
+# The interpreter is slow: one rule there, the others with the slow tests; every mode elsewhere.
 EDGES = list(product(("torch", "reference"), MODES, ("gilbert", "content")))
-EDGES += [("triton", "none", "gilbert"), ("triton", "ipar+gapr", "content"), ("triton", "row+slope", "content")]
+PLAIN_KERNELS = ("triton", "none", "gilbert")
+SLOPE_KERNELS = ("triton", "row+slope", "content")
+SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in (("triton", "ipar+gapr", "content"), SLOPE_KERNELS)]
+NOT_FINITE = [(value, *each) for value, each in product((float("inf"), float("nan")), EDGES)]
+NOT_FINITE += [(float("inf"), *PLAIN_KERNELS), (float("nan"), *SLOPE_KERNELS)]
 
 
-@pytest.mark.parametrize(("backend", "mode", "order"), EDGES)
+@pytest.mark.parametrize(("backend", "mode", "order"), [*EDGES, PLAIN_KERNELS, *SLOW])
 def test_top_p_of_one_keeps_every_block(mode: str, backend: str, order: str) -> None:
     """Half of the rows have one key that outweighs all others: a float32 sum is 1 long before the last block."""
     layout = TokenLayout.build((4, 8, 16))
@@ -372,8 +376,7 @@ def test_top_p_of_one_keeps_every_block(mode: str, backend: str, order: str) -> 
     assert (out - dense(q, k, v)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("backend", "mode", "order"), EDGES)
-@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(("value", "backend", "mode", "order"), NOT_FINITE)
 def test_what_is_not_finite_in_one_query_loses_that_row_alone(
     value: float, mode: str, backend: str, order: str
 ) -> None:

@@ -1,5 +1,6 @@
 """A frozen dataclass becomes a command: names, defaults, repetition, errors."""
 
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
+from rectified_spaattn.cli.console import print_wide, progress_bars, row_table, short_label, shown
 from rectified_spaattn.cli.options import command, command_line
 from rectified_spaattn.lab.option import option
 
@@ -100,3 +103,43 @@ def test_errors_are_sentences(arguments: list[str], code: int, problem: str) -> 
 
 def test_what_was_typed_can_be_pasted() -> None:
     assert command_line(["bench", "op", "--shape", "a b"]) == "rectified-spaattn bench op --shape 'a b'"
+
+
+def test_ctrl_c_says_in_one_line_whether_the_same_command_goes_on() -> None:
+    def stop(options: Options) -> None:
+        raise KeyboardInterrupt
+
+    for goes_on, told in ((True, "goes on from here"), (False, "begins again from the start")):
+        app = typer.Typer(pretty_exceptions_enable=False)
+        app.command()(command(Options, stop, goes_on=lambda options, answer=goes_on: answer))
+        result = CliRunner().invoke(app, ["a"])
+        assert result.exit_code == 130
+        assert result.output.count("\n") == 1
+        assert told in result.output
+
+
+ROWS = [{"attention": "dense cudnn", "sparsity": 0.8, "ms": 271.6, "speed-up over cudnn": 1.0, "min to max": "1 to 2"}]
+COLUMNS = {name: f"{{0[{name}]}}" for name in ROWS[0]}
+
+
+def test_a_table_has_few_columns_on_a_terminal_and_all_elsewhere() -> None:
+    assert shown(COLUMNS, ("attention", "ms", "speed-up"), True) == COLUMNS
+    short = shown(COLUMNS, ("attention", "ms", "speed-up"), False)
+    assert list(short) == ["attention", "ms", "speed-up"]
+    text = io.StringIO()
+    title = "what was measured, with words that are broken between each other where eighty columns are too few"
+    print_wide(Console(file=text, force_terminal=True, width=80, no_color=True), row_table(short, ROWS, title))
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(re.search(r"\| dense cudnn \| 271\.6 \| +1\.0 \|", line) for line in lines)
+    piped = io.StringIO()
+    print_wide(Console(file=piped, width=80), row_table(COLUMNS, ROWS))
+    assert "min to max" in piped.getvalue()
+
+
+def test_bars_are_for_terminals() -> None:
+    text = io.StringIO()
+    with progress_bars(Console(file=text, force_terminal=False)) as bars:
+        bars.update(bars.add_task("clips", total=1), completed=1)
+    assert text.getvalue() == ""
+    assert short_label("a mode with a name that is much too long") == "a mode with a name that is …"

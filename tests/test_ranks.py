@@ -43,13 +43,14 @@ def test_two_ranks() -> None:
 
 
 def test_four_ranks() -> None:
-    in_step(4, "-k", "four_ranks or (uneven and hunyuan-11) or (layer and content and 23) or not_divided or dealt")
+    models = "(four_ranks and (hunyuan or cogvideox)) or (uneven and hunyuan-11)"
+    in_step(4, "-k", f"{models} or (layer and content and 23) or not_divided or dealt")
 
 
 @pytest.mark.slow
 def test_four_ranks_everything_and_compiled_blocks() -> None:
-    in_step(4)
-    in_step(2, "-k", "compiled or every_model", RANK_TESTS_SLOW="1")
+    in_step(4, RANK_TESTS_SLOW="1")
+    in_step(2, RANK_TESTS_SLOW="1")
 
 
 # Forward after forward; rank 1 ends itself within the first attention of the third.

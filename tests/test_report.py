@@ -1,5 +1,7 @@
 """Videos, figures and the report: what is written is what was measured."""
 
+import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -15,9 +17,11 @@ from PIL import Image
 
 from attention_calls import smooth_call
 from rectified_spaattn import SparseConfig
+from rectified_spaattn.config import ORDERS, RECTIFY
 from rectified_spaattn.lab.calls.maps import HeadResult, HeadStudy
 from rectified_spaattn.lab.clips.folder import Folder
-from rectified_spaattn.lab.pages import figures
+from rectified_spaattn.lab.pages import figures, styles
+from rectified_spaattn.lab.pages.clips import strip
 from rectified_spaattn.lab.pages.demo import write_report
 from rectified_spaattn.lab.pages.html import data_uri, decibel, percent
 from rectified_spaattn.lab.pages.video import (
@@ -158,7 +162,8 @@ def test_shares_of_blocks_and_mass_by_hand() -> None:
     scores = dict.fromkeys(("relative_error", "density", "kept_mass", "mass_error", "r_error", "misplaced"), 0.0)
     maps = {"masses": full, "probability": full, "block_mask": critical, "compensated_mask": compensated}
     result = HeadResult(sparsity=0.8, rectify="ipar", compensated=0.4, **scores, **maps)
-    study = HeadStudy(call=smooth_call(), blocks=smooth_call().blocks(SparseConfig()), full=full, results={})
+    blocks = smooth_call().blocks(SparseConfig())
+    study = HeadStudy(call=smooth_call(), order="content", blocks=blocks, full=full, results={})
     shares = study.shares(result)
     assert shares["correlation"] == pytest.approx(1)
     assert shares["critical_blocks"] == pytest.approx(1 / 3)
@@ -171,8 +176,20 @@ def test_shares_of_blocks_and_mass_by_hand() -> None:
 
 def test_error_figure_is_drawn(tmp_path: Path) -> None:
     row = {"sparsity": 0.8, "mean": 0.15, "by_layer": [0.1, 0.2]}
-    figures.error_figure(tmp_path / "error.png", [row | {"rectify": mode} for mode in figures.MODE_COLOURS])
+    rows = [row | {"rectify": mode, "order": style.order} for mode, style in styles.STYLES.items()]
+    figures.error_figure(tmp_path / "error.png", rows)
     assert Image.open(tmp_path / "error.png").width > 800
+
+
+def test_every_mode_and_order_has_one_name_and_one_look() -> None:
+    assert set(styles.STYLES) == set(RECTIFY)
+    assert set(styles.LINES) == set(ORDERS)
+    assert len({styles.colour(mode) for mode in (*RECTIFY, "a study's")}) == len(RECTIFY) + 1
+    named = [SparseConfig.paper(rectify="none"), SparseConfig.paper(), SparseConfig()]
+    assert [styles.label_of(each) for each in named] == ["plain sparse, 80%", "paper, 80%", "ours, 80%"]
+    assert styles.label("row+slope", "gilbert") == "ours in space"
+    assert styles.label_of(SparseConfig(tolerance=0.05)) == "ours, error 0.05"
+    assert [styles.is_ours(each) for each in (*named, None)] == [False, False, True, False]
 
 
 class _Page(HTMLParser):
@@ -187,6 +204,7 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.loads += [value or "" for name, value in attrs if name in ("src", "href", "poster", "srcset")]
+        self.loads += re.findall(r"url\((.*?)\)", dict(attrs).get("style") or "")
 
     def handle_data(self, data: str) -> None:
         self.text.append(data)
@@ -199,6 +217,8 @@ def metrics() -> dict[str, Any]:
         "neighbours": False, "first_frame": False, "dense_steps": 0, "dense_layers": [],
     }  # fmt: skip
 
+    plain = {**config, "rectify": "none"}
+
     def clip(mode: str, seed: int, psnr: float | None, ssim: float, seconds: float) -> dict[str, Any]:
         return {
             "mode": mode, "prompt": "a <b>red</b> circle", "seed": seed, "psnr": psnr, "ssim": ssim,
@@ -209,9 +229,12 @@ def metrics() -> dict[str, Any]:
         return {
             "mode": mode, "label": label, "clips": 2, "psnr": psnr, "ssim": ssim, "density": 0.1963,
             "seconds": seconds, "step_seconds": seconds / 12, "speedup": 9.5 / seconds, "backend": "torch",
+            "speedup_low": 9 / seconds, "speedup_high": 10 / seconds, "ideal": 1 / 0.1963,
+            "ours": mode == "ours-80", "sparsity": 0.8,
         }  # fmt: skip
 
     return {
+        "verdict": "ours, 80%: a sentence",
         "command": "rectified-spaattn demo --prompts 2",
         "created": "2026-01-02T03:04:05+00:00",
         "versions": {"rectified-spaattn": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "diffusers": "0.42.1"},
@@ -224,34 +247,34 @@ def metrics() -> dict[str, Any]:
             "dtype": "float32", "prompts": ["a <b>red</b> circle"], "seeds": 2,
         },
         "modes": [
-            {"name": "full", "label": "full attention", "configs": []},
-            {"name": "sparse-80", "label": "sparse 80%", "configs": [{**config, "rectify": "none"}]},
-            {"name": "rectified-80", "label": "rectified 80%", "configs": [config]},
+            {"name": "full", "label": "full", "ours": False, "configs": []},
+            {"name": "plain-80", "label": "plain sparse, 80%", "ours": False, "configs": [plain]},
+            {"name": "ours-80", "label": "ours, 80%", "ours": True, "configs": [config]},
         ],
         "means": [
-            mean("full", "full attention", None, 1.0, 9.51), mean("sparse-80", "sparse 80%", 21.345, 0.87654, 6.07),
-            mean("rectified-80", "rectified 80%", 24.5678, 0.91234, 6.54),
+            mean("full", "full", None, 1.0, 9.51), mean("plain-80", "plain sparse, 80%", 21.345, 0.87654, 6.07),
+            mean("ours-80", "ours, 80%", 24.5678, 0.91234, 1.54),
         ],
         "comparisons": [
             {
-                "sparsity": 0.8, "sparse": "sparse-80", "rectified": "rectified-80", "psnr_gain": 3.2228,
+                "sparsity": 0.8, "against": "plain-80", "mode": "ours-80", "psnr_gain": 3.2228,
                 "ssim_gain": -0.0358, "psnr_won": 2, "ssim_won": 1, "pairs": 2,
             }
         ],
         "clips": [
-            clip("full", 0, None, 1.0, 9.11), clip("sparse-80", 0, 20.777, 0.85111, 6.22),
-            clip("rectified-80", 0, 23.123, 0.90777, 6.33), clip("rectified-80", 1, None, 1.0, 6.44),
+            clip("full", 0, None, 1.0, 9.11), clip("plain-80", 0, 20.777, 0.85111, 6.22),
+            clip("ours-80", 0, 23.123, 0.90777, 6.33), clip("ours-80", 1, None, 1.0, 6.44),
         ],
         "attention": {
             "step": 6, "layers": ["a"], "relative_error": [],
             "shown": {
                 "layer": 0, "head": 1, "sparsity": 0.8, "text_mass": 0.0345,
-                "misplaced": {"sparse": 0.456, "rectified": 0.123},
+                "misplaced": {"plain": 0.456, "ours": 0.123},
             },
         },
         "speed": [
             {"mode": mode, "label": mode, "size": 96, "density": density, "step_seconds": seconds, "speedup": speedup}
-            for mode, density, seconds, speedup in (("full", 1.0, 3.219, 1.0), ("rectified-80", 0.2, 1.411, 2.28))
+            for mode, density, seconds, speedup in (("full", 1.0, 3.219, 1.0), ("ours-80", 0.2, 1.411, 2.28))
         ],
         "seconds_total": 123.4,
     }  # fmt: skip
@@ -260,10 +283,16 @@ def metrics() -> dict[str, Any]:
 @pytest.fixture
 def page(metrics: dict[str, Any], tmp_path: Path) -> _Page:
     (tmp_path / "figures").mkdir()
-    for name in ("side-by-side", "figures/maps", "figures/error"):
-        Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
-    write_frames(tmp_path / "side-by-side.mp4", np.zeros((2, 16, 16, 3), dtype=np.uint8))
-    report = write_report(Folder(tmp_path, [], {}), metrics)
+    for name in ("maps", "error"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "figures" / f"{name}.png")
+    cells = [
+        {"label": each["label"], "ours": each["ours"], "clip": strip(flat_clip(0.5), 16, 16)}
+        for each in metrics["means"]
+    ]
+    cells = [{**each, "away": None if each["label"] == "full" else each["clip"]} for each in reversed(cells)]
+    level = metrics["means"][2] | cells[0]
+    players = {"rows": [{"caption": "a pair", "cells": cells}], "levels": [level, level]}
+    report = write_report(Folder(tmp_path, [], {}), metrics, players)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     parsed = _Page()
     parsed.feed(report.read_text())
@@ -280,13 +309,15 @@ def test_report_holds_every_number(page: _Page, metrics: dict[str, Any]) -> None
         assert percent(row["density"]) in text
     for row in metrics["means"] + metrics["speed"]:
         assert f"{row['step_seconds']:.3f}" in text
-        assert f"{row['speedup']:.2f}×" in text
+        assert f"{row['speedup'] if row.get('label') != 'full' else 1:.2f}×" in text
+    assert f"{9 / 6.07:.2f} to {10 / 6.07:.2f}" in text
+    assert text.count("above 5.09×") == 1  # 9.5 / 1.54, of 19.63% of the pairs
+    assert text.index("ours, 80%: a sentence") < text.index("Drag across the clip")
     for fact in (
         "gains 3.22 dB",
         "closer in 2 of 2 pairs",
         "loses 0.0358",
-        "closer in 1 of 2 pairs",
-        "measures disagree",
+        "closer in 1 of 2.",
         "3.5%",
         "45.6%",
         "12.3%",
@@ -313,8 +344,8 @@ def test_report_ends_with_metrics_json_and_escapes_prompts(page: _Page, metrics:
 
 
 def test_report_loads_nothing_from_outside(page: _Page) -> None:
-    assert len(page.loads) == 5
-    assert all(value.startswith(("data:image/png;base64,", "data:video/mp4;base64,")) for value in page.loads)
+    assert len(page.loads) == 2 + 2 + 5 + 4  # figures, the wipe, a row with differences, two levels
+    assert all(value.startswith(("data:image/png;base64,", "data:image/webp;base64,")) for value in page.loads)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert "viewport" not in page.text
     assert "url(" not in "".join(page.text)
@@ -323,3 +354,10 @@ def test_report_loads_nothing_from_outside(page: _Page) -> None:
 def test_data_uri_refuses_other_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"allowed: \.png, \.mp4"):
         data_uri(tmp_path / "x.svg")
+
+
+def test_a_strip_holds_every_frame_in_its_place() -> None:
+    clip = torch.stack([flat_clip(level, frames=1)[0] for level in (0.0, 0.5, 1.0)])
+    picture = Image.open(io.BytesIO(base64.b64decode(strip(clip, 8, 8).split(",")[1]))).convert("RGB")
+    assert picture.size == (24, 8)
+    assert [picture.getpixel((x, 4))[0] for x in (4, 12, 20)] == pytest.approx([0, 128, 255], abs=12)  # type: ignore[index]

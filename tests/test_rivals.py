@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rectified_spaattn import SparseConfig, TokenLayout
 from rectified_spaattn.lab.calls.capture import AttentionCall
+from studies import ingredients
 from studies.rivals import groups, ours, sol, sparsepr, svg_ear
 from studies.rivals.__main__ import NAMES, OTHERS, Options, rivals
 from studies.rivals.contract import Head, NotPossible, head_of, relative_error
@@ -71,6 +72,35 @@ def test_what_is_dropped_is_missed() -> None:
     full = groups.exact(one)
     for other in (RULES["sol-gilbert"], RULES["svg-ear"], RULES["row"]):
         assert relative_error(other(one, 0.5).out, full) < relative_error(RULES["plain"](one, 0.5).out, full)
+
+
+def test_ingredients_put_both_rules_together_again() -> None:
+    """The groups, the choice and the tail of SVG-EAR are its rule; the tail of row+slope is the operator's."""
+    one = head((8, 8, 8))
+    made = [ingredients.groups(one, side, "k-means") for side in ingredients.sides(one)]
+    out, exact = ingredients.answer(one, *made, ingredients.estimate(one, *made), "error", "mean", 0.5)
+    rule = svg_ear.svg_ear(one, 0.5)
+    torch.testing.assert_close(out, rule.out, atol=1e-5, rtol=1e-4)
+    assert exact == pytest.approx(rule.pairs.exact / one.all_pairs)
+
+    expected, stats = one.call.sparse(SparseConfig(sparsity=0.7, top_p=0.0, block_size=64, rectify="row+slope"))
+    blocks = groups.consecutive(stats.token_order[0, 0], 64)
+    about = ingredients.estimate(one, blocks, blocks)
+    out = ingredients.attended(one, blocks, blocks, stats.block_mask[0, 0], about, "slope")
+    torch.testing.assert_close(out, expected[0, :512, 0], atol=1e-4, rtol=1e-3)
+    assert 0.1 < stats.block_mask.float().mean() < 0.5
+
+
+def test_a_tree_cuts_where_the_least_variance_is_left() -> None:
+    x = torch.cat([torch.full((48, 2), 5.0), torch.zeros(96, 2), torch.full((16, 2), -3.0)])[torch.randperm(160)]
+    found = ingredients.tree(x, 3, 16)
+    assert sorted(found.size.tolist()) == [16, 48, 96]
+    assert (x - found.mean(x)[found.label]).abs().max() == 0
+    finer = ingredients.tree(x + torch.randn(160, 2), 7, 16)
+    assert len(finer.size) == 7
+    assert (finer.size % 16 == 0).all()
+    assert finer.size.sum() == 160
+    assert len(ingredients.tree(x, 50, 16).size) == 10  # no group can be smaller
 
 
 def test_centroids_stand_for_keys_that_are_equal() -> None:

@@ -84,3 +84,12 @@ def test_the_t_interval_of_many_values_is_the_bootstraps() -> None:
     assert found.t_high == pytest.approx(found.high, abs=0.01)
     assert math.isnan(bootstrap([1.0]).t_low)
     assert bootstrap([math.inf]).t_high == math.inf
+
+
+def test_a_speed_up_has_the_spread_of_the_steps_and_an_ideal() -> None:
+    full = replace(record("full", 0, math.inf), step_seconds=(8.0,) * 5, computed=1.0)
+    one = replace(record("one", 0, 30.0), step_seconds=(1.0, 2.0, 4.0, 8.0, 16.0), computed=0.25)
+    reference, sparse = summarise([full_mode(), ONE], [full, one])
+    assert (sparse.speedup, sparse.speedup_low, sparse.speedup_high, sparse.ideal) == (2.0, 1.0, 4.0, 4.0)
+    assert (reference.speedup_low, reference.speedup_high, reference.ideal) == (1.0, 1.0, 1.0)
+    assert {"ideal", "speedup_low", "ours"} <= set(sparse.row())

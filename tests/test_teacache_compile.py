@@ -11,7 +11,15 @@ from teacache_cases import HUGE, MODELS, first_steps, flux_inputs, flux_transfor
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize(("name", "compile_first"), [("wan", True), ("wan", False), ("hunyuan", True), ("flux", False)])
+@pytest.mark.parametrize(
+    ("name", "compile_first"),
+    [
+        ("wan", True),
+        ("flux", False),
+        pytest.param("wan", False, marks=pytest.mark.slow),
+        pytest.param("hunyuan", True, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_blocks_stay_one_graph(name, compile_first):
     """Skipping goes on outside of the compiled blocks: no graph break, and no compilation a step or a layer."""
     make, inputs = MODELS[name]
@@ -37,11 +45,12 @@ def test_compiled_blocks_stay_one_graph(name, compile_first):
     assert handle.stats().skipped == 7 - first_steps(name)
 
 
-HOWS = ["around", "around, later", "in place", "in place, later"]
-WHOLE = [("wan", how) for how in HOWS] + [(name, "around") for name in ("hunyuan-i2v", "flux")]
+WHOLE = [("wan", "around"), ("wan", "in place, later"), ("hunyuan-i2v", "around")]
+SLOW = [("wan", "around, later"), ("wan", "in place"), ("flux", "around")]
+WHOLE_AND_SLOW = [*WHOLE, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)]
 
 
-@pytest.mark.parametrize(("name", "how"), WHOLE)
+@pytest.mark.parametrize(("name", "how"), WHOLE_AND_SLOW)
 def test_a_whole_model_in_one_graph(fresh_compiler, name, how):
     """fullgraph=True, by torch.compile(model) or model.compile(), before or after: two graphs, one without blocks."""
     make, inputs = MODELS[name]

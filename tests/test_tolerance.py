@@ -320,11 +320,13 @@ def test_errors_are_told_at_a_fixed_sparsity_too(pipeline, quiet) -> None:
 
 def test_budgets_change_without_a_recompilation(quiet, fresh_compiler) -> None:
     pipeline = tiny.wan_pipeline()
-    with rsa.enable(pipeline, **RUN, tolerance=0.1) as handle:
+    with rsa.enable(pipeline, **RUN, tolerance=0.1, replan=2) as handle:
         eager, budgets = tiny.run_wan(pipeline, steps=3), learnt(handle)
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
         tiny.run_wan(pipeline, steps=1)
         with torch._dynamo.config.patch(error_on_recompile=True):
             compiled = tiny.run_wan(pipeline, steps=3)
         assert set(learnt(handle)) == set(budgets)
+        (state,) = handle._watch.states
+        assert state.plans.taken == 6  # orders are kept, while budgets change
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)

@@ -22,7 +22,7 @@ class Pipeline:
     make: Callable[[], Any]
     arguments: Callable[[], dict[str, Any]]
     calls: int
-    preset: str | None
+    preset: str
     grid: tuple[int, int, int] | None
 
 
@@ -379,4 +379,4 @@ def qwen_arguments() -> dict[str, Any]:
     return {**video(height=16 * h, width=16 * w), **masks}
 
 
-PIPELINES["Qwen-Image"] = Pipeline(make=qwen, arguments=qwen_arguments, calls=4, preset=None, grid=IMAGE)
+PIPELINES["Qwen-Image"] = Pipeline(make=qwen, arguments=qwen_arguments, calls=4, preset="image", grid=IMAGE)

@@ -147,7 +147,7 @@ def kandinsky5_inputs(model: Any) -> dict[str, Any]:
     }
 
 
-def kandinsky6(head_dim: int) -> torch.nn.Module:
+def kandinsky6(head_dim: int, visual_cond: bool = False) -> torch.nn.Module:
     return filled(
         diffusers.Kandinsky6Transformer3DModel(
             in_visual_dim=4,
@@ -160,7 +160,7 @@ def kandinsky6(head_dim: int) -> torch.nn.Module:
             num_text_blocks=1,
             num_visual_blocks=2,
             axes_dims=kandinsky_axes(head_dim),
-            visual_cond=False,
+            visual_cond=visual_cond,
             in_audio_dim=4,
             out_audio_dim=4,
         )

@@ -1,17 +1,22 @@
 """Rectified SpaAttn: training-free block-sparse attention for video diffusion transformers, with its biases repaired.
 
 Importing this package needs torch alone; `enable` and `enable_teacache` need diffusers when they are called.
+Warnings say what is not as it was asked for. The logger "rectified_spaattn" says at INFO what was enabled, which runs
+began and what they did, at DEBUG what every forward did.
 """
 
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # what to show is the application's choice
 
 if TYPE_CHECKING:
     from .attention import Plan, SparseStats, attend, plan, rectified_attention
     from .config import SparseConfig
     from .layout import TokenLayout
-    from .pipelines import Handle, Parallelism, disable, enable, parallelize
+    from .pipelines import Handle, Parallelism, SupportedModel, disable, enable, parallelize, supported
     from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, disable_teacache, enable_teacache
     from .presets import PRESETS, preset
 
@@ -29,6 +34,8 @@ _HOME = {
     "enable": "pipelines",
     "Handle": "pipelines",
     "Parallelism": "pipelines",
+    "SupportedModel": "pipelines",
+    "supported": "pipelines",
     "parallelize": "pipelines",
     "disable_teacache": "pipelines.teacache",
     "enable_teacache": "pipelines.teacache",
@@ -43,6 +50,7 @@ __all__ = [
     "Plan",
     "SparseConfig",
     "SparseStats",
+    "SupportedModel",
     "TeaCacheHandle",
     "TeaCacheStats",
     "TokenLayout",
@@ -55,6 +63,7 @@ __all__ = [
     "plan",
     "preset",
     "rectified_attention",
+    "supported",
 ]
 
 

@@ -166,7 +166,7 @@ def rectified_attention(
     _check_mask("block_mask", block_mask, (q.shape[0], q.shape[2], nb, nb), q)
     _check_order(token_order, (q.shape[0], k.shape[2], nb * config.block_size), q, config)
     _check_top_k(top_k, block_mask, q, config)
-    name = choose(backend, Call(q.device, q.dtype, q.shape[-1], config.block_size, nb))
+    name = choose(backend, Call(q.device, q.dtype, q.shape[-1], config.block_size, nb, config.precision))
     scale = _scale(scale, q)
     out, critical, compensated, probability, r, order = ops.attention(
         q, k, v, text_mask, block_mask, token_order, top_k, layout.key, config.key, scale, name
@@ -211,7 +211,7 @@ def plan(
     _check_mask("text_mask", text_mask, (q.shape[0], layout.text), q)
     nb = layout.video // config.block_size
     _check_top_k(None, None, q, config)
-    name = choose(backend, Call(q.device, q.dtype, q.shape[-1], config.block_size, nb))
+    name = choose(backend, Call(q.device, q.dtype, q.shape[-1], config.block_size, nb, config.precision))
     scale = _scale(scale, q)
     mask, order = ops.plan(q, k, v, text_mask, layout.key, config.key, scale, name)
     counts = mask.sum(-1)

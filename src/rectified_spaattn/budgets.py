@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .attention import SparseStats, rectified_attention
+from .attention import SparseStats
 from .config import SparseConfig
+from .kept_plans import KeptPlans, Moment
 from .layout import TokenLayout
 from .method.select import top_k_of
 from .method.tolerance import highest_top_k, next_top_k
@@ -40,22 +41,23 @@ class Budgets:
         v: torch.Tensor,
         layout: TokenLayout,
         config: SparseConfig,
+        plans: KeptPlans,
+        moment: Moment,
         *,
-        layer: int | None,
         turn: int,
         step: int | None,
         **options: Any,
     ) -> tuple[torch.Tensor, SparseStats, torch.Tensor | None]:
-        """rectified_attention of a call; under a tolerance with what its heads learnt so far, and they learn from it.
+        """A call by the plans that are kept, and under a tolerance by what its heads learnt, which learn from it.
 
-        layer, turn: as in BudgetKey. options: of rectified_attention. Returns out, its figures and what `learn` gives;
-        None without a tolerance.
+        turn: as in BudgetKey; step: in which they learn. options: of rectified_attention. Returns out, its figures and
+        what `learn` gives; None without a tolerance.
         """
         if config.tolerance is None:
-            return *rectified_attention(q, k, v, layout, config, return_stats=True, **options), None
-        key = BudgetKey(layer, turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
+            return *plans.attention(q, k, v, layout, config, moment, **options), None
+        key = BudgetKey(moment.layer, turn, len(q), q.shape[2], layout.video // config.block_size, q.device)
         top_k = self.top_k(key, config)
-        out, stats = rectified_attention(q, k, v, layout, config, return_stats=True, top_k=top_k, **options)
+        out, stats = plans.attention(q, k, v, layout, config, moment, top_k=top_k, **options)
         with self._lock:
             return out, stats, self.learn(key, step, top_k, stats, config)
 

@@ -3,7 +3,7 @@
 import ast
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral, Real
@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple, get_args
 Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row", "row+slope"]
 Order = Literal["content", "gilbert", "tile", "raster"]
 ORDERS: tuple[str, ...] = get_args(Order)
+Precision = Literal["inputs", "int8-qk", "fp8"]
+BACKEND_NAMES = ("fa4", "triton", "torch", "reference")  # their rows are in backends/
 PROBES = 64  # query rows a head that measure the error where there is a tolerance
-_OPERATOR = ("sparsity", "top_p", "rectify", "block_size", "order", "neighbours", "first_frame")  # the rest is schedule
+_OPERATOR = ("sparsity", "top_p", "rectify", "block_size", "order", "neighbours", "first_frame", "precision")
 
 
 class Rule(NamedTuple):
@@ -65,6 +67,8 @@ class SparseConfig:
     order             how tokens are laid out before they are cut into blocks: in space "gilbert" (the paper), "tile",
                       "raster"; or "content": sorted in every call and head, so that a block holds tokens that attend
                       alike (the default)
+    precision         of the products with kept blocks: "inputs": as q, k, v are; "int8-qk": queries times keys in int8;
+                      "fp8": these and weights times values in float8. All else stays as it is (triton on NVIDIA GPUs)
     neighbours        blocks that touch in 3-D always see each other (the paper); only with an order in space
     first_frame       blocks that hold tokens of frame 0 always see each other; only with an order in space
     dense_steps       full attention in the first denoising steps: a count, or a fraction of all steps below 1
@@ -76,8 +80,12 @@ class SparseConfig:
     max_density       the largest share of a head's blocks that a tolerance keeps, in (0, 1]
     probes            query rows a head that are also computed exactly, to measure the error; None: 64 with a tolerance,
                       else 0
+    replan            every so many denoising steps a layer sorts its tokens anew, in each guidance call; in between the
+                      order of order="content" is kept, and pooled keys and values are taken anew. 1: in every call
+    kept_lists        the lists of kept blocks live as long as the order; with any order, and without a tolerance
 
-    The schedule (the dense ones), tolerance and max_density are read by `enable`, all else by the operator.
+    The schedule (the dense ones), tolerance, max_density, replan and kept_lists are read by `enable`, all else by the
+    operator.
 
     Raises TypeError for a wrong type or an unknown key, ValueError for a value out of range.
     """
@@ -87,6 +95,7 @@ class SparseConfig:
     rectify: Rectify = "row+slope"
     block_size: int = 128
     order: Order = "content"
+    precision: Precision = "inputs"
     neighbours: bool = False
     first_frame: bool = False
     dense_steps: int | float = 0
@@ -95,6 +104,8 @@ class SparseConfig:
     tolerance: float | None = None
     max_density: float = 0.5
     probes: int | None = None
+    replan: int = 1
+    kept_lists: bool = False
     key: str = field(init=False, repr=False, compare=False)  # what the operator reads, as its schema carries it
 
     def __post_init__(self) -> None:
@@ -102,6 +113,7 @@ class SparseConfig:
             object.__setattr__(self, name, _fraction(name, getattr(self, name), closed=name == "top_p"))
         check_choice("rectify", self.rectify, tuple(RECTIFY))
         check_choice("order", self.order, ORDERS)
+        check_choice("precision", self.precision, get_args(Precision))
         object.__setattr__(self, "block_size", _block_size(self.block_size))
         for name in ("neighbours", "first_frame"):
             if not isinstance(getattr(self, name), bool):
@@ -115,6 +127,7 @@ class SparseConfig:
             object.__setattr__(self, name, _steps(name, getattr(self, name)))
         object.__setattr__(self, "dense_layers", _layers(self.dense_layers))
         _check_tolerance(self)
+        _check_replan(self)
         object.__setattr__(self, "key", repr([getattr(self, name) for name in _OPERATOR]))
 
     @classmethod
@@ -152,7 +165,8 @@ class SparseConfig:
     def _replace(self, values: Mapping[str, Any]) -> "SparseConfig":
         unknown = sorted(set(values) - set(_fields()), key=repr)
         if unknown:
-            raise TypeError(f"SparseConfig: got unknown key(s) {unknown}; allowed: {_fields()}. Check the spelling.")
+            meant = nearest(str(unknown[0]), _fields()) or " Check the spelling."
+            raise TypeError(f"SparseConfig: got unknown key(s) {unknown}; allowed: {_fields()}.{meant}")
         return dataclasses.replace(self, **values)
 
     @property
@@ -170,6 +184,11 @@ class SparseConfig:
         if self.probes is None:
             return 0 if self.tolerance is None else PROBES
         return self.probes
+
+    @property
+    def keeps_plans(self) -> bool:
+        """Whether a call leaves anything to the steps after it."""
+        return self.replan > 1 and (self.by_content or self.kept_lists)
 
     def dense_step_count(self, total_steps: int | None) -> int:
         """How many leading steps run full attention; a fraction is rounded to the nearest step (half up)."""
@@ -208,7 +227,15 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
     if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.")
+        raise ValueError(f"{name}: got {value!r}; allowed: one of {list(allowed)}.{nearest(value, allowed)}")
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """The end of an error message: " Did you mean ...?" with the most similar of the words; "" where none is."""
+    import difflib
+
+    similar = difflib.get_close_matches(word, allowed, n=1)
+    return f" Did you mean {similar[0]!r}?" if similar else ""
 
 
 def _fields() -> list[str]:
@@ -220,7 +247,8 @@ def _fraction(name: str, value: float, closed: bool) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}; allowed: {allowed}.")
     if not 0 <= value <= 1 or (value == 1 and not closed):  # NaN fails the first comparison
-        raise ValueError(f"{name}: got {value!r}; allowed: {allowed}.")
+        percent = f" Did you mean {value / 100:g}?" if 1 < value <= 100 else ""
+        raise ValueError(f"{name}: got {value!r}; allowed: {allowed}.{percent}")
     return float(value)
 
 
@@ -247,6 +275,23 @@ def _check_tolerance(config: SparseConfig) -> None:
         raise ValueError("probes: got 0 with a tolerance; allowed: 1 or more, or None, as they measure the error.")
     if config.top_p == 1:
         raise ValueError("top_p: got 1 with a tolerance; allowed: below 1, as 1 keeps every block whatever the error.")
+
+
+def _check_replan(config: SparseConfig) -> None:
+    """Raises TypeError or ValueError; an integer of another kind becomes an int."""
+    replan = config.replan
+    if isinstance(replan, bool) or not isinstance(replan, Integral):
+        raise TypeError(f"replan: got {replan!r}; allowed: an integer of 1 or more, in denoising steps.")
+    if replan < 1:
+        raise ValueError(f"replan: got {replan}; allowed: 1 (in every call) or more, in denoising steps.")
+    object.__setattr__(config, "replan", int(replan))
+    if not isinstance(config.kept_lists, bool):
+        raise TypeError(f"kept_lists: got {config.kept_lists!r}; allowed: True or False.")
+    if config.kept_lists and config.tolerance is not None:
+        raise ValueError(
+            f"kept_lists: got True with tolerance={config.tolerance}; allowed: False, as a tolerance says in every "
+            "step how many blocks are kept. Orders are kept with it: pass replan alone."
+        )
 
 
 def _block_size(value: int) -> int:

@@ -3,6 +3,8 @@
 The schema of an op takes plain values, so layout and config travel as their keys.
 """
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +21,8 @@ from .orders import blocks_of
 # inductor must not capture the op in its CUDA graphs: what it does is chosen anew in every call
 # (a torch that knows no such tag knows no argument for it, either)
 TAGS: Any = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+SMALL = 256 << 20  # bytes of copies from which on a call asks whether there is room for them
 
 
 @torch.library.custom_op("rectified_spaattn::attention", mutates_args=(), **TAGS)
@@ -43,8 +47,7 @@ def attention(
     with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
         inputs = _inputs(q, k, v, text_mask, block_mask, token_order, layout, config, scale, BACKENDS[backend])
         inputs = inputs._replace(top_k=top_k)
-        choices, prepared = BACKENDS[backend].plan(inputs)
-        out = BACKENDS[backend].attend(inputs, prepared)
+        choices, out = _run(inputs, BACKENDS[backend])
     critical, order = _outputs(choices, inputs, block_mask, token_order)
     return out, critical, choices.compensated, choices.probability, choices.r, order
 
@@ -119,6 +122,47 @@ def _inputs(
     return inputs
 
 
+def _run(inputs: Inputs, backend: Backend) -> tuple[Choices, torch.Tensor]:
+    """All heads at once or, where a backend copies q, k and v and there is no room for that, a few at a time: so that
+    a call fits wherever full attention does. Heads know nothing of each other once they are sorted.
+    """
+    key_heads = inputs.k.shape[2]
+    parts = min(key_heads, _parts(inputs)) if backend.copies else 1
+    if parts == 1:
+        choices, prepared = backend.plan(inputs)
+        return choices, backend.attend(inputs, prepared)
+    inputs = inputs._replace(out=inputs.new_out())
+    edges = [key_heads * part // parts for part in range(parts + 1)]
+    chosen = []
+    for first, last in pairwise(edges):
+        some = inputs.of_key_heads(first, last)
+        choices, prepared = backend.plan(some)
+        chosen.append(choices)
+        backend.attend(some, prepared)
+        del prepared
+    return Choices(*(torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True))), inputs.new_out()
+
+
+def _parts(inputs: Inputs) -> int:
+    """In how many parts of its heads a call fits into the memory that is left: into half of it, where that is short."""
+    copies, count = sum(x.nbytes for x in inputs[:3]), inputs.blocks.num_blocks
+    if copies < SMALL:
+        return 1
+    planning = 20 * inputs.q.shape[0] * inputs.q.shape[2] * count * count  # bytes of what is as large as block masks
+    room = _room(inputs.q.device) - inputs.q.nbytes
+    if copies + planning <= 0.8 * room:
+        return 1
+    return math.ceil((copies + planning) / max(1.0, 0.5 * room))
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of device memory that nobody holds; infinite where that is not known, as while a CUDA graph is captured."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return math.inf
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def _outputs(
     choices: Choices, inputs: Inputs, block_mask: torch.Tensor | None, token_order: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,9 +172,7 @@ def _outputs(
         critical = critical.clone()
     if order is None:
         order = torch.empty(0, dtype=torch.int64, device=critical.device)
-    elif order is token_order:
-        order = order.clone()
-    return critical, order.long()
+    return critical, order.to(torch.int64, copy=order is token_order)
 
 
 @attention.register_fake

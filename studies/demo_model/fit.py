@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import os
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from rectified_spaattn.lab.demo_model.model import tokenize
 
 from . import checkpoint
-from .feed import Batch, Batches, draw, feed, sample_scenes
+from .feed import Batches, draw, feed, sample_scenes
 from .network import LEAST_SIGMA, Network, forward_flops
 from .recipe import Recipe, Stage
 from .table import numbers_of
@@ -152,7 +153,22 @@ class Run:
             if self.recipe.compile and network is not None:
                 network.transformer.compile_repeated_blocks(dynamic=False)
 
-    def target(self, noisy: Tensor, sigmas: Tensor, batch: Batch, velocity: Tensor) -> Tensor:
+    def batches(self, stage: Stage) -> Iterator[Any]:
+        """What `videos` makes clips of, from this step on, without end; each has `frames` and `ids` as Batch has."""
+        recipe = self.recipe
+        data = Batches(recipe.seed, self.rank, stage.frames, recipe.frames, stage.batch, recipe.caption_dropout)
+        return feed(data, self.step, recipe.workers, self.device.type == "cuda")
+
+    @torch.no_grad()
+    def videos(self, batch: Any) -> Tensor:
+        """Clips float32 [B, 3, T, H, W] in [-1, 1], on the device."""
+        return draw(batch.numbers.to(self.device), self.recipe.size, self.recipe.compile_drawing)
+
+    def held_out(self, frames: int) -> float:
+        """The averaged network's loss on clips that it does not train on."""
+        return held_out_loss(self.average, self.recipe, self.device, frames)
+
+    def target(self, noisy: Tensor, sigmas: Tensor, batch: Any, velocity: Tensor) -> Tensor:
         """What the network learns: the velocity, or a teacher's with guidance."""
         if self.teacher is None:
             return velocity
@@ -162,18 +178,16 @@ class Run:
             free, told = self.teacher(noisy, sigmas, empty), self.teacher(noisy, sigmas, batch.ids)
         return free + self.recipe.guidance * (told - free)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: Any) -> Tensor:
         """The step's loss: mean square error of the velocity."""
         device, recipe = self.device, self.recipe
-        numbers = batch.numbers.to(device)
-        with torch.no_grad():
-            videos = draw(numbers, recipe.size, recipe.compile_drawing)
+        videos = self.videos(batch)
         generator = torch.Generator(device).manual_seed((recipe.seed * 1009 + self.rank) * 10**7 + self.step)
         sigmas = noise_levels(recipe, len(videos), generator)
         noise = torch.randn(videos.shape, generator=generator, device=device)
         level = sigmas.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * videos + level * noise
-        batch = Batch(batch.frames, numbers, batch.ids.to(device, non_blocking=True))
+        batch = replace(batch, ids=batch.ids.to(device, non_blocking=True))
         self.network.use_frames(batch.frames)
         with mixed_precision(device):
             target = self.target(noisy, sigmas, batch, noise - videos)
@@ -185,7 +199,7 @@ class Run:
         dist.all_reduce(flat, op=dist.ReduceOp.AVG)
         nn.utils.vector_to_parameters(flat, gradients)
 
-    def train_step(self, batch: Batch, progress: float) -> Tensor:
+    def train_step(self, batch: Any, progress: float) -> Tensor:
         """One optimizer step; the loss, a scalar on the device."""
         loss = self.loss(batch)
         loss.backward()
@@ -218,7 +232,7 @@ class Run:
             "teraflops_per_gpu": round(speed * flops / self.ranks / 1e12, 1),
         }
         if held_out:
-            row["held_out"] = round(held_out_loss(self.average, self.recipe, self.device, stage.frames), 5)
+            row["held_out"] = round(self.held_out(stage.frames), 5)
         self.rows.append(row)
         if self.rank == 0:
             print(" ".join(f"{name} {value}" for name, value in row.items()), flush=True)
@@ -231,12 +245,11 @@ class Run:
         dist.broadcast(tensor, 0)
         return float(tensor)
 
-    def time_drawing(self, batch: Batch) -> None:
+    def time_drawing(self, batch: Any) -> None:
         """Print how fast clips are drawn."""
-        numbers = batch.numbers.to(self.device)
-        float(draw(numbers, self.recipe.size, self.recipe.compile_drawing).sum())
+        float(self.videos(batch).sum())
         start = time.perf_counter()
-        float(draw(numbers, self.recipe.size, self.recipe.compile_drawing).sum())
+        float(self.videos(batch).sum())
         speed = len(batch.ids) / (time.perf_counter() - start)
         if self.rank == 0:
             print(f"{time.perf_counter() - BEGIN:.0f} s after the start: draws {speed:.0f} clips a second", flush=True)
@@ -258,8 +271,7 @@ class Run:
     def _train_stage(self, stage: Stage, deadline: float, last: int | None) -> bool:
         """Train until the stage is over (False) or the call is (True)."""
         recipe = self.recipe
-        data = (stage.frames, recipe.frames, stage.batch, recipe.caption_dropout)
-        batches = feed(Batches(recipe.seed, self.rank, *data), self.step, recipe.workers, self.device.type == "cuda")
+        batches = self.batches(stage)
         batch = next(batches)
         self.loss(batch).backward()  # compiles, outside the run's clock
         self.network.zero_grad(set_to_none=True)

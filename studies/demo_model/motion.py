@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .world import ACROSS, Scene
+from rectified_spaattn.lab.demo_model.words import ACROSS
+
+from .world import Scene
 
 Array = np.ndarray
 Half = tuple[float, float, float]

@@ -1,14 +1,11 @@
 """Which backend runs a call, and why another cannot."""
 
+from ..config import BACKEND_NAMES, check_choice
 from . import fa4, reference, torch, triton
 from .calls import Backend, Call
 
-BACKENDS: dict[str, Backend] = {
-    "fa4": fa4.BACKEND,
-    "triton": triton.BACKEND,
-    "torch": torch.BACKEND,
-    "reference": reference.BACKEND,
-}
+_ROWS = (fa4.BACKEND, triton.BACKEND, torch.BACKEND, reference.BACKEND)
+BACKENDS: dict[str, Backend] = dict(zip(BACKEND_NAMES, _ROWS, strict=True))
 # Fastest first. The oracle is never chosen unasked, nor are kernels where they could only be interpreted.
 AUTO_ORDER = {"cuda": ("fa4", "triton", "torch")}
 
@@ -32,6 +29,5 @@ def choose(name: str, call: Call) -> str:
 
 
 def check_backend(name: str) -> None:
-    """Raises ValueError unless this is "auto" or the name of a backend."""
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}; allowed: one of {['auto', *BACKENDS]}.")
+    """Raises TypeError or ValueError unless this is "auto" or the name of a backend."""
+    check_choice("backend", name, ("auto", *BACKENDS))

@@ -20,6 +20,7 @@ class Call(NamedTuple):
     head_dim: int
     block_size: int
     num_blocks: int = 1
+    precision: str = "inputs"
 
 
 class Backend(NamedTuple):
@@ -29,7 +30,8 @@ class Backend(NamedTuple):
     sorting  what sorts tokens by content: "triton" or "torch"
     sort     the order of the tiled tokens by content, int [B, H, nb*b]
     plan     stages 1 to 5: what was chosen, and all that `attend` of the same backend needs
-    attend   stage 6: out [B, S, H, D]
+    attend   stage 6: out [B, S, H, D], in the memory that the inputs name, if any
+    copies   whether `plan` copies q, k and v whole, and `attend` writes to any strides
     """
 
     why_not: Callable[[Call], str | None]
@@ -37,6 +39,7 @@ class Backend(NamedTuple):
     sort: Callable[[Inputs], torch.Tensor]
     plan: Callable[[Inputs], tuple[Choices, Any]]
     attend: Callable[[Inputs, Any], torch.Tensor]
+    copies: bool = False
 
 
 def installed_version(package: str) -> str | None:

@@ -5,7 +5,7 @@ import torch
 from ..method.apart import attend_apart
 from ..method.inputs import Inputs
 from . import triton
-from .calls import Backend, Call, installed_version
+from .calls import Call, installed_version
 
 PACKAGE = "flash-attn-4"
 
@@ -14,6 +14,8 @@ def why_not(call: Call) -> str | None:
     reason = triton.why_not(call)
     if reason is not None:
         return reason
+    if call.precision != "inputs":
+        return f"precision {call.precision!r}, which triton runs"
     if installed_version(PACKAGE) is None:
         return f"{PACKAGE} is not installed (pip install --pre {PACKAGE})"
     if call.device.type != "cuda" or torch.version.hip is not None:
@@ -72,4 +74,4 @@ def listed_blocks(inputs: Inputs, prepared: "triton.Prepared") -> "triton.Partia
     return triton.Partial(out.transpose(1, 2), lse)
 
 
-BACKEND = Backend(why_not=why_not, sorting="triton", sort=triton.sort_tokens, plan=triton.prepare, attend=run)
+BACKEND = triton.BACKEND._replace(why_not=why_not, attend=run)

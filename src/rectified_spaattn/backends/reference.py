@@ -5,7 +5,7 @@ import torch
 from ..method.inputs import Inputs
 from ..method.plan import Choices
 from ..method.reference import reference
-from .calls import Backend
+from .calls import Backend, Call
 from .torch import sort
 
 
@@ -14,4 +14,8 @@ def _plan(inputs: Inputs) -> tuple[Choices, torch.Tensor]:
     return Choices(result.block_mask, result.compensated, result.probability, result.r), result.out
 
 
-BACKEND = Backend(why_not=lambda call: None, sorting="torch", sort=sort, plan=_plan, attend=lambda inputs, out: out)
+def why_not(call: Call) -> str | None:
+    return None if call.precision == "inputs" else f"precision {call.precision!r}, which triton runs: it is exact"
+
+
+BACKEND = Backend(why_not=why_not, sorting="torch", sort=sort, plan=_plan, attend=lambda inputs, out: out)

@@ -4,9 +4,14 @@ import sys
 from importlib.util import find_spec
 
 _ALWAYS = ("typer", "rich")
-PACKAGES = {"doctor": _ALWAYS, "bench": _ALWAYS}  # by command; the others need these:
 _DEMO = "accelerate diffusers filelock imageio imageio_ffmpeg jinja2 matplotlib numpy PIL safetensors torchmetrics yaml"
 DEMO_PACKAGES = (*_ALWAYS, *_DEMO.split())
+PACKAGES = {  # by command; the others need DEMO_PACKAGES
+    "doctor": _ALWAYS,
+    "bench": _ALWAYS,
+    "advise": (*_ALWAYS, "diffusers"),
+    "app": (*DEMO_PACKAGES, "gradio"),
+}
 
 
 def main() -> None:
@@ -17,7 +22,8 @@ def main() -> None:
     if missing:
         raise SystemExit(
             f"rectified-spaattn needs packages that are not installed: {', '.join(missing)}.\n"
-            'Install them with: pip install ".[demo]" in a checkout of rectified-spaattn'
+            f'Install them with: pip install ".[{"app" if command == "app" else "demo"}]" in a checkout of '
+            "rectified-spaattn"
         )
     for stream in (sys.stdout, sys.stderr):  # prompts and paths may hold what a terminal cannot show
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -1,4 +1,7 @@
-"""The typer application: one function a command, options in, everything else elsewhere."""
+"""The typer application: one function a command, options in, everything else elsewhere.
+
+What a command needs is imported when it runs: help and the version come without torch.
+"""
 
 from typing import Annotated, Any
 
@@ -6,15 +9,13 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..lab.bench.doctor import DoctorSettings
-from ..lab.bench.model import ModelSettings
-from ..lab.bench.op import OpSettings
+from ..lab.app.options import AppOptions
+from ..lab.bench.settings import AdviseSettings, DoctorSettings, ModelSettings, OpSettings
 from ..lab.bench.shapes import BenchError
+from ..lab.calls.options import InspectOptions
 from ..lab.clips.options import ClipError, DemoOptions, EvaluateOptions, GenerateOptions
-from .bench import model, op
-from .doctor import doctor
-from .inspect import inspect
-from .options import command
+from ..lab.clips.paths import check_folder, check_ours
+from .options import command, loading
 
 
 class _Sentences(TyperGroup):
@@ -41,10 +42,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure speed; results are checked before anything is timed.")
-bench.command()(command(OpSettings, op, (BenchError,)))
-bench.command()(command(ModelSettings, model, (BenchError,)))
-app.add_typer(bench, name="bench")
-app.command()(command(DoctorSettings, doctor))
 
 
 def _version(wanted: bool) -> None:
@@ -63,10 +60,39 @@ def root(
     """Rectified SpaAttn: training-free block-sparse attention for video diffusion transformers."""
 
 
+def demo(options: DemoOptions) -> None:
+    """Make the same clips with full attention, plain sparse, the paper's and ours, and a report about them."""
+    check_ours(options.out, "demo")
+    with loading():
+        from .demo import run
+    run(options)
+
+
+def advise(settings: AdviseSettings) -> None:
+    """What to expect of a model at a size, without its weights: tokens, computed pairs, share of attention, times."""
+    with loading():
+        from .advise import run
+    run(settings)
+
+
+def doctor(settings: DoctorSettings) -> None:
+    """What every backend would do on this machine and why not, and a check of those that run.
+
+    Exit code 0: at least one backend is right and none is wrong; 1 otherwise.
+    """
+    with loading():
+        from .doctor import run
+    run(settings)
+
+
 def generate(options: GenerateOptions) -> None:
     """One video or picture with any supported model, and a JSON beside it with everything needed to repeat it."""
-    from .generate import run
-
+    if options.prompts is not None and options.out is not None:
+        check_ours(options.out, "generate")
+    elif options.out is not None:
+        check_folder(options.out.parent)
+    with loading():
+        from .generate import run
     run(options)
 
 
@@ -76,19 +102,51 @@ def evaluate(options: EvaluateOptions) -> None:
     Stopped runs go on where they were when the same command is given again. Several processes share the prompts:
     accelerate launch --num_processes 4 -m rectified_spaattn evaluate ...
     """
-    from .evaluate import run
-
+    check_ours(options.out, "evaluate")
+    with loading():
+        from .evaluate import run
     run(options)
 
 
-def demo(options: DemoOptions) -> None:
-    """Generate the same videos with full, sparse and rectified attention, and write a report about them."""
-    from .demo import run
-
+def inspect(options: InspectOptions) -> None:
+    """Look into one attention head: its error under every rectify mode, and where its attention goes."""
+    check_folder(options.out)
+    with loading():
+        from .inspect import run
     run(options)
 
 
-app.command()(command(GenerateOptions, generate))
-app.command()(command(EvaluateOptions, evaluate))
-app.command(name="inspect")(inspect)
+def browser(options: AppOptions) -> None:
+    """Full, plain sparse and ours beside each other in a browser, on this machine: choose, generate, compare."""
+    with loading():
+        from .browser import run
+    run(options)
+
+
+def op(settings: OpSettings) -> None:
+    """The operator against dense attention on the shapes of published models."""
+    with loading():
+        from .bench import op as run
+    run(settings)
+
+
+def model(settings: ModelSettings) -> None:
+    """Whole transformers of published models, random weights: a forward, and the denoising run it makes.
+
+    Started by torchrun, all processes share every forward; the first prints and writes.
+    """
+    with loading():
+        from .bench import model as run
+    run(settings)
+
+
 app.command()(command(DemoOptions, demo))
+app.command()(command(AdviseSettings, advise, (BenchError,)))
+app.command()(command(GenerateOptions, generate, goes_on=lambda options: options.prompts is not None))
+app.command()(command(EvaluateOptions, evaluate, goes_on=lambda options: True))
+app.command()(command(InspectOptions, inspect, (ClipError,)))
+app.command(name="app")(command(AppOptions, browser, (ClipError,)))
+app.command()(command(DoctorSettings, doctor))
+bench.command()(command(OpSettings, op, (BenchError,)))
+bench.command()(command(ModelSettings, model, (BenchError,)))
+app.add_typer(bench, name="bench")

@@ -10,17 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ..lab.bench.check import Check
-from ..lab.bench.model import ModelResult, ModelSettings
+from ..lab.bench.model import ModelResult
 from ..lab.bench.model import measure as measure_model
-from ..lab.bench.op import OpResult, OpSettings
+from ..lab.bench.op import OpResult
 from ..lab.bench.op import measure as measure_op
 from ..lab.bench.processes import join, process_on_machine
 from ..lab.bench.rows import StageRow
-from ..lab.bench.settings import BenchSettings
+from ..lab.bench.settings import BenchSettings, ModelSettings, OpSettings
 from ..lab.bench.shapes import BenchError, Watch
 from ..lab.machine import Origin, device_of, machine
 from ..lab.rows import write_rows
-from .console import print_wide, progress, row_table
+from .console import print_wide, progress, row_table, shown
 from .options import command_line
 
 _OP_FILES = {"rows": "op-speed.csv", "stages": "op-stages.csv"}
@@ -38,6 +38,7 @@ _SPEED = {
     **_TIMES,
     "TFLOP/s": "{0.tflops:.3g}",
     "extra GiB": "{0.extra_gib:.2f}",
+    "error": "{0.error:.3f}",
 }
 _STAGES = {"stage": "{0.stage}", **_TIMES, "share": "{0.share:.1%}"}
 _FULL = {
@@ -60,7 +61,7 @@ Shown = Iterator[Table | str]
 
 
 def op(settings: OpSettings) -> None:
-    """The operator against dense attention on the shapes of published models."""
+    """The whole command `bench op`."""
     cases = settings.cases()
     device = cases[0].device
     if device.type == "cpu" and not settings.shape:
@@ -70,10 +71,7 @@ def op(settings: OpSettings) -> None:
 
 
 def model(settings: ModelSettings) -> None:
-    """Whole transformers of published models, random weights: a forward, and the denoising run it makes.
-
-    Started by torchrun, all processes share every forward; the first prints and writes.
-    """
+    """The whole command `bench model`."""
     rank, count = join(settings.device)
     device = device_of(settings.device, process_on_machine())
     if device.type == "cpu" and settings.size == "full":
@@ -90,11 +88,11 @@ def _run(
     settings: BenchSettings,
     device: torch.device,
     measures: Mapping[str, Callable[[Watch], Any]],
-    tables: Callable[[Any, str], Shown],
+    tables: Callable[[Any, str, bool], Shown],
     files: Mapping[str, str],
     processes: int = 1,
 ) -> None:
-    """Measure one after the other; print what `tables` makes of each result, and write its fields `files` as CSV."""
+    """Measure one after the other; print what `tables` makes of each, short on a terminal; write `files` as CSV."""
     console, origin = Console(), machine(device).origin(command_line())
     if processes > 1:
         origin = replace(origin, device=f"{processes} x {origin.device}")
@@ -104,8 +102,8 @@ def _run(
         with progress(console) as watch:
             result = measure(watch)
         print_wide(console, _checks_line(name, result.checks))
-        for shown in tables(result, origin.device):
-            print_wide(console, shown)
+        for each in tables(result, origin.device, not console.is_terminal):
+            print_wide(console, each)
         for field, file in files.items():
             rows[field] += getattr(result, field)
             if settings.csv_dir is not None:  # after every one: a long run that is stopped leaves what it measured
@@ -130,7 +128,7 @@ def _checks_line(name: str, checks: Sequence[Check]) -> str:
     )
 
 
-def _op_tables(result: OpResult, device: str) -> Shown:
+def _op_tables(result: OpResult, device: str, wide: bool) -> Shown:
     """The measured rows of one shape, what did not run, and the stages of every backend at every sparsity."""
     measured = [row for row in result.rows if not row.not_run]
     first = measured[0]
@@ -138,24 +136,27 @@ def _op_tables(result: OpResult, device: str) -> Shown:
         f"{first.shape}: {first.tokens:,} tokens, {first.heads} heads of {first.head_dim}, {first.dtype}, block "
         f"{first.block_size}, {first.rectify}, {first.order}, {device}, median of {first.repeats}"
     )
-    yield row_table(_SPEED | {f"speed-up over {first.dense}": "{0.ratio:.2f}x"}, measured, title)
+    columns = _SPEED | {f"speed-up over {first.dense}": "{0.ratio:.2f}x"}
+    yield row_table(
+        shown(columns, ("attention", "sparsity", "ideal", "ms", "quartiles", "speed-up"), wide), measured, title
+    )
     for row in result.rows:
         if row.not_run:
             yield f"not run: {row.kind} {row.name}: {row.not_run}"
     for call in dict.fromkeys((row.backend, row.sparsity) for row in result.stages):
-        yield _stage_table([row for row in result.stages if (row.backend, row.sparsity) == call])
+        yield _stage_table([row for row in result.stages if (row.backend, row.sparsity) == call], wide)
 
 
-def _stage_table(rows: Sequence[StageRow]) -> Table:
+def _stage_table(rows: Sequence[StageRow], wide: bool) -> Table:
     first = rows[0]
     single = replace(first, ms_q1=None, ms_min=None)
     total = replace(single, stage="sum of stages", ms=sum(row.ms or 0.0 for row in rows), share=1.0)
     whole = replace(single, stage="whole call", ms=first.whole_ms, share=None)
     title = f"{first.shape}: stages of {first.backend}, {first.rectify}, {first.order}, at {first.sparsity:.4g}"
-    return row_table(_STAGES, [*rows, total, whole], title)
+    return row_table(shown(_STAGES, ("stage", "ms", "quartiles", "share"), wide), [*rows, total, whole], title)
 
 
-def _model_tables(result: ModelResult, device: str) -> Shown:
+def _model_tables(result: ModelResult, device: str, wide: bool) -> Shown:
     """Forwards of two depths, and the whole model scaled from them; then the runs that they make."""
     forwards, runs = result.forwards, result.schedules
     first, run = forwards[0], runs[0]
@@ -178,7 +179,8 @@ def _model_tables(result: ModelResult, device: str) -> Shown:
         "min to max": "{0.seconds_min:.3f} to {0.seconds_max:.3f}",
         f"speed-up over eager {first.dense}": "{0.ratio:.2f}x",
     }
-    yield row_table(columns, forwards)
+    whole = f"{first.layers} layers"
+    yield row_table(shown(columns, ("attention", "sparsity", "run", whole, "speed-up"), wide), forwards)
     a_unit = first.layers // first.units
     few, more = first.layers_low // a_unit, first.layers_high // a_unit
     yield (
@@ -188,10 +190,10 @@ def _model_tables(result: ModelResult, device: str) -> Shown:
     )
     for baseline, reason in result.not_run.items():
         yield f"not run: dense {baseline}: {reason}"
-    whole = [row for row in forwards if row.measured_s is not None]
-    if whole:
+    complete = [row for row in forwards if row.measured_s is not None]
+    if complete:
         yield f"{first.model}: scaled, and measured with all layers, one forward:"
-        yield row_table(_FULL, whole)
+        yield row_table(_FULL, complete)
     computed = f"{run.computed_steps} computed ({run.source})" if run.source else "all computed"
     yield (
         f"{run.model}: a run of {run.steps} steps, {computed}, {run.calls} forward(s) a step, "
@@ -200,7 +202,7 @@ def _model_tables(result: ModelResult, device: str) -> Shown:
     )
     goal = run.paper_composed  # the paper's figure with TeaCache; an empty cell: never reached
     composed = {} if goal is None else {f"most computed steps for {goal:.2f}x": "{0.steps_for_composed}"}
-    yield row_table(_RUNS | composed, runs)
+    yield row_table(shown(_RUNS | composed, tuple(_RUNS), wide), runs)
 
 
 def _layers(count: int) -> str:

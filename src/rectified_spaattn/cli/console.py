@@ -1,4 +1,4 @@
-"""What every command shows in the terminal alike: text in full width, tables that can be pasted, and bars."""
+"""What every command shows alike: text, tables and bars that fit a terminal; in full width where nobody looks."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,12 +8,14 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..lab.bench.shapes import Watch
 
-_WIDTH = 200  # tables are meant to be pasted, so they are not squeezed into a narrow terminal
+_WIDTH = 200  # of what goes into a file or another program
+_LABEL = 28  # characters in front of a bar
+_BAR = 20
 
 
 def plain_console() -> Console:
@@ -22,7 +24,14 @@ def plain_console() -> Console:
 
 
 def print_wide(console: Console, what: Table | str) -> None:
-    """In full width and without colour codes in the text, wherever it goes."""
+    """Without colour codes in the text. On a terminal it keeps to the width, lines broken between words; else full."""
+    if console.is_terminal:
+        title = what.title if isinstance(what, Table) else None
+        if isinstance(what, Table) and title:
+            what.title = None
+            console.print(title, soft_wrap=False)
+        console.print(what, soft_wrap=False, highlight=False)
+        return
     wide = Console(file=console.file, width=max(console.width, _WIDTH), markup=False, emoji=False)
     wide.print(what, crop=False, soft_wrap=isinstance(what, str), highlight=False)
 
@@ -46,21 +55,44 @@ def row_table(columns: Mapping[str, str], rows: Sequence[Any], title: str | None
     return markdown_table(tuple(columns), [[_cell(text, row) for text in columns.values()] for row in rows], title)
 
 
+def shown(columns: Mapping[str, str], short: Sequence[str], wide: bool) -> dict[str, str]:
+    """All of them, or those that 80 columns hold. short: these, by the words that they begin with and then have."""
+    if wide:
+        return dict(columns)
+    return {word: text for word in short for name, text in columns.items() if name.startswith(word)}
+
+
 def _cell(text: str, row: Any) -> str:
     names = [name for _, name, _, _ in Formatter().parse(text) if name]
     values = [Formatter().get_field(name, (row,), {})[0] for name in names]
     return "" if any(value is None for value in values) else text.format(row)
 
 
+def short_label(text: str) -> str:
+    """What stands in front of a bar, cut to its place."""
+    return text if len(text) <= _LABEL else f"{text[: _LABEL - 1]}…"
+
+
 def progress_bars(console: Console, *more: ProgressColumn, disable: bool = False, transient: bool = False) -> Progress:
-    """Bars with a description, a count, the time that has passed and `more`. transient: they go away when done."""
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, *more, console=console, disable=disable, transient=transient)
+    """Bars with a short label, a count, the time that is left and `more`; none where the output is not a terminal.
+
+    transient: they go away when done.
+    """
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=_BAR),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+    )
+    hidden = disable or not console.is_terminal
+    return Progress(*columns, *more, console=console, disable=hidden, transient=transient)
 
 
 @contextmanager
 def progress(console: Console, quiet: bool = False) -> Iterator[Watch]:
     """One bar that goes away when it is finished; none where the output is not a terminal, or quiet is asked for."""
-    with progress_bars(console, transient=True, disable=quiet or not console.is_terminal) as bar:
+    with progress_bars(console, transient=True, disable=quiet) as bar:
         task = bar.add_task("starting")
-        yield lambda what, finished, total: bar.update(task, description=what, completed=finished, total=total)
+        yield lambda what, finished, total: bar.update(
+            task, description=short_label(what), completed=finished, total=total
+        )

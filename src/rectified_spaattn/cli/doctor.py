@@ -8,32 +8,30 @@ from rich.console import Console
 from rich.table import Table
 
 from ..backends import BACKENDS
-from ..lab.bench.doctor import DoctorSettings, SelfCheck, Verdict, calls_to_check, check, healthy, verdicts
+from ..lab.bench.doctor import SelfCheck, Verdict, calls_to_check, check, healthy, verdicts
+from ..lab.bench.settings import DoctorSettings
 from ..lab.machine import Machine, device_of, machine
 from .console import markdown_table, print_wide, progress, row_table
 
 _CALL = "{0.dtype}, head_dim {0.head_dim}, block_size {0.block_size}"
 _CHECKS = {
     "backend": "{0.backend}",
-    "call": _CALL,
+    "call": "{0.dtype}, heads of {0.head_dim}",
     "error": "{0.error:.2g}",
     "allowed": "{0.allowed:.2g}",
     "result": "{0.result}",
 }
 
 
-def doctor(settings: DoctorSettings) -> None:
-    """What every backend would do on this machine and why not, and a check of those that run.
-
-    Exit code 0: at least one backend is right and none is wrong; 1 otherwise.
-    """
+def run(settings: DoctorSettings) -> None:
+    """The whole command."""
     console, device, config = Console(), device_of(settings.device), settings.config()
     here, judged, checks = machine(device), verdicts(device, config), []
     calls, rows = calls_to_check(judged), list(judged.values())
     if not settings.json:
         print_wide(console, _machine_table(here))
-        for shown in _verdicts(rows):
-            print_wide(console, shown)
+        for part in _verdicts(rows):
+            print_wide(console, part)
     with progress(console, quiet=settings.json) as watch:
         for number, (name, call) in enumerate(calls):
             watch(f"checking {name}, {_CALL.format(judged[call])}", number, len(calls))
@@ -71,8 +69,9 @@ def _verdicts(judged: Sequence[Verdict]) -> tuple[Table, str]:
     rows = []
     for each in judged:
         able = ("yes" if why is None else f"no ({reasons.index(why) + 1})" for why in each.why_not.values())
-        rows.append((each.dtype, str(each.head_dim), str(each.block_size), *able, each.auto))
-    table = markdown_table(("dtype", "head_dim", "block_size", *BACKENDS, '"auto" takes'), rows, "What runs")
+        rows.append((each.dtype, str(each.head_dim), *able, each.auto))
+    title = f"What runs, with blocks of {judged[0].block_size} tokens"
+    table = markdown_table(("dtype", "head_dim", *BACKENDS, '"auto" takes'), rows, title)
     return table, "\n".join(f"({number}) {reason}" for number, reason in enumerate(reasons, 1))
 
 

@@ -5,13 +5,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import typer
-from rich.progress import Progress
+from rich.console import Console
 from rich.table import Table
 
 from ..lab.clips import evaluate as work
-from ..lab.clips.clip import FULL, Mode, Pair
+from ..lab.clips.clip import Mode, Pair
 from ..lab.clips.evaluate import Evaluation
-from ..lab.clips.folder import Folder, check_ours
+from ..lab.clips.folder import Folder
 from ..lab.clips.models import load, source_of
 from ..lab.clips.options import EvaluateOptions
 from ..lab.clips.summary import FRAMES, GAINS, SCORES, ModeSummary
@@ -19,8 +19,9 @@ from ..lab.machine import device_of
 from ..lab.pages.clips import HEADS, number_text, score_text
 from ..lab.pages.evaluation import write_evaluation
 from ..lab.pages.html import percent
-from .console import markdown_table, plain_console, print_wide, progress_bars
-from .options import command_line
+from ..lab.pages.styles import FULL
+from .console import markdown_table, plain_console, print_wide, progress_bars, short_label
+from .options import command_line, loading
 
 _WIDEST = 28  # characters of a mode's name in a table
 
@@ -29,11 +30,11 @@ def run(options: EvaluateOptions) -> None:
     """The whole command; one of several processes where accelerate or torchrun started them."""
     console, state = plain_console(), work.processes()
     device = device_of(options.device, state.local_process_index)
-    check_ours(options.out, "evaluate")
     with usage_errors():
         source = source_of(options)
         evaluation = work.evaluation_of(options, source, device)
-        pipe = load(source, options, device)
+        with loading():
+            pipe = load(source, options, device)
         evaluation = work.with_sparse_modes(evaluation, options, pipe)
     facts = evaluation.facts(command_line(), state.num_processes)
     folder = Folder(options.out, list(evaluation.prompts), evaluation.settings(), console.print)
@@ -41,9 +42,9 @@ def run(options: EvaluateOptions) -> None:
     with folder.claim("evaluate", facts) if main else nullcontext():
         state.wait_for_everyone()
         if main:
-            console.print(f"LPIPS: {facts['lpips']}")
+            print_wide(console, f"LPIPS: {facts['lpips']}")
         with state.split_between_processes(evaluation.pairs) as mine:
-            fill(pipe, evaluation, folder, mine, progress_bars(console, disable=not main))
+            fill(pipe, evaluation, folder, mine, console, quiet=not main)
         state.wait_for_everyone()
         if main:
             manifest = {"settings": folder.settings, **facts}
@@ -55,20 +56,27 @@ def run(options: EvaluateOptions) -> None:
             console.print(f"Report: {(folder.root / 'report.html').resolve()}")
 
 
-def fill(pipe: Any, evaluation: Evaluation, folder: Folder, pairs: Sequence[Pair], progress: Progress) -> None:
-    """Make what is missing of some pairs, with two bars: clips, and the steps of the current one."""
+def fill(
+    pipe: Any, evaluation: Evaluation, folder: Folder, pairs: Sequence[Pair], console: Console, quiet: bool = False
+) -> None:
+    """Make what is missing of some pairs, with two bars: clips, and the steps of the current one.
+
+    A line a clip where the output is not a terminal; nothing with `quiet`.
+    """
+    progress = progress_bars(console, disable=quiet)
     todo = work.missing(folder, evaluation.modes, pairs)
     total, left = len(pairs) * len(evaluation.modes), sum(map(len, todo.values()))
     with progress:
-        clips = progress.add_task("clips of this process", total=total, completed=total - left)
+        clips = progress.add_task("clips", total=total, completed=total - left)
         steps = progress.add_task("warming up", total=evaluation.call()["num_inference_steps"], visible=left > 0)
 
         def on_step(mode: Mode, pair: Pair, done: int) -> None:
-            caption = pair.prompt if len(pair.prompt) <= 40 else pair.prompt[:39] + "…"
-            progress.update(steps, completed=done, description=f"{mode.label}: {caption}, seed {pair.seed}")
+            progress.update(steps, completed=done, description=short_label(mode.label))
 
-        for _ in work.complete(pipe, evaluation, folder, todo, on_step):
+        for count, clip in enumerate(work.complete(pipe, evaluation, folder, todo, on_step), total - left + 1):
             progress.advance(clips)
+            if not quiet and not console.is_terminal:
+                console.print(f"{count}/{total} {clip.mode.label}, {clip.pair.caption()}: {clip.seconds:.1f} s")
         progress.update(steps, visible=False)
     for pair in pairs:  # of a run that was killed between the last clip of a pair and this
         folder.drop_reference(pair)

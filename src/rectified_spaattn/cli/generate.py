@@ -1,17 +1,18 @@
 """`rectified-spaattn generate`: load, run, write, and say what happened."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from rich.progress import TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from ..lab.clips import single
 from ..lab.clips.clip import OnStep, Pair, full_mode, generate
 from ..lab.clips.evaluate import processes
-from ..lab.clips.folder import Folder, check_ours
+from ..lab.clips.folder import Folder
 from ..lab.clips.models import Source, call_arguments, dtype_of, load, source_of, with_pictures
 from ..lab.clips.options import GenerateOptions
 from ..lab.clips.summary import plain
@@ -38,7 +39,6 @@ def run(options: GenerateOptions) -> None:
     with usage_errors():
         wanted = single.each_prompt(options, source)
     assert options.out is not None
-    check_ours(options.out, "generate")
     folder = Folder(options.out, [], {"model": source.model})
     with folder.claim("generate", {}) if state.is_main_process else nullcontext():
         state.wait_for_everyone()
@@ -83,7 +83,7 @@ def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOpti
     call, mode = with_pictures(arguments), single.mode_of(options, pipe)
     pair = Pair(prompt=options.prompt, seed=options.seed)
 
-    with _bar("rectified attention") as on_step:
+    with _bar(mode.label) as on_step:
         [sparse] = generate(pipe, mode, [pair], call, backend=options.backend, on_step=on_step)
     for summary in sparse.summary:
         print_wide(console, summary)
@@ -103,7 +103,7 @@ def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOpti
         console.print("Note: no attention call ran sparse; the lines above say why.")
     if not options.compare:
         return
-    with _bar("full attention") as on_step:
+    with _bar(full_mode().label) as on_step:
         [full] = generate(pipe, full_mode(), [pair], call, on_step=on_step)
     rows = single.compare(full, sparse)
     write_clip(outputs.full, full.video, options.fps)
@@ -124,13 +124,15 @@ def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOpti
 
 @contextmanager
 def _bar(what: str) -> Iterator[OnStep]:
-    """A bar of the denoising steps with the density of the last one."""
-    more = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[density]}"))
-    with progress_bars(plain_console(), *more) as progress:
+    """A bar of the denoising steps with the computed pairs of the last one; a line at the end without a terminal."""
+    console, start = plain_console(), time.perf_counter()
+    with progress_bars(console, TextColumn("{task.fields[density]}")) as progress:
         task = progress.add_task(what, total=None, density="")
 
         def on_step(count: int, total: int, density: float | None) -> None:
-            text = "skipped" if density is None else f"density {density:.1%}"
+            text = "skipped" if density is None else f"{density:.1%} of pairs"
             progress.update(task, completed=count, total=total, density=text)
 
         yield on_step
+    if not console.is_terminal:
+        console.print(f"{what}: {time.perf_counter() - start:.1f} s")

@@ -3,23 +3,31 @@
 import inspect
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
 S = TypeVar("S")
+_INTERRUPTED = 130  # as shells have it
+_GOES_ON = "Stopped. The same command goes on from here: finished clips are kept."
+_ANEW = "Stopped. The same command begins again from the start."
 
 
 def command(
-    kind: type[S], run: Callable[[S], object], errors: tuple[type[Exception], ...] = ()
+    kind: type[S],
+    run: Callable[[S], object],
+    errors: tuple[type[Exception], ...] = (),
+    goes_on: Callable[[S], bool] = lambda settings: False,
 ) -> Callable[..., object]:
     """A function for `typer.Typer.command()` with the name and docstring of `run`, which it calls with a `kind`.
 
     kind: a frozen dataclass; its fields made by lab.option.option are the options, those of a tuple type may be given
     several times; its own before inherited ones. A TypeError or ValueError that it raises is a usage error (exit code
-    2). errors: raised by `run`, each ends the command with its message (exit code 1).
+    2). errors: raised by `run`, each ends the command with its message (exit code 1). goes_on: whether the same command
+    takes up what an interrupted one left; Ctrl-C says so in one line (exit code 130).
     """
     hints = get_type_hints(kind)
     shown = [each for each in fields(kind) if "help" in each.metadata]  # type: ignore[arg-type]
@@ -34,10 +42,26 @@ def command(
             return run(settings)
         except errors as error:
             raise SystemExit(str(error)) from error
+        except KeyboardInterrupt:
+            print(_GOES_ON if goes_on(settings) else _ANEW, file=sys.stderr)
+            raise SystemExit(_INTERRUPTED) from None
 
     call.__name__, call.__doc__ = run.__name__, run.__doc__
     call.__signature__ = inspect.Signature([_parameter(each, hints[each.name]) for each in shown])  # type: ignore[attr-defined]
     return call
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Say "Loading ..." on a terminal while packages are imported."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print("Loading ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:

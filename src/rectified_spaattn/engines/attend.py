@@ -1,5 +1,6 @@
 """One call of the video's self-attention: sparse where the schedule and the tensors allow it, and noted either way."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from ..attention import DTYPES
 from ..budgets import Budgets
 from ..config import SparseConfig
+from ..kept_plans import KeptPlans, Moment
 from ..layout import TokenLayout
 from .masks import Masks
 from .record import Record
@@ -14,12 +16,16 @@ from .record import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where in a run a call stands: index and name of its layer, the step, the number of steps; None: unknown."""
+    """Where in a run a call stands: index and name of its layer, the step, the number of steps; None: unknown.
+
+    branch: what the engine says of the guidance call that it belongs to.
+    """
 
     layer: int | None
     name: str
     step: int | None
     total: int | None
+    branch: Hashable = None
 
 
 @dataclass(kw_only=True)
@@ -28,15 +34,26 @@ class Seam:
 
     record   of the run that goes on, or else of the last one
     budgets  what a tolerance learnt in it
+    plans    what calls of it keep for later steps
     """
 
     config: SparseConfig
     record: Record = field(default_factory=Record)
     budgets: Budgets = field(default_factory=Budgets)
+    plans: KeptPlans = field(default_factory=KeptPlans)
 
     def begin_run(self) -> None:
         """Forget the run before."""
-        self.record, self.budgets = Record(), Budgets()
+        self.plans.clear()
+        self.record, self.budgets, self.plans = Record(), Budgets(), KeptPlans()
+
+    def end_run(self) -> None:
+        """Free what was kept for later steps."""
+        self.plans.clear()
+
+    def summary(self) -> str:
+        """What the run did, in a few lines."""
+        return "\n".join([self.record.summary(settings(self.config)), *self.plans.lines(self.config)])
 
     def attend(
         self,
@@ -68,17 +85,16 @@ class Seam:
             self.record.note_dense(place.name, place.step, str(plain))
             return None
         turn = self.record.calls(place.name, place.step)
-        out, stats, _ = self.budgets.attend(
-            q,
-            k,
-            v,
-            layout,
-            self.config,
+        moment = Moment(
             layer=place.layer,
-            turn=turn,
+            branch=(place.branch, turn),
             step=place.step,
-            text_mask=text_mask,
-            scale=scale,
+            total=place.total,
+            problem=_why_unknown(place),
+        )
+        options = {"text_mask": text_mask, "scale": scale}
+        out, stats, _ = self.budgets.attend(
+            q, k, v, layout, self.config, self.plans, moment, turn=turn, step=place.step, **options
         )
         self.record.note_sparse(place.name, place.step, stats)
         return out
@@ -122,6 +138,12 @@ def unfit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         return "the gradient that it is asked for"
     return None
+
+
+def _why_unknown(place: Place) -> str:
+    """Why no plan can be kept for a call; empty where it can."""
+    unknown = [name for name in ("layer", "step") if getattr(place, name) is None]
+    return f"the {' and the '.join(unknown)} is unknown" if unknown else ""
 
 
 def settings(config: SparseConfig) -> str:

@@ -17,7 +17,7 @@ import torch
 from ..config import SparseConfig
 from ..layout import TokenLayout
 from ..presets import preset
-from .attend import Place, Seam, of_itself, settings
+from .attend import Place, Seam, of_itself
 from .masks import Masks
 
 KEY = "rectified_spaattn"
@@ -56,6 +56,7 @@ class Component:
             name=name,
             step=step - self.first_step,
             total=None if total is None else total - self.first_step,
+            branch=getattr(batch, "is_cfg_negative", None),
         )
 
 
@@ -122,10 +123,13 @@ class Plugin:
         """Around the denoising loop: what it did goes to the log."""
         from sglang.multimodal_gen.runtime.utils.logging_utils import init_logger
 
-        out = original(*args, **kwargs)
+        try:
+            out = original(*args, **kwargs)
+        finally:
+            for component in self.components.values():
+                component.seam.end_run()
         for component in self.components.values():
-            summary = component.seam.record.summary(settings(component.seam.config))
-            init_logger(__name__).info("%s: %s", component.name, summary)
+            init_logger(__name__).info("%s: %s", component.name, component.seam.summary())
         return out
 
 

@@ -7,12 +7,12 @@ import subprocess
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..backends.calls import installed_version, triton_version
+
+if TYPE_CHECKING:  # options are read and help is shown without it
+    import torch
 
 DEVICES = ("auto", "cpu", "cuda")
 _PACKAGES = ("flash-attn-4", "diffusers", "transformers", "accelerate")
@@ -68,8 +68,12 @@ class Machine:
         )
 
 
-def machine(device: torch.device) -> Machine:
+def machine(device: "torch.device") -> Machine:
     """This machine as it is now."""
+    import torch
+
+    from ..backends.calls import installed_version, triton_version
+
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
     return Machine(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -95,7 +99,13 @@ def machine(device: torch.device) -> Machine:
     )
 
 
-def device_of(name: str, process: int | None = None) -> torch.device:
+def check_device(name: str) -> None:
+    """Raises ValueError as `device_of` does; asks torch only where a GPU was named."""
+    if name not in ("auto", "cpu"):
+        device_of(name)
+
+
+def device_of(name: str, process: int | None = None) -> "torch.device":
     """The device behind "auto", "cpu" or "cuda"; "auto" is a GPU where there is one.
 
     process: number of this process among those on the machine. GPUs are dealt out in turn, and the one of this process
@@ -103,6 +113,8 @@ def device_of(name: str, process: int | None = None) -> torch.device:
     """
     if name not in DEVICES:
         raise ValueError(f"device: got {name!r}; allowed: auto, cpu or cuda.")
+    import torch
+
     gpu = torch.cuda.is_available()
     if name == "cuda" and not gpu:
         raise ValueError(
@@ -115,9 +127,11 @@ def device_of(name: str, process: int | None = None) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def device_name(device: torch.device) -> str:
+def device_name(device: "torch.device") -> str:
     """What the device calls itself."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []

@@ -8,9 +8,21 @@ except ImportError as error:
     ) from error
 
 from .adapters import ADAPTERS
+from .catalogue import SupportedModel, supported
 from .enabling import disable, enable
 from .handle import Handle
 from .parallel import Parallelism, parallelize
 from .stats import LayerStats, RunStats
 
-__all__ = ["ADAPTERS", "Handle", "LayerStats", "Parallelism", "RunStats", "disable", "enable", "parallelize"]
+__all__ = [
+    "ADAPTERS",
+    "Handle",
+    "LayerStats",
+    "Parallelism",
+    "RunStats",
+    "SupportedModel",
+    "disable",
+    "enable",
+    "parallelize",
+    "supported",
+]

@@ -1,6 +1,6 @@
 """Which transformers are supported: one row a model class."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -14,7 +14,17 @@ from . import packed, tokens
 from .refused import REFUSED
 from .tokens import Inputs, Layouts, joint, joint_and_alone, joint_text
 
-Preset = Callable[[nn.Module, Any], str | None]
+Preset = Callable[[nn.Module, Any], str]
+
+
+@dataclass(frozen=True)
+class Always:
+    """One preset, whatever the weights."""
+
+    name: str
+
+    def __call__(self, model: nn.Module, pipeline: Any) -> str:
+        return self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,19 +36,20 @@ class Adapter:
                 forward arguments; ValueError for tokens that have none
     padding     how many tokens at the end of the first are padding in the whole batch: left out of sparse calls
     timestep    the forward's argument that holds it
+    text        the one that guidance calls differ by
     optional    block lists that a forward may leave out
     packed      all tokens, text included, are one tensor outside of attention
-    preset      name of the preset, read from the transformer and its pipeline (None: transformer alone); None
-                where nothing was published for this model or one of its family
+    preset      name of the preset, read from the transformer and its pipeline (None: transformer alone)
     """
 
     attentions: Callable[[nn.Module], list[tuple[str, nn.Module]]]
     layouts: Layouts
     padding: Callable[[Inputs], int] = tokens.no_text
     timestep: str = "timestep"
+    text: str = "encoder_hidden_states"
     optional: tuple[str, ...] = ()
     packed: bool = False
-    preset: Preset = lambda model, pipeline: None
+    preset: Preset = Always("image")
 
 
 def _attentions_of(**lists: str) -> Callable[[nn.Module], list[tuple[str, nn.Module]]]:
@@ -54,8 +65,8 @@ def _attentions_of(**lists: str) -> Callable[[nn.Module], list[tuple[str, nn.Mod
     return find
 
 
-def _always(name: str) -> Preset:
-    return lambda model, pipeline: name
+def _always(name: str) -> Always:
+    return Always(name)
 
 
 def _wan_preset(model: nn.Module, pipeline: Any) -> str:
@@ -121,7 +132,7 @@ def _sd3_attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 _JOINT = _attentions_of(transformer_blocks="attn", single_transformer_blocks="attn")
-_NEAREST = _always("video")
+_VIDEO = _always("video")
 _WAN = _attentions_of(blocks="attn1")
 _ATTN = _attentions_of(transformer_blocks="attn")
 _ATTN1 = _attentions_of(transformer_blocks="attn1")
@@ -168,40 +179,41 @@ ADAPTERS: dict[str, Adapter] = {
         layouts=joint(tokens.frames_first_grid, _TEXT, text_first=True),
         preset=_always("cogvideox1.5-i2v"),
     ),
-    "LTXVideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset=_NEAREST),
-    "LTX2VideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset=_NEAREST),
-    "MiniMaxH3Transformer3DModel": Adapter(attentions=_ATTN, layouts=packed.minimax_h3, packed=True, preset=_NEAREST),
+    "LTXVideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset=_VIDEO),
+    "LTX2VideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset=_VIDEO),
+    "MiniMaxH3Transformer3DModel": Adapter(attentions=_ATTN, layouts=packed.minimax_h3, packed=True, preset=_VIDEO),
     "Kandinsky5Transformer3DModel": Adapter(
         attentions=_attentions_of(visual_transformer_blocks="self_attention"),
         layouts=joint(tokens.fractal_grid),
-        preset=_NEAREST,
+        preset=_VIDEO,
     ),
     "Kandinsky6Transformer3DModel": Adapter(
         attentions=_attentions_of(visual_transformer_blocks="video_dec_block.self_attention"),
         layouts=joint(tokens.channels_last_grid),
-        preset=_NEAREST,
+        preset=_VIDEO,
     ),
     "Kandinsky6SRTransformer3DModel": Adapter(
         attentions=_attentions_of(visual_transformer_blocks="self_attention"),
         layouts=joint(tokens.reordered_grid),
-        preset=_NEAREST,
+        preset=_VIDEO,
     ),
-    "CosmosTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset=_NEAREST),
+    "CosmosTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset=_VIDEO),
     "Cosmos3OmniTransformer": Adapter(
         attentions=_attentions_of(layers="self_attn"),
         layouts=packed.cosmos3,
         timestep="vision_timesteps",
-        preset=_NEAREST,
+        text="input_ids",
+        preset=_VIDEO,
     ),
-    "MotifVideoTransformer3DModel": Adapter(attentions=_JOINT, layouts=packed.motif_video, preset=_NEAREST),
-    "MochiTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid, _TEXT), preset=_NEAREST),
-    "AllegroTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset=_NEAREST),
+    "MotifVideoTransformer3DModel": Adapter(attentions=_JOINT, layouts=packed.motif_video, preset=_VIDEO),
+    "MochiTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid, _TEXT), preset=_VIDEO),
+    "AllegroTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset=_VIDEO),
     "EasyAnimateTransformer3DModel": Adapter(
         attentions=_ATTN1,
         layouts=joint(
             tokens.video_grid, joint_text("encoder_hidden_states", "encoder_hidden_states_t5"), text_first=True
         ),
-        preset=_NEAREST,
+        preset=_VIDEO,
     ),
     "FluxTransformer2DModel": Adapter(
         attentions=_JOINT,
@@ -236,11 +248,13 @@ ADAPTERS: dict[str, Adapter] = {
     "ErnieImageTransformer2DModel": Adapter(
         attentions=_attentions_of(layers="self_attention"),
         layouts=joint(tokens.picture_grid, joint_text("text_bth")),
+        text="text_bth",
     ),
     "ZImageTransformer2DModel": Adapter(
         attentions=_attentions_of(noise_refiner="attention", layers="attention"),
         layouts=packed.z_image,
         timestep="t",
+        text="cap_feats",
     ),
     "Krea2Transformer2DModel": Adapter(attentions=_ATTN, layouts=joint(tokens.positions_grid, _TEXT, text_first=True)),
     "Ideogram4Transformer2DModel": Adapter(attentions=_attentions_of(layers="attention"), layouts=packed.ideogram4),
@@ -269,20 +283,19 @@ def adapter_for(model: nn.Module) -> Adapter:
     )
 
 
-def default_configs(
-    model: nn.Module, pipeline: Any, overrides: Mapping[str, Any], name: str | None = None
-) -> tuple[SparseConfig, ...]:
-    """The preset `name`, or else the one that fits a transformer; without any, SparseConfig's defaults.
+_WAN_PRESETS = ("wan2.1-t2v", "wan2.1-i2v", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b")
+_CHOICES: dict[Preset, tuple[str, ...]] = {  # of those that look at the model
+    _wan_preset: _WAN_PRESETS,
+    _skyreels_preset: _WAN_PRESETS,
+    _cogvideox_preset: ("cogvideox1.5-t2v", "cogvideox1.5-i2v"),
+}
 
-    Raises ValueError where nothing was published and the overrides leave sparsity and tolerance open.
-    """
-    name = name or adapter_for(model).preset(model, pipeline)
-    if name is not None:
-        return preset_of(name)
-    if {"sparsity", "tolerance"} & set(overrides):
-        return (SparseConfig(),)
-    raise ValueError(
-        f"enable: no settings were published for {type(model).__name__}, so none is chosen for you; allowed: "
-        "sparsity=..., tolerance=..., config=SparseConfig(...) or preset=... by name. Try sparsity=0.8 and look at the "
-        "result."
-    )
+
+def presets_of(adapter: Adapter) -> tuple[str, ...]:
+    """Names of the presets that a row may choose."""
+    return (adapter.preset.name,) if isinstance(adapter.preset, Always) else _CHOICES[adapter.preset]
+
+
+def default_configs(model: nn.Module, pipeline: Any, name: str | None = None) -> tuple[SparseConfig, ...]:
+    """The preset `name`, or else the one that fits a transformer."""
+    return preset_of(name or adapter_for(model).preset(model, pipeline))

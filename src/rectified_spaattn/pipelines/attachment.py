@@ -1,6 +1,7 @@
 """What enabling puts on one transformer, processors and hooks, and takes away again."""
 
 import inspect
+import logging
 import warnings
 import weakref
 from collections.abc import Callable
@@ -18,7 +19,10 @@ from .plans import check_cut
 from .processor import dense_backend, original, wrap
 from .ranks import ranks_of
 from .state import LayerState, TransformerState
+from .stats import calls_line, run_stats
 from .watch import Watch, lost_layers
+
+_log = logging.getLogger(__name__)
 
 
 class ForwardHooks(Hooks):
@@ -42,8 +46,17 @@ class ForwardHooks(Hooks):
         check_cut(model, self.adapter, layouts, self.state.name)
         ranks, timestep = ranks_of(model), inputs.get(self.adapter.timestep)
         forward = self.state.begin_forward(
-            layouts, padding=padding, timestep=timestep, ranks=ranks, packed=self.adapter.packed
+            layouts,
+            padding=padding,
+            timestep=timestep,
+            ranks=ranks,
+            packed=self.adapter.packed,
+            text=inputs.get(self.adapter.text),
         )
+        if self.state.count == 1:
+            _log.info("%s: a run of %s steps begins, %s", self.state.name, forward.total or "unknown", forward.layout)
+        for state in self.watch.states:  # another expert's share of the run may have ended
+            state.plans.expire(forward.step)
         if ranks is not None and self.compared != self.state.run:
             self.compared = self.state.run
             ranks.check_same(inputs["hidden_states"], self.state.name)
@@ -57,6 +70,11 @@ class ForwardHooks(Hooks):
         if forward is None or output is None:  # it raised
             return
         self.state.completed = True
+        self.state.span.end_forward()
+        _log.debug(
+            "%s: step %s of %s, %d attention calls, %d of them sparse",
+            *(self.state.name, forward.step, forward.total, forward.calls, forward.sparse),
+        )
         if not forward.calls and not lost_layers(self.state):
             with self.state.lock:
                 self.state.skipped += 1  # every forward calls a layer once, or a cache left it out
@@ -75,8 +93,11 @@ class RunHook(Hooks):
 
     @torch.compiler.disable
     def look(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.alive:
-            _say(self.watch.replaced_transformers())
+        if not self.alive:
+            return
+        for state in self.watch.states:
+            state.end_run()
+        _say(self.watch.replaced_transformers())
 
 
 @dataclass(kw_only=True, eq=False)
@@ -88,6 +109,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Put the model back as it was, but for processors that somebody replaced since. Safe to call twice."""
+        if self.state.active and self.state.count and _log.isEnabledFor(logging.INFO):
+            _log.info("disable %s: its last run: %s", self.state.name, calls_line(run_stats([self.state])))
         self.state.active = False
         for layer in self.state.layers:
             module = layer.module()
@@ -97,6 +120,8 @@ class Attachment:
             if module is not None:
                 remove_hooks(module, self)
         self.state.budgets = Budgets()
+        self.state.plans.close()
+        self.state.forget_plans()
         self.state.forwards = RunningForwards()  # what an interrupted forward left there leads to the model
 
 

@@ -1,5 +1,6 @@
 """enable and disable: rectified attention on a diffusers pipeline, one processor at a time."""
 
+import logging
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from .processor import check_processor, is_enabled
 from .state import TransformerState
 from .watch import Watch
 
+_log = logging.getLogger(__name__)
 EXPERTS = ("transformer", "transformer_2")  # of one model; the others are models of their own
 SLOTS = (*EXPERTS, "transformer_ref", "unconditional_transformer")
 
@@ -33,9 +35,8 @@ def enable(
     """Make the video self-attention of a diffusers pipeline (or of one transformer) sparse and rectified.
 
     config: one SparseConfig for all transformers of the pipeline, or one each; None takes the preset that fits the
-    model, and where there is none, asks for a sparsity. preset: a name from PRESETS instead, such as NAME-paper for all
-    as published. backend: as in rectified_attention. overrides: fields of SparseConfig that change the config or
-    preset, such as sparsity=0.9.
+    model. preset: a name from PRESETS instead, such as NAME-paper for all as published. backend: as in
+    rectified_attention. overrides: fields of SparseConfig that change the config or preset, such as sparsity=0.9.
 
     Touches the given object alone; Handle.disable() or disable(pipe) restores it. Cross-attention and text refiners
     stay as they are. Steps are those of the given pipeline's scheduler: enable on the pipeline that you call.
@@ -48,7 +49,7 @@ def enable(
     if config is not None and preset is not None:
         raise ValueError(f"enable: got both config and preset={preset!r}; allowed: one of them.")
     if config is None:
-        chosen = _of_each(default_configs(transformers[0][1], pipeline, overrides, preset), transformers, pipeline)
+        chosen = _of_each(default_configs(transformers[0][1], pipeline, preset), transformers, pipeline)
     else:
         chosen = (config,) if isinstance(config, SparseConfig) else _checked(config)
     if len(chosen) == 1:
@@ -93,7 +94,9 @@ def enable(
             "handle.set_step(step, total) is called every step is sparse. Or pass dense_steps=0.",
             stacklevel=2,
         )
-    return Handle(attachments, clock, watch)
+    handle = Handle(attachments, clock, watch)
+    _log.info("enable: %r", handle)
+    return handle
 
 
 def disable(pipe_or_transformer: Any) -> bool:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kept_plans import Moment
 from ..layout import TokenLayout
+from .branches import MOST
 from .masks import KeyMasks
 from .ranks import Ranks
 
@@ -27,6 +29,7 @@ class ForwardState:
                  None: one process
     step, total  the denoising step and the number of steps; None where nobody knows
     turn         how many forwards this step had before: guidance calls come in the same order at every step
+    branch       which guidance branch it is, as in Branches; None where nobody asks, and where nobody can tell
     problem      why the step is unknown
     why_dense    why every call in it is dense; None where calls may be sparse
     shared       sparse calls that other ranks have a part in: the layer; of this rank's heads the density, and how many
@@ -41,6 +44,7 @@ class ForwardState:
     step: int | None = None
     total: int | None = None
     turn: int = 0
+    branch: tuple[int, int] | None = None
     problem: str = ""
     why_dense: str | None = None
     calls: int = 0
@@ -65,6 +69,13 @@ class ForwardState:
     @cached_property
     def _unpadded(self) -> TokenLayout:
         return self.layout.padded(self.padding)
+
+    def moment(self, layer: int, heads: torch.Tensor | None) -> Moment:
+        """Of a call of a layer; heads: as LayerState has them."""
+        problem = f"the step is unknown: {self.problem}" if self.step is None else ""
+        if self.step is not None and self.branch is None:
+            problem = f"they are of forwards after the first {MOST} of a step"
+        return Moment(layer=layer, branch=self.branch, step=self.step, total=self.total, problem=problem, heads=heads)
 
     def masks(self, layout: TokenLayout) -> KeyMasks:
         """What the masks of calls with a layout of this forward say."""
@@ -91,6 +102,7 @@ class RunningForwards(threading.local):
 
     def __init__(self) -> None:
         self._stack: list[ForwardState] = []
+        self._stopped = False
 
     def begin(self, forward: ForwardState) -> None:
         self._drop_ended()
@@ -107,9 +119,16 @@ class RunningForwards(threading.local):
             return self._stack.pop()
         return None
 
+    def was_stopped(self) -> bool:
+        """Whether a forward was interrupted, by whatever no forward hook is told of, since this was asked last."""
+        self._drop_ended()
+        stopped, self._stopped = self._stopped, False
+        return stopped
+
     def _drop_ended(self) -> None:
         while self._stack and not _is_running(self._stack[-1].call):
             self._stack.pop()
+            self._stopped = True
 
 
 def innermost_call() -> FrameType:

@@ -7,7 +7,7 @@ from typing import Any
 from ..config import SparseConfig
 from .attachment import Attachment
 from .clock import RunClock
-from .stats import RunStats, run_stats, run_summary
+from .stats import RunStats, enabled_word, run_stats, run_summary, settings_line
 from .watch import Watch
 
 
@@ -21,6 +21,12 @@ class Handle(AbstractContextManager["Handle"]):
         self._enabled = attachments
         self._clock = clock
         self._watch = watch
+
+    def __repr__(self) -> str:
+        """Which transformers, whether they are enabled, and with what; nothing waits for the device."""
+        return (
+            "\n".join([f"<Handle, {enabled_word(self._watch.states)}", *map(settings_line, self._watch.states)]) + ">"
+        )
 
     @property
     def active(self) -> bool:

@@ -70,3 +70,13 @@ def key_mask(mask: torch.Tensor, batch: int, sequence: int) -> torch.Tensor:
             f"{_ALLOWED}. Pass such a mask, or disable rectified attention on this model."
         )
     return mask.reshape(shape[0], sequence).expand(batch, sequence)
+
+
+def key_text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor | None:
+    """bool [B, text]: what a key mask says of the text, for instruments. ValueError where it hides video tokens."""
+    if mask is None:
+        return None
+    masked, valid = masked_layout(key_mask(mask, len(mask), layout.sequence), layout)
+    if masked is not layout:
+        raise ValueError(f"attention mask: got one that hides {masked.text - layout.text} video tokens; allowed: none.")
+    return valid

@@ -1,6 +1,7 @@
 """parallelize: one pipeline over several processes by diffusers' context parallelism."""
 
 import functools
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +112,7 @@ def _cut(model: Any, adapter: Adapter, config: ContextParallelConfig) -> None:
         if able is not module.processor:
             module.set_processor(able)
     model.enable_parallelism(config=config, cp_plan=cp_plan(model))
+    _find_parameters(model)
     if not has_own_plan(model):
         return
     ours = {id(module) for module in attentions}
@@ -118,3 +120,14 @@ def _cut(model: Any, adapter: Adapter, config: ContextParallelConfig) -> None:
         processor: Any = getattr(module, "processor", None)
         if id(module) not in ours and getattr(processor, "_parallel_config", None) is not None:
             processor._parallel_config = None
+
+
+def _find_parameters(model: Any) -> None:
+    """Tells the hooks that cut which arguments they cut: some versions of torch cannot compile how they find out."""
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook in registry.hooks.values() if registry is not None else ():
+            metadata = getattr(hook, "module_forward_metadata", None)
+            if metadata is not None and metadata.cached_parameter_indices is None:
+                names = list(inspect.signature(metadata._cls.forward).parameters)[1:]
+                metadata.cached_parameter_indices = {name: index for index, name in enumerate(names)}

@@ -4,7 +4,6 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,18 +11,20 @@ import torch
 
 from ..budgets import Budgets
 from ..config import SparseConfig
-from ..layout import TokenLayout, masked_layout
+from ..kept_plans import KeptPlans
+from ..layout import TokenLayout
 from .balance import TOLERATED, RankRecord, dealt_out
+from .branches import MOST, Branches
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
-from .masks import key_mask
 from .ranks import Ranks, streams_of
+from .record import Record
+from .span import RunSpan
 
 OUTSIDE = "a call outside of the transformer's forward"
 
 _handles = itertools.count()
 _TURNS = 100  # forwards of one step that are told apart
-_PROBED = 1000  # calls of a layer whose errors are kept
 
 
 @dataclass(kw_only=True, eq=False)
@@ -39,7 +40,9 @@ class TransformerState:
     last_step   of the forward before, the `turn`-th of its step
     count       forwards of the run; skipped: those in which a cache left out every block
     budgets     what a tolerance learnt in the run
+    plans       what calls of the run keep for later steps; branches: the guidance calls that they are told apart by
     completed   whether any forward ever came to its end
+    span        when the run began and ended, and on which devices
     ranks       what the processes that share the forwards computed
     balanced    whether their heads are dealt out anew after every forward
     """
@@ -64,7 +67,10 @@ class TransformerState:
     count: int = 0
     skipped: int = 0
     budgets: Budgets = field(default_factory=Budgets)
+    plans: KeptPlans = field(default_factory=KeptPlans)
+    branches: Branches = field(default_factory=Branches)
     completed: bool = False
+    span: RunSpan = field(default_factory=RunSpan)
     ranks: RankRecord = field(default_factory=RankRecord)
     balanced: bool = False
     said_outside: bool = False
@@ -95,15 +101,17 @@ class TransformerState:
         timestep: Any = None,
         ranks: Ranks | None = None,
         packed: bool = False,
+        text: Any = None,
     ) -> ForwardState:
         """Called before every forward of the transformer, with the timestep that it gets.
 
-        layouts, padding: as in ForwardState. ranks: the processes that share the forward; packed: as in Adapter.
+        layouts, padding: as in ForwardState. ranks: the processes that share the forward; packed: as in Adapter. text:
+        what guidance calls differ by: a tensor, several, or none.
         Raises RuntimeError where the step decides what is dense and two pipelines or threads share it, and where there
         is a tolerance and nobody knows the step.
         """
         with self.lock:
-            step, total = self.clock.read(timestep, exact=self.needs_steps)
+            step, total = self.clock.read(timestep, exact=self.needs_steps or self.config.keeps_plans)
             problem = "" if step is not None else self.clock.problem
             if self.clock.conflict and self.needs_steps:
                 raise RuntimeError(
@@ -118,6 +126,8 @@ class TransformerState:
                     "handle.set_step(step, total), or give a sparsity without a tolerance."
                 )
             self.catch_up()
+            if self.forwards.was_stopped():
+                self.forget_plans()
             self.turn = min(self.turn + 1, _TURNS) if step == self.last_step else 0
             self.last_step = step
             if self.first_step is None:
@@ -126,6 +136,7 @@ class TransformerState:
                 self.steps_seen.add(step)
             self.last_total = total
             self.count += 1
+            self.span.begin_forward()
             streams: tuple[tuple[int, ...], ...] = ()
             if ranks is not None:
                 streams = tuple(streams_of(layout, packed) for layout in layouts)
@@ -138,6 +149,7 @@ class TransformerState:
                 step=step,
                 total=total,
                 turn=self.turn,
+                branch=self._branch(text, step),
                 problem=problem,
                 why_dense=self._scheduled(step, total),
             )
@@ -150,10 +162,22 @@ class TransformerState:
             if self.run == self.clock.run:
                 return
             self.run, self.first_step, self.steps_seen, self.last_step = self.clock.run, None, set(), None
-            self.count, self.skipped, self.ranks = 0, 0, RankRecord()
-            self.budgets = Budgets()
+            self.count, self.skipped, self.ranks, self.span = 0, 0, RankRecord(), RunSpan()
+            self.forget_plans()
+            self.budgets, self.plans = Budgets(), KeptPlans()
             for layer in self.layers:
                 layer.record = Record()
+
+    def end_run(self) -> None:
+        """Called where a pipeline goes on to something else: after the last step nothing is kept any more."""
+        with self.lock:
+            if self.last_step is not None and self.last_total == self.last_step + 1:
+                self.forget_plans()
+
+    def forget_plans(self) -> None:
+        """Free what was kept for later steps, and the texts that it was told apart by."""
+        self.plans.clear()
+        self.branches = Branches()
 
     def end_forward(self, *, failed: bool) -> ForwardState | None:
         """Called after a forward; None where that ended before. Processes that share it tell each other what they did.
@@ -161,6 +185,8 @@ class TransformerState:
         failed: it raised, so that others may not come here. Else all do, with as many calls, and none waits in vain.
         """
         forward = self.forwards.end()
+        if failed:
+            self.forget_plans()
         if failed or forward is None or forward.ranks is None or not forward.shared:
             return forward
         layers, done = zip(*forward.shared, strict=True)
@@ -181,13 +207,19 @@ class TransformerState:
             return
         if not self.balanced and self.ranks.forwards == 1:  # waits for the device, once a run
             self.balanced = self.ranks.imbalance() > TOLERATED
-        if not self.balanced:
+        if not self.balanced or len(self.plans):  # orders, too, are of the heads that a rank has
             return
         for row, layer in zip(work, layers, strict=True):
             if layer.heads is not None:
                 row.copy_(row[layer.heads[1]])
         for layer, heads in zip(layers, dealt_out(work, ranks).unbind(), strict=True):
             layer.heads = heads
+
+    def _branch(self, text: Any, step: int | None) -> tuple[int, int] | None:
+        """As in ForwardState. Called with the lock, and with `turn` of the forward that begins."""
+        if not self.config.keeps_plans or step is None or self.turn >= MOST:
+            return None
+        return self.branches.of(text, step, self.config.replan)
 
     def _scheduled(self, step: int | None, total: int | None) -> str | None:
         """Why the step makes every call dense; None where it does not, or where nobody knows the step."""
@@ -198,26 +230,6 @@ class TransformerState:
         if total is not None and step >= total - self.config.dense_last_step_count(total):
             return "dense_last_steps"
         return None
-
-
-@dataclass
-class Record:
-    """Calls of one layer in one run. Tensors stay on the device: no synchronisation.
-
-    density  a running sum
-    probes   of the last calls: the error of every head, and whether it kept all that max_density allows; [B, H] each
-    """
-
-    sparse: int = 0
-    density: torch.Tensor | float = 0.0
-    dense: Counter[str] = field(default_factory=Counter)
-    backends: set[str] = field(default_factory=set)
-    probes: deque[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=lambda: deque(maxlen=_PROBED))
-
-    def add(self, density: torch.Tensor) -> None:
-        """A sparse call."""
-        self.sparse += 1
-        self.density = self.density + density
 
 
 @dataclass(kw_only=True, eq=False)
@@ -272,6 +284,7 @@ class LayerState:
                 f"{varied} asks for others. Compile in the default mode, or enable without them."
             )
         forward.calls += 1
+        self.owner.span.devices.add(q.device)
         reason = self.why_dense(forward, layout)
         if reason is not None:
             self._count_dense(reason)
@@ -304,8 +317,9 @@ class LayerState:
                 self._count_dense(f"its mask leaves {layout.video} tokens, less than one block of {block_size}")
                 return self._dense(q, k, v, mask, scale)
         options: dict[str, Any] = {"text_mask": text_mask, "scale": scale, "backend": state.backend}
+        moment = forward.moment(self.index, self.heads)
         out, stats, full = state.budgets.attend(
-            q, k, v, layout, state.config, layer=self.index, turn=forward.turn, step=forward.step, **options
+            q, k, v, layout, state.config, state.plans, moment, turn=forward.turn, step=forward.step, **options
         )
         density = stats.device_density
         with state.lock:
@@ -373,13 +387,3 @@ class LayerState:
                 f"{self.name}: attention ran before the transformer's forward. Call the transformer, not its blocks."
             )
         return self._layout_of(forward, sequence)
-
-
-def key_text_mask(mask: torch.Tensor | None, layout: TokenLayout) -> torch.Tensor | None:
-    """bool [B, text]: what a key mask says of the text, for instruments. ValueError where it hides video tokens."""
-    if mask is None:
-        return None
-    masked, valid = masked_layout(key_mask(mask, len(mask), layout.sequence), layout)
-    if masked is not layout:
-        raise ValueError(f"attention mask: got one that hides {masked.text - layout.text} video tokens; allowed: none.")
-    return valid

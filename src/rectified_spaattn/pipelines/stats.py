@@ -11,7 +11,9 @@ import torch
 
 from ..attention import percentiles
 from .balance import RankRecord
-from .state import Record, TransformerState
+from .record import Record
+from .span import devices_of, seconds_of
+from .state import TransformerState
 from .watch import ALL_KEPT, Watch, is_replaced, lost_layers, nothing_saved, saves, shortened, uncalled_layers
 
 
@@ -44,6 +46,9 @@ class RunStats:
     steps            denoising steps seen, 0 where nobody told them
     forwards         calls of the transformers
     skipped          those in which a cache left out every block, so no attention ran
+    devices          names of what attention ran on
+    seconds          from the beginning of the first forward to the end of the last, by the clock of the host: what a
+                     GPU has still to do then is not waited for; NaN where no forward came to its end
     rank_densities   where processes share the forwards: density of each rank's heads; all other figures are of all of
                      them together, on every rank
     imbalance        by how much of the mean rank's pairs the rank that has most in a call exceeds it, mean over calls:
@@ -51,6 +56,8 @@ class RunStats:
     error, error_p99 as of a layer, over all of them
     probed           how many heads of calls these are of
     unheld           those of them that kept as many blocks as max_density allows, and were above the tolerance still
+    plan_bytes       memory that plans kept for later steps hold now, and the most they held in the run; on each rank
+    plan_bytes_peak  its own
     """
 
     sparse_calls: int
@@ -69,6 +76,10 @@ class RunStats:
     error_p99: float = math.nan
     probed: int = 0
     unheld: int = 0
+    plan_bytes: int = 0
+    plan_bytes_peak: int = 0
+    devices: tuple[str, ...] = ()
+    seconds: float = math.nan
 
 
 def run_stats(states: Sequence[TransformerState]) -> RunStats:
@@ -124,6 +135,10 @@ def run_stats(states: Sequence[TransformerState]) -> RunStats:
         error_p99=error_p99,
         probed=len(every),
         unheld=unheld,
+        plan_bytes=sum(state.plans.nbytes for state in states),
+        plan_bytes_peak=sum(state.plans.peak for state in states),
+        devices=devices_of([state.span for state in states]),
+        seconds=seconds_of([state.span for state in states]),
     )
 
 
@@ -147,8 +162,7 @@ def _by_rank(records: Sequence[RankRecord]) -> dict[str, Any]:
 def run_summary(states: Sequence[TransformerState], watch: Watch) -> str:
     """A table of what ran sparse, how densely and where, of what ran dense and why, and of what is no longer true."""
     run = run_stats(states)
-    lines = [f"Rectified SpaAttn, {'enabled' if any(state.active for state in states) else 'disabled'}"]
-    lines += [_settings(state) for state in states]
+    lines = [f"Rectified SpaAttn, {enabled_word(states)}", *map(settings_line, states)]
     lines += [
         f"  REPLACED: {state.name} of the pipeline is another object now and runs full attention; the figures are of "
         "the one that was enabled (disable and enable again)"
@@ -157,10 +171,10 @@ def run_summary(states: Sequence[TransformerState], watch: Watch) -> str:
     ]
     if run.forwards == 0 and not run.dense_calls:
         return "\n".join([*lines, "  nothing has run yet"])
-    steps = f"{run.steps} steps, " if run.steps else ""
     calls = run.sparse_calls + run.dense_calls
-    skipped = f" ({run.skipped} skipped by a cache)" if run.skipped else ""
-    lines.append(f"  last run: {steps}{run.forwards} forwards{skipped}, {calls} attention calls")
+    lines.append(f"  last run: {calls_line(run)}")
+    if not math.isnan(run.seconds):
+        lines.append(f"  took {run.seconds:.1f} s from the first forward to the end of the last, on {_places(run)}")
     if run.sparse_calls:
         lines.append(f"  sparse: {run.sparse_calls} calls, density {run.density:.1%}, backend {run.backend}")
     else:
@@ -177,6 +191,8 @@ def run_summary(states: Sequence[TransformerState], watch: Watch) -> str:
     lines += [f"  dense:  {count} calls, because of {reason}" for reason, count in sorted(run.dense_reasons.items())]
     if calls:
         lines.append(f"  computed attention pairs: {run.overall_density:.1%} of full attention in these layers")
+    for state in states:
+        lines += state.plans.lines(state.config, f" of {state.name}" if len(states) > 1 else "")
     lines += _measured(run, states)
     for state in states:
         lost = lost_layers(state) if state.active else []
@@ -210,12 +226,28 @@ def _measured(run: RunStats, states: Sequence[TransformerState]) -> list[str]:
     return lines
 
 
-def _settings(state: TransformerState) -> str:
+def calls_line(run: RunStats) -> str:
+    """How much ran, in a line."""
+    steps = f"{run.steps} steps, " if run.steps else ""
+    skipped = f" ({run.skipped} skipped by a cache)" if run.skipped else ""
+    return f"{steps}{run.forwards} forwards{skipped}, {run.sparse_calls + run.dense_calls} attention calls"
+
+
+def _places(run: RunStats) -> str:
+    return ", ".join(run.devices) or "a device that no attention call told"
+
+
+def enabled_word(states: Sequence[TransformerState]) -> str:
+    return "enabled" if any(state.active for state in states) else "disabled"
+
+
+def settings_line(state: TransformerState) -> str:
+    """One transformer and how it is set."""
     config = state.config
     wanted = f"sparsity {config.sparsity:g}"
     if config.tolerance is not None:
         wanted = f"tolerance {config.tolerance:g} from {wanted} on, max_density {config.max_density:g}"
     return (
-        f"  {state.name} ({state.kind}): {len(state.layers)} layers, {wanted}, "
+        f"  {state.name} ({state.kind}): {len(state.layers)} layers,\n    {wanted}, "
         f"top_p {config.top_p:g}, rectify {config.rectify}, block {config.block_size}, order {config.order}"
     )

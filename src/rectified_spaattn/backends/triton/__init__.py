@@ -47,11 +47,13 @@ class Prepared(NamedTuple):
 
 class Partial(NamedTuple):
     """Attention over the listed blocks alone, done elsewhere: out [B, H, rows, D], any strides with D innermost, and
-    its log-sum-exp, float32 [B, H, rows], contiguous.
+    its log-sum-exp, float32 [B, H, rows], contiguous. isolated: whether isolated queries attended, too; without, their
+    log-sum-exp is -inf.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
+    isolated: bool = True
 
 
 def columns_of(head_dim: int) -> int:
@@ -83,7 +85,12 @@ def run(inputs: Inputs, prepared: Prepared) -> torch.Tensor:
     """
     from .attend import attend
 
-    out, _ = attend(inputs, prepared)
+    partial = None
+    if inputs.config.precision != "inputs" and inputs.blocks.num_blocks:
+        from .eight_bits import listed_blocks
+
+        partial = listed_blocks(inputs, prepared)
+    out, _ = attend(inputs, prepared, partial)
     attend_apart(inputs, out)
     return out
 
@@ -103,7 +110,7 @@ def _why_no_triton() -> str | None:
 
 
 def _why_not_on(device: torch.device) -> str | None:
-    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"the kernels run on a GPU, not on {device.type}"
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
@@ -121,16 +128,22 @@ def _why_not_this(call: Call) -> str | None:
         return f"head_dim {call.head_dim}, the kernels take 64, 96, 128 and 256"
     if call.block_size not in BLOCK_SIZES:
         return f"block_size {call.block_size}, the kernels take 64 and 128"
+    if call.precision != "inputs" and call.device.type == "cuda":
+        if torch.version.hip is not None:
+            return f"precision {call.precision!r}, which is for NVIDIA GPUs"
+        major, minor = torch.cuda.get_device_capability(call.device)
+        if call.precision == "fp8" and (major, minor) < (8, 9):
+            return f"precision 'fp8', which sm_{major}{minor} cannot multiply: use precision='int8-qk'"
     if call.num_blocks > MAX_BLOCKS:
         return f"{call.num_blocks} blocks, the kernels take {MAX_BLOCKS}: use a larger block_size"
     return None
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU, which is for tests: TRITON_INTERPRET=1."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
 
 
-BACKEND = Backend(why_not=why_not, sorting="triton", sort=sort_tokens, plan=prepare, attend=run)
+BACKEND = Backend(why_not=why_not, sorting="triton", sort=sort_tokens, plan=prepare, attend=run, copies=True)

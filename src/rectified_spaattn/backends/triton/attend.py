@@ -30,7 +30,7 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
 
     Where there is a tail, tiled queries attend to listed blocks, isolated keys and the tail's pooled ones instead, and
     where there is a slope, the tail's share of q @ slope is added. With `partial` all but the listed blocks are
-    attended to here, and joined to it.
+    attended to here, and joined to it, where it has attended to them.
 
     Returns out [B, S, H, D] in the model's token order, and the log-sum-exp of the logits of every query over the keys
     it attended to, float32 [B, H, rows], in block order.
@@ -44,7 +44,7 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never read
     pool = (tiled.q, tiled.q) if tail is None else (tail.k, tail.v)
     keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail, *pool))
-    before = (tiled.q, lse) if partial is None else partial  # not read without `partial`
+    before = (tiled.q, lse) if partial is None else partial[:2]  # not read without `partial`
     turns = None
     if partial is None and inputs.config.rule.choice == "error":  # rows differ in length: the longest start first
         turns = lists.counts.argsort(dim=-1, descending=True, stable=True).int()
@@ -59,7 +59,8 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
         inputs.scale / math.log(2),
         BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim),
         PART=math.gcd(tiling.block_n, head_dim),
-        RESUME=partial is not None, TAIL=tail is not None, TAIL_STAGES=tiling.tail_stages,
+        RESUME=partial is not None, LISTED="all" if partial is None else "none" if partial.isolated else "isolated",
+        TAIL=tail is not None, TAIL_STAGES=tiling.tail_stages,
         TURNS=turns is not None, SLOPE=slope is not None,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
     )  # fmt: skip
@@ -140,7 +141,7 @@ def _attend_kernel(
     out_sb, out_ss, out_sh,
     heads, group, num_blocks, rows, places_stride, pool_rows, scale,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    PART: tl.constexpr, RESUME: tl.constexpr,
+    PART: tl.constexpr, RESUME: tl.constexpr, LISTED: tl.constexpr,
     TAIL: tl.constexpr, TAIL_STAGES: tl.constexpr, TURNS: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
@@ -162,8 +163,8 @@ def _attend_kernel(
     q = q_desc.load([head * rows + first, 0])
     if RESUME:
         from_partial = partial_ptr + batch * partial_sb + h * partial_sh
-        at = i.to(tl.int64)[:, None] * partial_ss + d[None, :]
-        acc = tl.load(from_partial + at, mask=there[None, :], other=0.0).to(tl.float32)
+        of_row = i.to(tl.int64)[:, None] * partial_ss + d[None, :]
+        acc = tl.load(from_partial + of_row, mask=there[None, :], other=0.0).to(tl.float32)
         # [BLOCK_M]
         top = tl.load(partial_lse_ptr + own) * 1.4426950408889634
         total = tl.where(top == float("-inf"), 0.0, 1.0)
@@ -171,10 +172,13 @@ def _attend_kernel(
         acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
+    if LISTED != "none":
         listed = head.to(tl.int64) * (rows // BLOCK) + n
         index_row = index_ptr + listed * num_blocks
         steps: tl.constexpr = BLOCK // BLOCK_N
         count = tl.load(count_ptr + listed) * steps
+        if LISTED == "isolated":
+            count = tl.where(n < num_blocks, 0, count)
         for j in tl.range(0, count):
             at = (key_head * num_blocks + tl.load(index_row + j // steps)) * BLOCK + j % steps * BLOCK_N
             # [BLOCK_M, BLOCK_N]

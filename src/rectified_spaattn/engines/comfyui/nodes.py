@@ -31,13 +31,14 @@ def config_of(
     dense_blocks: str,
     preset: str,
     tolerance: float = 0.0,
+    replan: int = SparseConfig().replan,
 ) -> SparseConfig:
     """The settings of the node's inputs; percents are of the sampler's steps, a tolerance of 0 is none.
 
     Raises ValueError for blocks that are no list of numbers.
     """
     if preset != CUSTOM:
-        return _preset_names()[preset].replace(tolerance=tolerance or None)
+        return _preset_names()[preset].replace(tolerance=tolerance or None, replan=replan)
     words = dense_blocks.replace(",", " ").split()
     if not all(word.isdigit() for word in words):
         raise ValueError(f"dense_blocks: got {dense_blocks!r}; allowed: block numbers from 0, such as '0, 1', or none.")
@@ -45,6 +46,7 @@ def config_of(
     return config.replace(
         sparsity=sparsity,
         tolerance=tolerance or None,
+        replan=replan,
         dense_steps=dense_first / 100,
         dense_last_steps=dense_last / 100,
         dense_layers=tuple(int(word) for word in words),
@@ -114,6 +116,16 @@ class RectifiedAttention:
                         "step": 0.01,
                         "tooltip": "Above 0: every head keeps as many blocks as hold its measured error at this level, "
                         "such as 0.05, in place of one sparsity for all.",
+                    },
+                ),
+                "replan": (
+                    "INT",
+                    {
+                        "default": SparseConfig().replan,
+                        "min": 1,
+                        "max": 100,
+                        "tooltip": "Above 1: tokens are sorted anew every so many sampler steps, not in every one. "
+                        "Faster, a little further from full attention, and takes GPU memory.",
                     },
                 ),
             },

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...config import SparseConfig
-from ..attend import Place, Seam, of_itself, settings
+from ..attend import Place, Seam, of_itself
 from .tokens import Forward
 
 KEY = "rectified_spaattn"
@@ -41,12 +41,15 @@ class Override:
         return self
 
     def summary(self) -> str:
-        return self.seam.record.summary(settings(self.seam.config))
+        return self.seam.summary()
 
     def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around one run of a sampler."""
         self.seam.begin_run()
-        return executor(*args, **kwargs)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            self.seam.end_run()
 
     def forward(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Around one forward of the model: args are its own, the latent, the timestep and the text first."""
@@ -170,9 +173,12 @@ def _step(options: dict[str, Any]) -> tuple[int | None, int | None]:
 def _place(running: Forward, options: dict[str, Any]) -> Place:
     """Layers are numbered through, single blocks behind the double ones; calls are counted where they name none."""
     kind, index = options.get("block_type", ""), options.get("block_index")
+    window = getattr(options.get("context_window"), "index_list", None)  # frames of a video that is made in parts
+    branch = tuple(options.get("cond_or_uncond") or ()), None if window is None else tuple(window)
+    when: dict[str, Any] = {"step": running.step, "total": running.total, "branch": branch}
     if index is None:
-        return Place(layer=running.calls, name=f"call {running.calls}", step=running.step, total=running.total)
+        return Place(layer=running.calls, name=f"call {running.calls}", **when)
     if kind == "double":
         running.doubles = max(running.doubles, options.get("total_blocks", index + 1))
     layer = index + (running.doubles if kind == "single" else 0)
-    return Place(layer=layer, name=f"{kind or 'block'} {index}", step=running.step, total=running.total)
+    return Place(layer=layer, name=f"{kind or 'block'} {index}", **when)

@@ -2,39 +2,16 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from ...backends import BACKENDS, Call, choose
 from ...backends.triton import HEAD_DIMS
 from ...config import SparseConfig
-from ..machine import DEVICES, device_of
-from ..option import ConfigOptions, option
 from .check import check_small
-from .shapes import DTYPES, BenchError, Case, Shape
-
-# Some blocks of either size, and 16 tokens that fill none; text behind the video.
-_CHECKED = Shape(name="self-check", grid=(5, 13, 16), text=10, heads=2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorSettings(ConfigOptions):
-    """One diagnosis. Raises ValueError or TypeError for values out of range."""
-
-    sparsity: float | None = option("Share of blocks to drop.", None, unset="the preset's; 0.8")
-    device: str = option("Where to run.", "auto", choices=DEVICES)
-    json: bool = option("Print JSON alone.", False)
-
-    def __post_init__(self) -> None:
-        device_of(self.device)
-        video, block_size = _CHECKED.video, self.config().block_size
-        if video // block_size < 2:
-            raise ValueError(f"block_size: got {block_size}; allowed: {video // 2 // 16 * 16} or less here.")
-
-    def config(self, **more: Any) -> SparseConfig:
-        return super().config(**({} if self.sparsity is None else {"sparsity": self.sparsity}), **more)
+from .shapes import DTYPES, SELF_CHECK, BenchError, Case
 
 
 class Verdict(NamedTuple):
@@ -67,7 +44,7 @@ def verdicts(device: torch.device, config: SparseConfig) -> dict[Call, Verdict]:
     """For every dtype, with the head dims of models."""
     judged = {}
     for dtype, head_dim in itertools.product(DTYPES, HEAD_DIMS):
-        call = Call(device, DTYPES[dtype], head_dim, config.block_size)
+        call = Call(device, getattr(torch, dtype), head_dim, config.block_size)
         why_not = {name: backend.why_not(call) for name, backend in BACKENDS.items()}
         judged[call] = Verdict(dtype, head_dim, config.block_size, why_not, choose("auto", call))
     return judged
@@ -85,7 +62,7 @@ def check(name: str, call: Call, config: SparseConfig) -> SelfCheck:
 
     A backend that raises is reported as wrong: that it says it can run a call and then cannot is what to find here.
     """
-    case = Case(replace(_CHECKED, head_dim=call.head_dim), config, call.dtype, call.device)
+    case = Case(replace(SELF_CHECK, head_dim=call.head_dim), config, call.dtype, call.device)
     error = allowed = wrong = None
     try:
         _, _, error, allowed = max(check_small(case, name), key=lambda each: each.error / each.allowed)

@@ -1,6 +1,5 @@
 """Whole transformers with dense, sparse and no attention: check, time a few layers, scale, and make rows."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,72 +9,20 @@ from torch import nn
 
 from ...backends import choose
 from ...presets import preset
-from ..option import option
+from .architecture import Model
 from .baselines import BASELINES
 from .check import Check
 from .model_check import check_first_runs, check_model
 from .model_rows import Key, Times, forward_rows, schedule_rows
-from .models import MODELS, SIZES, Model
 from .processes import cut, slowest
-from .rows import ForwardRow, Schedule, ScheduleRow
-from .settings import BenchSettings, runnable
+from .rows import ForwardRow, ScheduleRow
+from .settings import ModelSettings, runnable
 from .shapes import REMOVED, BenchError, Case, Variant, Watch
 from .timing import Timed, durations
 from .weights import build, compile_blocks, enable, inputs_for, output, shallow_copy
 
 _PAPER_SPARSITY, _HIGH_SPARSITY = 0.797, 0.8895
 _UNASKED = {"cuda": ("cudnn", "fa4"), "cpu": ("sdpa",)}  # baselines timed where none is named
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSettings(BenchSettings):
-    """One run. Raises ValueError or TypeError for values out of range.
-
-    computed_steps  of `steps`; computed_steps_source: who says that a cache skips the others
-    """
-
-    model: tuple[str, ...] = option("Timed one after the other.", choices=tuple(MODELS), flag="ARGUMENT")
-    size: str = option("Tiny: the same layers, narrow and few, for a CPU.", "full", choices=tuple(SIZES))
-    sparsity: tuple[float, ...] = option(
-        "Share of blocks to drop; may be repeated.", (), unset="the preset's, the paper's and 0.8895"
-    )
-    baseline: tuple[str, ...] = option(
-        "May be repeated.", (), choices=tuple(BASELINES), unset="cudnn, fa4 where installed; sdpa on a CPU"
-    )
-    backend: str = option("Backend of sparse attention, or auto.", "auto")
-    repeats: int = option("Rounds that count, after one that warms up.", 3)
-    full: bool = option("Also run all layers once: eager dense, and the sparsest, compiled where it is.", False)
-    compile: bool = option("Also time compile_repeated_blocks(fullgraph=True).", True, flag="--compile/--no-compile")
-    compiler: str = option("Backend of torch.compile.", "inductor")
-    steps: int | None = option("Denoising steps of a run.", None, unset="the model's, 50")
-    computed_steps: int | None = option("Steps that a cache such as TeaCache leaves to compute.", None, unset="all")
-    computed_steps_source: str = option("Where that number comes from: a measurement or a publication.", "")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.computed_steps is None) != (self.computed_steps_source == ""):
-            raise ValueError(
-                f"computed steps: got {self.computed_steps} from {self.computed_steps_source!r}; allowed: both or "
-                "neither. Name the measurement or publication the number comes from."
-            )
-        if self.computed_steps is not None and len(self.model) > 1:
-            raise ValueError(f"computed steps: got {len(self.model)} models; allowed: one, as caches differ.")
-        for name in self.model:
-            model = self.sized(name)
-            self.schedule_of(model)
-            self.check_blocks(model.shape, name)
-
-    def sized(self, name: str) -> Model:
-        return SIZES[self.size](MODELS[name])
-
-    def schedule_of(self, model: Model) -> Schedule:
-        """The preset's. Raises ValueError for step counts that do not fit it."""
-        published = preset(self.preset or model.preset)[0]
-        steps = model.steps if self.steps is None else self.steps
-        computed = steps if self.computed_steps is None else self.computed_steps
-        dense = published.dense_step_count(steps)
-        layers, name = len(published.dense_layers), self.preset or model.preset
-        return Schedule(steps, computed, dense, model.calls, layers, name, self.computed_steps_source)
 
 
 class ModelResult(NamedTuple):

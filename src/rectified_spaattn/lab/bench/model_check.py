@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .architecture import Model
 from .check import Check, require
 from .model_rows import Key
-from .models import Model
 from .shapes import REMOVED, BenchError, Case, Variant
 from .weights import enable, exact, inputs_for, output, shallow_copy
 

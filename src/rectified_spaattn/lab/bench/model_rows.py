@@ -7,8 +7,8 @@ from dataclasses import asdict, fields, replace
 from statistics import median
 from typing import NamedTuple
 
+from .architecture import Model
 from .baselines import compared_with
-from .models import Model
 from .rows import ForwardRow, ModelRow, Schedule, ScheduleRow, case_columns
 from .shapes import Case, Variant
 from .timing import time_columns
@@ -57,7 +57,7 @@ def forward_rows(
                 diffusers=importlib.metadata.version("diffusers"),
                 density=density.get(variant),
                 how=how,
-                layers=model.units * model.layers_a_unit,
+                layers=model.layers,
                 layers_low=low * model.layers_a_unit,
                 layers_high=high * model.layers_a_unit,
                 units=model.units,
@@ -77,10 +77,8 @@ def forward_rows(
 def schedule_rows(model: Model, schedule: Schedule, rows: Sequence[ForwardRow]) -> list[ScheduleRow]:
     """One row for every sparse forward. Dense steps take the baseline's time, eager or compiled as the sparse ones.
 
-    Raises ValueError for dense layers where one unit is several layers: the time of a single layer is not known.
+    A dense layer costs what all layers of a unit cost in the mean.
     """
-    if schedule.dense_layers and model.layers_a_unit > 1:
-        raise ValueError(f"dense_layers: got {schedule.dense_layers}, a unit has {model.layers_a_unit}; allowed: none.")
     dense = {row.how: row for row in rows if row.kind == "dense" and row.name == row.dense}
     all_dense = replace(schedule, computed_steps=schedule.steps, dense_steps=schedule.steps)
     dense_total, goal = all_dense.seconds(dense["eager"].seconds, 0.0), model.paper_composed
@@ -89,7 +87,7 @@ def schedule_rows(model: Model, schedule: Schedule, rows: Sequence[ForwardRow]) 
         if row.sparsity is None:
             continue
         full, at = dense[row.how], row.sparsity
-        step = row.seconds + schedule.dense_layers * (full.unit_s - row.unit_s)
+        step = row.seconds + schedule.dense_layers * (full.unit_s - row.unit_s) / model.layers_a_unit
         total = schedule.seconds(full.seconds, step)
         runs.append(
             ScheduleRow(

@@ -1,203 +1,19 @@
-"""The transformers of published models, as `bench model` builds them.
+"""The models that `bench model` knows, by name and by size."""
 
-Fields that a published config.json shares with the defaults of the diffusers class are left out of `config`.
-"""
-
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
-import torch
+from .architecture import Model
+from .later_models import LATER_MODELS
+from .paper_models import PAPER_MODELS
 
-from .shapes import SHAPES, Shape
-
-Grid = tuple[int, int, int]
-Make = Callable[..., torch.Tensor]  # make(*shape) -> normal numbers on the device, in the dtype
-Inputs = Callable[["Model", Grid, Make], dict[str, Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """One transformer, the video it is timed on, and how a denoising run uses it.
-
-    transformer  name of the diffusers class; config: its arguments but for heads and numbers of layers
-    shape        the self-attention call of one sample
-    unit         layers of each kind in one unit; units: how many units the whole model has, in the order of the layers
-    inputs       arguments of one forward at a grid of tokens
-    batch        samples a forward; calls: forwards a step (guidance as two calls, as one batch, or embedded)
-    preset       whose schedule a run follows; steps: denoising steps of a run
-    paper        sparsity -> published speed-up of a run; paper_composed: with TeaCache, None where none is published
-    """
-
-    name: str
-    transformer: str
-    config: Mapping[str, Any]
-    shape: Shape
-    unit: Mapping[str, int] = field(default_factory=lambda: {"num_layers": 1})
-    units: int
-    inputs: Inputs
-    preset: str
-    batch: int = 1
-    calls: int = 1
-    steps: int = 50
-    paper: Mapping[float, float] = field(default_factory=dict)
-    paper_composed: float | None = None
-
-    @property
-    def layers_a_unit(self) -> int:
-        return sum(self.unit.values())
-
-    def arguments(self, units: int) -> dict[str, Any]:
-        """Arguments of the class for a model of so many units."""
-        heads = {"num_attention_heads": self.shape.heads, "attention_head_dim": self.shape.head_dim}
-        return {**self.config, **heads, **{kind: count * units for kind, count in self.unit.items()}}
-
-
-def _inputs(model: Model, latents: torch.Tensor, make: Make) -> dict[str, Any]:
-    """What all forwards take, and what `config` says that one takes, too. latents: [batch, ...]."""
-    c = model.config
-    width = next(c[name] for name in ("text_embed_dim", "text_dim", "joint_attention_dim") if name in c)
-    inputs = {
-        "hidden_states": latents,
-        "encoder_hidden_states": make(model.batch, model.shape.text or _WAN_TEXT, width),
-        "timestep": torch.full((model.batch,), 500, device=latents.device),
-    }
-    if "pooled_projection_dim" in c:
-        inputs["pooled_projections"] = make(model.batch, c["pooled_projection_dim"])
-        inputs["guidance"] = torch.full((model.batch,), 6000).to(latents)
-    if "image_dim" in c:
-        inputs["encoder_hidden_states_image"] = make(model.batch, _CLIP_TOKENS, c["image_dim"])
-    return inputs
-
-
-def _video(model: Model, grid: Grid, make: Make) -> torch.Tensor:
-    t, h, w = grid
-    return make(model.batch, model.config["in_channels"], t, 2 * h, 2 * w)
-
-
-def _hunyuan_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
-    valid = torch.ones(model.batch, model.shape.text, dtype=torch.bool)
-    inputs = _inputs(model, _video(model, grid, make), make)
-    return inputs | {"encoder_attention_mask": valid.to(inputs["timestep"].device)}
-
-
-def _wan_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
-    return _inputs(model, _video(model, grid, make), make)
-
-
-def _wan_timestep_a_token(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
-    inputs = _wan_inputs(model, grid, make)
-    return inputs | {"timestep": inputs["timestep"][:, None].repeat(1, math.prod(grid))}
-
-
-def _cogvideox_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-
-    t, h, w = grid
-    c, p = model.config, 2
-    latents = make(model.batch, t * c["patch_size_t"], c["in_channels"], h * p, w * p)
-    rotary = get_3d_rotary_pos_embed(
-        embed_dim=model.shape.head_dim,
-        crops_coords=None,
-        grid_size=(h, w),
-        temporal_size=t,
-        grid_type="slice",
-        max_size=(c["sample_height"] // p, c["sample_width"] // p),
-        device=latents.device,
-    )
-    return _inputs(model, latents, make) | {"image_rotary_emb": rotary}
-
-
-def _flux_inputs(model: Model, grid: Grid, make: Make) -> dict[str, Any]:
-    image = make(model.batch, math.prod(grid), model.config["in_channels"])
-    places = torch.cartesian_prod(*(torch.arange(side) for side in grid))  # [tokens, 3]
-    inputs = _inputs(model, image, make) | {
-        "timestep": torch.full((model.batch,), 0.5).to(image),
-        "guidance": torch.full((model.batch,), 4.0).to(image),  # 4000 is exact in bfloat16
-    }
-    return inputs | {"img_ids": places.to(image), "txt_ids": torch.zeros(model.shape.text, 3).to(image)}
-
-
-_WAN_TEXT, _CLIP_TOKENS = 512, 257  # cross-attention only: not part of the self-attention's sequence
-_GUIDED = {"pooled_projection_dim": 768, "guidance_embeds": True}
-_WAN: Mapping[str, Any] = {"patch_size": (1, 2, 2), "text_dim": 4096, "in_channels": 16, "ffn_dim": 13824}
-_WAN_I2V = {"in_channels": 36, "out_channels": 16, "image_dim": 1280, "added_kv_proj_dim": 5120}
-_COGVIDEOX = {"in_channels": 16, "text_embed_dim": 4096, "patch_size_t": 2, "patch_bias": False}
-_COGVIDEOX |= {"sample_height": 300, "sample_width": 300, "sample_frames": 81}
-
-_WAN_T2V = Model(  # Wan-AI/Wan2.1-T2V-14B-Diffusers, 720x1280, 81 frames; guidance is a second call
-    name="wan2.1-14b",
-    transformer="WanTransformer3DModel",
-    config=_WAN,
-    shape=SHAPES["wan-14b"],
-    units=40,
-    inputs=_wan_inputs,
-    preset="wan2.1-t2v",
-    calls=2,
-    paper={0.797: 1.80},
-    paper_composed=4.61,
-)
-_MODELS = (
-    Model(  # hunyuanvideo-community/HunyuanVideo, 720x1280, 128 frames; guidance is embedded
-        name="hunyuan-video",
-        transformer="HunyuanVideoTransformer3DModel",
-        config={"in_channels": 16, "num_refiner_layers": 2, "text_embed_dim": 4096, **_GUIDED},
-        shape=SHAPES["hunyuan-video"],
-        unit={"num_layers": 1, "num_single_layers": 2},
-        units=20,
-        inputs=_hunyuan_inputs,
-        preset="hunyuan-video-t2v",
-        paper={0.797: 2.50, 0.8895: 3.33},
-        paper_composed=5.24,
-    ),
-    _WAN_T2V,
-    replace(  # Wan-AI/Wan2.1-I2V-14B-720P-Diffusers: image latents are channels, its CLIP tokens are attended to
-        _WAN_T2V,
-        name="wan2.1-14b-i2v",
-        config={**_WAN, **_WAN_I2V},
-        preset="wan2.1-i2v",
-        paper={0.839: 2.08},
-        paper_composed=None,
-    ),
-    replace(  # Wan-AI/Wan2.2-TI2V-5B-Diffusers, 704x1280, 121 frames (VAE 4x16x16); every token has a timestep
-        _WAN_T2V,
-        name="wan2.2-ti2v-5b",
-        config={**_WAN, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336},
-        shape=Shape(name="wan2.2-ti2v-5b", grid=(31, 22, 40), heads=24),
-        units=30,
-        inputs=_wan_timestep_a_token,
-        preset="wan2.2-ti2v-5b",
-        paper={},
-        paper_composed=None,
-    ),
-    Model(  # zai-org/CogVideoX1.5-5B, 768x1360, 81 frames; guidance is a second sample of the batch
-        name="cogvideox1.5-5b",
-        transformer="CogVideoXTransformer3DModel",
-        config={**_COGVIDEOX, "use_rotary_positional_embeddings": True},
-        shape=SHAPES["cogvideox1.5"],
-        units=42,
-        inputs=_cogvideox_inputs,
-        preset="cogvideox1.5-t2v",
-        batch=2,
-    ),
-    Model(  # black-forest-labs/FLUX.1-dev, 4096x4096, without the ControlNet; guidance is embedded
-        name="flux.1-dev",
-        transformer="FluxTransformer2DModel",
-        config={"in_channels": 64, "joint_attention_dim": 4096, **_GUIDED},
-        shape=SHAPES["flux-4096"],
-        unit={"num_layers": 1, "num_single_layers": 2},
-        units=19,
-        inputs=_flux_inputs,
-        preset="flux.1-dev-4096",
-        paper_composed=8.97,
-    ),
-)
-MODELS: Mapping[str, Model] = MappingProxyType({model.name: model for model in _MODELS})
+MODELS: Mapping[str, Model] = MappingProxyType({model.name: model for model in (*PAPER_MODELS, *LATER_MODELS)})
 
 _TINY_WIDTHS = {"text_embed_dim": 32, "pooled_projection_dim": 16, "text_dim": 32, "ffn_dim": 64, "image_dim": 32}
-_TINY_WIDTHS |= {"joint_attention_dim": 32, "num_refiner_layers": 1}
+_TINY_WIDTHS |= {"joint_attention_dim": 32, "num_refiner_layers": 1, "hidden_size": 32, "time_embed_hidden_dim": 32}
+_TINY_WIDTHS |= {"ff_dim": 64, "in_text_dim": 32, "in_text_dim2": 32, "intermediate_size": 64, "vocab_size": 64}
+_TINY_WIDTHS |= {"time_dim": 32, "num_text_blocks": 1}
 
 
 def tiny(model: Model) -> Model:
@@ -209,7 +25,8 @@ def tiny(model: Model) -> Model:
     if "added_kv_proj_dim" in config:
         config["added_kv_proj_dim"] = 2 * model.shape.head_dim
     grid = (1, 24, 24) if model.shape.grid[0] == 1 else (4, 12, 12)
-    shape = replace(model.shape, grid=grid, text=min(16, model.shape.text), heads=2)
+    shared = None if model.shape.kv_heads is None else 1
+    shape = replace(model.shape, grid=grid, text=min(16, model.shape.text), heads=2, kv_heads=shared)
     return replace(model, config=config, shape=shape, units=6, paper={}, paper_composed=None)
 
 

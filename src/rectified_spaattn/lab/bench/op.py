@@ -1,6 +1,5 @@
 """The operator against dense attention on one shape: check, time, and make rows."""
 
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -8,52 +7,16 @@ import torch
 
 from ...attention import rectified_attention
 from ...backends import BACKENDS
-from ..option import option
 from .baselines import BASELINES, compared_with
 from .check import Check, check_dense, check_sample, check_small
+from .peers import PEERS, Prepared, dense, relative_error
 from .rows import Row, StageRow, case_columns, config_columns
-from .settings import FEWEST_REPEATS, BenchSettings, runnable
-from .shapes import MODEL_SHAPES, SHAPES, Case, Tensors, Variant, Watch
+from .settings import FEWEST_REPEATS, TIMED_BACKENDS, OpSettings, runnable
+from .shapes import Case, Tensors, Variant, Watch
 from .stages import stages_of
 from .timing import Timed, durations, extra_memory, input_sets, time_columns
 
-BACKEND_NAMES = tuple(name for name in BACKENDS if name != "reference")  # the oracle is not timed
 _SLOW_ON_GPUS = ("torch",)  # a third of the repeats
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpSettings(BenchSettings):
-    """One run. Raises ValueError or TypeError for values out of range.
-
-    baseline, backend: empty for every one that can run; one that is named and cannot is an error.
-    """
-
-    shape: tuple[str, ...] = option("May be repeated.", (), choices=tuple(SHAPES), unset="hunyuan-video")
-    all_shapes: bool = option("The shapes of all models.", False)
-    sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.5, 0.7, 0.8, 0.8895, 0.95))
-    kv_heads: int | None = option("Heads of keys and values, which those of queries share.", None, unset="all")
-    backend: tuple[str, ...] = option("May be repeated.", (), choices=BACKEND_NAMES, unset="all that can run")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.all_shapes and self.shape:
-            raise ValueError("--all-shapes: got --shape, too; allowed: one of the two.")
-        for name in self.shapes:
-            self.check_blocks(SHAPES[name].small(), name)
-            heads = SHAPES[name].heads
-            if self.kv_heads is not None and (self.kv_heads < 1 or heads % self.kv_heads):
-                raise ValueError(f"kv_heads: got {self.kv_heads}; allowed for {name}: what divides its {heads} heads.")
-
-    @property
-    def shapes(self) -> tuple[str, ...]:
-        return MODEL_SHAPES if self.all_shapes else self.shape or ("hunyuan-video",)
-
-    def cases(self) -> list[Case]:
-        shapes = [SHAPES[name] for name in self.shapes]
-        if self.kv_heads is not None:
-            named = f" with {self.kv_heads} heads of keys"
-            shapes = [replace(shape, name=shape.name + named, kv_heads=self.kv_heads) for shape in shapes]
-        return [self.case(shape) for shape in shapes]
 
 
 class OpResult(NamedTuple):
@@ -73,10 +36,13 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
     shape, device = case.shape, case.device
     reasons = {name: baseline.why_not(case) for name, baseline in BASELINES.items()}
     baselines, no_baselines = runnable("baseline", settings.baseline, reasons, shape.name)
-    reasons = {name: BACKENDS[name].why_not(case.call()) for name in BACKEND_NAMES}
+    reasons = {name: BACKENDS[name].why_not(case.call()) for name in TIMED_BACKENDS}
     backends, no_backends = runnable("backend", settings.backend, reasons, shape.name)
+    if settings.peer:
+        runnable("peer", settings.peer, {name: peer.why_not(case) for name, peer in PEERS.items()}, shape.name)
     sparse = [Variant("sparse", name, sparsity) for name in backends for sparsity in sorted(settings.sparsity)]
-    variants = [*(Variant("dense", name) for name in baselines), *sparse]
+    peers = [each for name in settings.peer for each in PEERS[name].variants(name, settings.sparsity)]
+    variants = [*(Variant("dense", name) for name in baselines), *sparse, *peers]
     checks, densities, stages = [], {}, []
     for number, name in enumerate((*baselines, *backends)):
         watch(f"{shape.name}: checking {name}", number, len(baselines) + len(backends))
@@ -87,7 +53,10 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
         watch(f"{shape.name}: checking {each} at full size", number, len(sparse))
         more, densities[each] = check_sample(case, each, sets[0], sampling)
         checks += more
-    calls = {each: _timed(each, case, sets, settings.repeats) for each in variants}
+    errors = _errors(case, sparse, peers, watch)
+    prepared = {each: PEERS[each.name].prepare(case, each, sets[0]) for each in peers}
+    densities |= {each: ready.density for each, ready in prepared.items()}
+    calls = {each: _timed(each, case, sets, settings.repeats, prepared.get(each)) for each in variants}
     times = durations(calls, len(sets), device, partial(watch, f"{shape.name}: timing"))
     extra = {each: extra_memory(partial(timed.call, 0), device) for each, timed in calls.items()}
     times_ms = {each: time_columns("ms", [1000 * seconds for seconds in times[each]]) for each in variants}
@@ -113,6 +82,7 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
                 ratio=dense_ms / ms,
                 tflops=operations / ms / 1e9,  # per ms to 10^12 per s
                 extra_bytes=extra[each],
+                error=errors.get(each),
             )
         )
     for kind, unable in (("dense", no_baselines), ("sparse", no_backends)):
@@ -121,10 +91,26 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
     return OpResult(checks, rows, stages)
 
 
-def _timed(variant: Variant, case: Case, sets: list[Tensors], repeats: int) -> Timed:
+def _errors(case: Case, sparse: list[Variant], peers: list[Variant], watch: Watch) -> dict[Variant, float | None]:
+    """Of calls on smooth inputs, against dense attention."""
+    qkv = case.smooth_inputs(1)
+    full, layout, errors = dense(qkv), case.layout(), dict[Variant, float | None]()
+    for number, each in enumerate((*sparse, *peers)):
+        watch(f"{case.shape.name}: error of {each}", number, len(sparse) + len(peers))
+        if each.kind == "peer":
+            errors[each] = PEERS[each.name].prepare(case, each, qkv).error(qkv, full)
+        else:
+            out = rectified_attention(*qkv, layout, case.config_of(each), backend=each.name)
+            errors[each] = relative_error(str(each), out, full)
+    return errors
+
+
+def _timed(variant: Variant, case: Case, sets: list[Tensors], repeats: int, prepared: Prepared | None = None) -> Timed:
     if variant.kind == "dense":
         run = BASELINES[variant.name].run
         return Timed(lambda i: run(*sets[i]), repeats)
+    if prepared is not None:
+        return Timed(lambda i: prepared.run(*sets[i]), repeats)
     if case.device.type == "cuda" and variant.name in _SLOW_ON_GPUS:
         repeats = max(FEWEST_REPEATS, repeats // 3)
     layout, config = case.layout(), case.config_of(variant)

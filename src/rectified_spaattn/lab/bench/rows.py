@@ -47,7 +47,8 @@ class _CaseRow(_ConfigRow):
     @property
     def label(self) -> str:
         """What ran, in words."""
-        return {"dense": f"dense {self.name}", "sparse": self.name, "removed": "attention removed"}[self.kind]
+        words = {"dense": f"dense {self.name}", "peer": f"peer {self.name}", "removed": "attention removed"}
+        return words.get(self.kind, self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +63,15 @@ class _TimedRow(_ConfigRow):
 
 @dataclass(frozen=True, kw_only=True)
 class Row(_CaseRow, _TimedRow):
-    """One baseline, or one backend at one sparsity, on one shape.
+    """One baseline, or one backend or peer at one sparsity, on one shape.
 
-    kind         "dense" or "sparse"
+    kind         "dense", "sparse" or "peer"
     density      computed query-key pairs over all pairs; ideal: 1 / density
     ms ...       milliseconds of a call: median, quartiles, extremes
     dense        the baseline of `ratio`, and its median; ratio = dense_ms / ms
     tflops       4 * D floating-point operations for every computed pair, over the median, in TFLOP/s
     extra_bytes  peak memory of one call, its output included; None on a CPU
+    error        |out - full| / |full| of a call on Case.smooth_inputs; None for dense ones and for pairs not known
     not_run      the reason why there is no measurement, else empty
     """
 
@@ -81,6 +83,7 @@ class Row(_CaseRow, _TimedRow):
     ratio: float | None = None
     tflops: float | None = None
     extra_bytes: int | None = None
+    error: float | None = None
     not_run: str = ""
 
     @property

@@ -3,19 +3,21 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-import torch
-
-from ...backends import Call
 from ...config import SparseConfig
-from ...layout import TokenLayout
-from ...orders import Blocks, blocks_of
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+if TYPE_CHECKING:  # options are read and help is shown without it
+    import torch
+
+    from ...backends import Call
+    from ...layout import TokenLayout
+    from ...orders import Blocks
+
+DTYPES = ("bfloat16", "float16", "float32")
 _SMALL = 4096  # video tokens of a shape's small form
 
-Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Tensors: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor]"
 Watch = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 
 
@@ -72,6 +74,9 @@ SHAPES: dict[str, Shape] = {
         Shape(name="tiny", grid=(4, 8, 8), text=10, heads=2, head_dim=64),
     )
 }
+PEER_NAMES = ("flex", "sage", "sol-attn", "vsa")  # other publications' kernels; their rows are in peers.py
+# What `doctor` checks: some blocks of either size, and 16 tokens that fill none; text behind the video.
+SELF_CHECK = Shape(name="self-check", grid=(5, 13, 16), text=10, heads=2)
 MODEL_SHAPES: tuple[str, ...] = tuple(name for name in SHAPES if name != "tiny")
 
 
@@ -80,8 +85,8 @@ class Case(NamedTuple):
 
     shape: Shape
     config: SparseConfig
-    dtype: torch.dtype
-    device: torch.device
+    dtype: "torch.dtype"
+    device: "torch.device"
 
     @property
     def dtype_name(self) -> str:
@@ -93,29 +98,60 @@ class Case(NamedTuple):
     def config_of(self, variant: "Variant") -> SparseConfig:
         return self.config if variant.sparsity is None else self.config.replace(sparsity=variant.sparsity)
 
-    def layout(self) -> TokenLayout:
+    def layout(self) -> "TokenLayout":
+        from ...layout import TokenLayout
+
         return TokenLayout.build(self.shape.grid, self.shape.text, self.shape.text_first)
 
-    def blocks(self) -> Blocks:
+    def blocks(self) -> "Blocks":
         """With their tensors on the case's device."""
+        from ...orders import blocks_of
+
         return blocks_of(self.layout(), self.config).on(self.device)
 
-    def call(self) -> Call:
+    def call(self) -> "Call":
+        from ...backends import Call
+
         size = self.config.block_size
-        return Call(self.device, self.dtype, self.shape.head_dim, size, self.shape.video // size)
+        return Call(self.device, self.dtype, self.shape.head_dim, size, self.shape.video // size, self.config.precision)
 
     def inputs(self, seed: int, sets: int = 1) -> list[Tensors]:
         """Sets of q [1, S, H, D] and k, v [1, S, kv_heads, D] of independent normal numbers."""
+        import torch
+
         generator, shape = torch.Generator(self.device).manual_seed(seed), self.shape
         normal = partial(torch.randn, generator=generator, dtype=self.dtype, device=self.device)
         sizes = [(1, shape.tokens, n, shape.head_dim) for n in (shape.heads, *[shape.kv_heads or shape.heads] * 2)]
         return [(normal(sizes[0]), normal(sizes[1]), normal(sizes[2])) for _ in range(sets)]
 
+    def smooth_inputs(self, seed: int) -> Tensors:
+        """One set like those of `inputs`, of which something can be chosen: video tokens vary smoothly over the grid,
+        with noise, and keys lie where their queries lie.
+        """
+        import torch
+
+        generator, shape = torch.Generator(self.device).manual_seed(seed), self.shape
+        normal = partial(torch.randn, generator=generator, device=self.device)
+        key_heads = shape.kv_heads or shape.heads
+
+        def field() -> torch.Tensor:
+            coarse = normal(1, key_heads * shape.head_dim, *(-(-side // 4) for side in shape.grid))
+            fine = torch.nn.functional.interpolate(coarse, shape.grid, mode="trilinear").flatten(2)
+            return fine.view(1, key_heads, shape.head_dim, -1).permute(0, 3, 1, 2)
+
+        def noisy(video: torch.Tensor) -> torch.Tensor:
+            text = normal(1, shape.text, *video.shape[2:])
+            both = [video + 0.3 * normal(video.shape), text]
+            return torch.cat(both[::-1] if shape.text_first else both, dim=1).to(self.dtype)
+
+        place = field()
+        return noisy(place.repeat_interleave(shape.heads // key_heads, 2)), noisy(place), noisy(field())
+
 
 class Variant(NamedTuple):
     """One kind of attention that is timed.
 
-    kind: "dense", "sparse" or "removed" (a copy of v in its place); name: of the baseline or of the backend.
+    kind: "dense", "sparse", "peer" or "removed" (a copy of v in its place); name: of the baseline, backend or peer.
     """
 
     kind: str

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from ...config import SparseConfig
+from .architecture import Grid, Model
 from .baselines import BASELINES
-from .models import Grid, Model
 from .shapes import Variant
 
 
@@ -77,7 +77,7 @@ def enable(transformer: Any, variant: Variant, config: SparseConfig) -> Any:
 
 
 def _copy_v(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return v.clone()
+    return v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)  # a copy
 
 
 def compile_blocks(transformer: Any, compiler: str) -> None:
@@ -103,11 +103,12 @@ def exact(transformer: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 
 
 def _widened(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_widened(each) for each in value)
-    return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_widened(each) for each in value)
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def output(transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """One forward."""
-    return transformer(**inputs, return_dict=False)[0]
+    """One forward; of what is made, the video."""
+    video = transformer(**inputs, return_dict=False)[0]
+    return video[0] if isinstance(video, list) else video  # one a sample

@@ -18,8 +18,9 @@ from ...pipelines.attachment import Attachment, ForwardHooks, attach
 from ...pipelines.clock import RunClock
 from ...pipelines.enabling import transformers_of
 from ...pipelines.forwards import ForwardState
+from ...pipelines.masks import key_text_mask
 from ...pipelines.processor import check_processor, is_enabled
-from ...pipelines.state import LayerState, TransformerState, key_text_mask
+from ...pipelines.state import LayerState, TransformerState
 from ...pipelines.watch import Watch
 from ..clips.clip import Pair, full_mode, generate
 

@@ -62,12 +62,14 @@ class HeadStudy:
     """One head under every mode and sparsity.
 
     call     in the order of the blocks
+    order    of SparseConfig
     blocks   of its tokens
     full     float32 [nb, nb + 1], the block masses of full attention
     results  (sparsity, mode) -> what came of it, sparsity by sparsity
     """
 
     call: AttentionCall
+    order: str
     blocks: Blocks
     full: torch.Tensor
     results: dict[tuple[float, str], HeadResult]
@@ -144,7 +146,7 @@ def study_head(
     for sparsity, mode in itertools.product(sparsities, modes):
         results[sparsity, mode] = _result(call, config.replace(sparsity=sparsity, rectify=mode), exact, full, backend)
         on_result(f"{mode} at {sparsity:.4g}")
-    return HeadStudy(call=call, blocks=blocks, full=full.cpu(), results=results)
+    return HeadStudy(call=call, order=config.order, blocks=blocks, full=full.cpu(), results=results)
 
 
 def _result(

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from ...backends import Call, choose
 from ...config import SparseConfig, check_choice
 from ...pipelines import Handle, RunStats, enable
 from ...pipelines.teacache import TeaCacheHandle, enable_teacache
+from ..pages.styles import FULL
 from .options import FLOOR_KERNELS, KERNELS, ClipError
 
-FULL = "full"
 OnStep = Callable[[int, int, float | None], None]  # (steps done, of how many, density of the last or None)
 
 
@@ -106,7 +106,7 @@ class Clip:
 
 def full_mode() -> Mode:
     """The reference that the other modes are compared with."""
-    return Mode(name=FULL, label="full attention")
+    return Mode(name=FULL, label=FULL)
 
 
 @contextmanager
@@ -121,7 +121,7 @@ def enabled(pipe: Any, mode: Mode, backend: str = "auto") -> Iterator[tuple[Hand
                 for name, config in sparse.configs().items():  # now, not after half the layers ran
                     model = getattr(pipe, name)
                     call = Call(pipe._execution_device, model.dtype, model.config.attention_head_dim, config.block_size)
-                    choose(backend, call)
+                    choose(backend, call._replace(precision=config.precision))
             if mode.teacache:
                 teacache = stack.enter_context(enable_teacache(pipe, threshold=mode.threshold))
         except (TypeError, ValueError, RuntimeError) as error:
@@ -212,7 +212,7 @@ def warm_up(
 def dense_kernel(name: str) -> AbstractContextManager[Any]:
     """Inside, scaled_dot_product_attention runs on the kernel of that name only; it raises where that cannot run."""
     kernel = KERNELS[name]
-    return nullcontext() if kernel is None else sdpa_kernel(kernel)
+    return nullcontext() if kernel is None else sdpa_kernel(getattr(SDPBackend, kernel))
 
 
 def check_kernel(name: str, device: torch.device, dtype: torch.dtype) -> None:

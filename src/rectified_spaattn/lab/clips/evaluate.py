@@ -12,8 +12,9 @@ from ...pipelines.adapters import default_configs
 from ..demo_model.model import tokenize
 from ..demo_model.prompts import PROMPTS
 from ..machine import machine
+from ..pages.styles import FULL, IN_SPACE
 from ..pages.video import write_clip
-from .clip import FULL, Clip, Mode, Pair, check_kernel, check_sparse, generate, warm_up
+from .clip import Clip, Mode, Pair, check_kernel, check_sparse, generate, warm_up
 from .folder import Folder
 from .metrics import Lpips, why_no_lpips
 from .models import Source, call_arguments, call_defaults, dtype_of, file_hash, with_pictures
@@ -127,12 +128,12 @@ def with_sparse_modes(evaluation: Evaluation, options: EvaluateOptions, pipe: An
     """With the modes of the grid and of the files. Raises TypeError or ValueError as SparseConfig does."""
     modes, grid = list(evaluation.modes), options.grid()
     if any(grid.values()) or not (options.config or options.preset):
-        default: dict[str, tuple[Any, ...]] = {"rectify": ("none", SparseConfig().rectify)}
-        if evaluation.source.is_demo:
-            default["sparsity"] = (0.8, 0.9)
-        grid = {name: values or default.get(name, ()) for name, values in grid.items()}
-        base = base_configs(evaluation.source, pipe, grid["sparsity"])
-        modes += grid_modes(base, grid, options.overrides())
+        if evaluation.source.is_demo and not grid["sparsity"]:
+            grid["sparsity"] = (0.8, 0.9)
+        plain, ours = {"rectify": ("none",), "order": (IN_SPACE,)}, {"rectify": (SparseConfig().rectify,)}
+        base = base_configs(evaluation.source, pipe)
+        for each in ({},) if grid["rectify"] or grid["order"] else (plain, ours):
+            modes += grid_modes(base, grid | each, options.overrides())
     modes += [preset_mode(name) for name in options.preset]
     modes += [file_mode(path) for path in options.config]
     check_names(modes)
@@ -220,14 +221,11 @@ def prompts_of(options: EvaluateOptions, source: Source) -> Prompts:
     return prompts
 
 
-def base_configs(source: Source, pipe: Any, sparsity: Sequence[float] = ()) -> tuple[SparseConfig, ...]:
-    """What configurations start from: exact sparsity on the demo model's small grid, else the model's preset.
-
-    sparsity: what was asked for. Raises ValueError where it is empty and there is no preset for the model.
-    """
+def base_configs(source: Source, pipe: Any) -> tuple[SparseConfig, ...]:
+    """What configurations start from: exact sparsity on the demo model's small grid, else the model's preset."""
     if source.is_demo:
         return (SparseConfig.from_dict(SMALL_GRID),)
-    return default_configs(pipe.transformer, pipe, {"sparsity": sparsity} if sparsity else {})
+    return default_configs(pipe.transformer, pipe)
 
 
 def _why_no_lpips(wanted: bool | None, height: int | None, width: int | None) -> str | None:

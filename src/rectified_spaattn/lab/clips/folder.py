@@ -26,28 +26,14 @@ from safetensors.torch import load_file, save
 from ..rows import write_atomically, write_json
 from .clip import Pair
 from .options import ClipError
+from .paths import LOCK, MARK, SAYS, check_ours
 from .summary import ClipRecord, plain
 
-MARK, LOCK, MANIFEST = ".rectified-spaattn", ".rectified-spaattn.lock", "manifest.json"
-_SAYS = "Made by `rectified-spaattn {kind}`, which replaces and removes its own files here, and no others.\n"
+MANIFEST = "manifest.json"
 _NAME_BYTES = 200  # of a prompt in a file name; file systems allow 255 in all
 # what reading a damaged file raises
 _FAULTS = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SafetensorError)
 T = TypeVar("T")
-
-
-def check_ours(root: Path, kind: str) -> None:
-    """Raises ClipError where there is something that the command of that kind did not make."""
-    if root.exists() and not root.is_dir():
-        raise ClipError(f"{root}: got a file; allowed: a folder.")
-    there = {path.name for path in root.iterdir()} - {LOCK} if root.is_dir() else set()
-    if there and MARK not in there:
-        raise ClipError(
-            f"{root}: got a folder with files that are not of this command (it has no {MARK}); allowed: an empty or a "
-            "new folder, or one that this command made."
-        )
-    if there and (root / MARK).read_text(errors="replace") != _SAYS.format(kind=kind):
-        raise ClipError(f"{root}: got a folder of another command; allowed: one of `{kind}`. Use another --out.")
 
 
 class Folder:
@@ -89,7 +75,7 @@ class Folder:
         except OSError as error:
             raise ClipError(f"{self.root}: this folder cannot be written: {error}. Use another --out.") from error
         with lock:
-            write_atomically(self.root / MARK, lambda to: to.write_text(_SAYS.format(kind=kind)))
+            write_atomically(self.root / MARK, lambda to: to.write_text(SAYS.format(kind=kind)))
             for left in self.root.rglob(".partial-[0-9]*-*"):  # of a run that was killed
                 left.unlink()
             manifest = self._content(self.root / MANIFEST, _manifest) or {}

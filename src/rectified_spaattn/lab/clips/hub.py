@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .options import ClipError, ModelOptions
+from ...config import nearest
+from .options import DEMO, ClipError, ModelOptions
 
 INDEX = "model_index.json"
 
@@ -30,7 +31,7 @@ def read_index(options: ModelOptions) -> tuple[dict[str, Any], Path, str | None]
     else:
         raise ClipError(
             f"{options.model}: there is no such folder, and it is no name of a repository, such as "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            f"Wan-AI/Wan2.1-T2V-1.3B-Diffusers.{nearest(options.model, [DEMO])}"
         )
     if not path.is_file():
         raise ClipError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...config import SparseConfig, read_yaml
 from ...presets import preset
+from ..pages.styles import FULL, label_of
 from .clip import Mode, full_mode
 from .options import ClipError
 
@@ -16,7 +17,7 @@ FLOOR = "full-other-kernel"
 
 def reference_modes(floor_kernel: str) -> list[Mode]:
     """Full attention, and once more on another kernel: what cannot be told from it cannot be told from rounding."""
-    label = f"full attention, {floor_kernel} kernel (noise floor)"
+    label = f"{FULL}, {floor_kernel} kernel (noise floor)"
     return [full_mode(), Mode(name=FLOOR, label=label, kernel=floor_kernel)]
 
 
@@ -35,13 +36,12 @@ def grid_modes(
         configs = tuple(each.replace(**overrides, **combination) for each in base)
         config = configs[0]
         parts = [config.rectify, f"{100 * config.sparsity:g}"]
-        labels = [config.rectify, f"{100 * config.sparsity:g}%"]
+        labels = [label_of(config)]
         if len(lists["block_size"]) > 1:
             parts.append(f"b{config.block_size}")
             labels.append(f"block {config.block_size}")
         if len(lists["order"]) > 1:
             parts.append(config.order)
-            labels.append(config.order)
         modes.append(Mode(name="-".join(parts), label=", ".join(labels), configs=configs))
     return modes
 

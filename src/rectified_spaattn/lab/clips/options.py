@@ -5,24 +5,22 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torch.nn.attention import SDPBackend
-
-from ...backends import BACKENDS
-from ...config import ORDERS, RECTIFY, SparseConfig, check_choice, parse_yaml
+from ...config import BACKEND_NAMES, ORDERS, RECTIFY, SparseConfig, check_choice, parse_yaml
 from ...presets import PRESET_NAMES
 from ...presets import preset as preset_of
-from ..machine import DEVICES, device_of
+from ..machine import DEVICES, check_device
 from ..option import option
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "group")
-# What runs scaled_dot_product_attention, for dense attention and for the blocks that the torch backend gathers.
+# What runs scaled_dot_product_attention, for dense attention and for the blocks that the torch backend gathers: by its
+# name in torch.nn.attention.SDPBackend, as options are read without torch.
 KERNELS = {
     "default": None,  # PyTorch's own choice
-    "math": SDPBackend.MATH,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": "MATH",
+    "efficient": "EFFICIENT_ATTENTION",
+    "flash": "FLASH_ATTENTION",
+    "cudnn": "CUDNN_ATTENTION",
 }
 FLOOR_KERNELS = tuple(KERNELS)[1:]
 DEMO = "demo"
@@ -75,7 +73,7 @@ class ModelOptions:
     )
     dtype: str = option("auto: bfloat16 on a GPU; float32 on a CPU and for demo.", "auto", choices=DTYPES)
     offload: str = option("What stays on the CPU until it is needed.", "none", choices=OFFLOADS)
-    backend: str = option("Attention backend.", "auto", choices=("auto", *BACKENDS))
+    backend: str = option("Attention backend.", "auto", choices=("auto", *BACKEND_NAMES))
     device: str = option("Where to run.", "auto", choices=DEVICES)
 
     def __post_init__(self) -> None:
@@ -85,8 +83,8 @@ class ModelOptions:
                 raise ValueError(f"{name}: got {value}; allowed: 1 or more.")
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("offload", self.offload, OFFLOADS)
-        check_choice("backend", self.backend, ("auto", *BACKENDS))
-        device_of(self.device)
+        check_choice("backend", self.backend, ("auto", *BACKEND_NAMES))
+        check_device(self.device)
         self.arguments()
         self.scheduler_changes()
 
@@ -233,22 +231,22 @@ class EvaluateOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """The demo model's clips with full attention, plain sparse, the paper's mode and the default.
+    """The demo model's clips: full, plain sparse, paper, ours.
 
-    prompt   captions in place of the fixed prompts; quick: one prompt, 6 steps, no timing at 96 x 96
+    prompt   captions in place of the fixed prompts; quick: full, plain sparse and ours, one clip each
     """
 
     out: Path = option("Folder for the report, videos, figures and metrics.json.", Path("demo-output"))
-    quick: bool = option("A first look: 1 prompt, 6 steps, no 96 x 96 timing.", False)
+    quick: bool = option("A first look: full, plain sparse and ours, a clip each.", False)
     prompts: int | None = option("How many of the fixed prompts.", None, unset="3")
     prompt: tuple[str, ...] = option("A caption of your own, in the words the model knows; may be repeated.", ())
     seeds: int = option("Seeds per prompt: 0, 1, ...", 1)
-    steps: int | None = option("Denoising steps.", None, unset="12")
+    steps: int = option("Denoising steps.", 12)
     size: int = option("Height and width in pixels; the model was trained at 64; 96 is for timing.", 64)
-    sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.8, 0.9))
+    sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.9,))
     block_size: int = option("Tokens a block.", SMALL_GRID["block_size"])
     device: str = option("Where to run.", "auto", choices=DEVICES)
-    backend: str = option("Attention backend.", "auto", choices=("auto", *BACKENDS))
+    backend: str = option("Attention backend.", "auto", choices=("auto", *BACKEND_NAMES))
     weights: Path | None = option("Folder with weights of your own training.", None)
 
     def __post_init__(self) -> None:
@@ -259,8 +257,8 @@ class DemoOptions:
             raise ValueError(f"size: got {self.size}; allowed: a multiple of 4 from 16 on, best 64.")
         if not self.sparsity or len({f"{100 * each:g}" for each in self.sparsity}) != len(self.sparsity):
             raise ValueError(f"sparsity: got {self.sparsity}; allowed: one or more values that differ.")
-        device_of(self.device)
-        check_choice("backend", self.backend, ("auto", *BACKENDS))
+        check_device(self.device)
+        check_choice("backend", self.backend, ("auto", *BACKEND_NAMES))
         for sparsity in self.sparsity:
             self.paper(sparsity)
 
@@ -269,8 +267,12 @@ class DemoOptions:
         exact = SMALL_GRID | {"block_size": self.block_size}
         return SparseConfig.paper(sparsity=sparsity, neighbours=False, **exact)  # neighbours alone are many here
 
-    def default(self, sparsity: float) -> SparseConfig:
-        """The package's."""
+    def plain(self, sparsity: float) -> SparseConfig:
+        """The paper's blocks, with nothing in the place of those that are dropped."""
+        return self.paper(sparsity).replace(rectify="none")
+
+    def ours(self, sparsity: float) -> SparseConfig:
+        """The package's default."""
         return SparseConfig(sparsity=sparsity, **(SMALL_GRID | {"block_size": self.block_size}))
 
 

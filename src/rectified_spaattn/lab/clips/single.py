@@ -1,8 +1,6 @@
 """One clip for a user, the files it becomes, and the JSON beside it with everything needed to make it again."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,10 +10,12 @@ import torch
 
 from ...pipelines.adapters import default_configs
 from ..machine import machine
+from ..pages.styles import label_of
 from .clip import Clip, Mode
 from .folder import file_name
 from .models import Source, call_defaults, file_hash
 from .options import ClipError, GenerateOptions
+from .paths import check_writable
 from .prompts import read_prompts
 from .summary import ModeSummary, after_the_first, measure, summarise
 
@@ -109,16 +109,14 @@ def mode_of(options: GenerateOptions, pipe: Any) -> Mode:
         configs = options.configs()
         if configs is None:
             overrides = options.overrides()
-            base = default_configs(pipe.transformer, pipe, overrides, options.preset)
+            base = default_configs(pipe.transformer, pipe, options.preset)
             configs = tuple(config.replace(**overrides) for config in base)
     except (TypeError, ValueError) as error:
         raise ClipError(str(error)) from error
     cached = " + TeaCache" if options.teacache else ""
-    first = configs[0]
-    how = f"{first.sparsity:.4g} sparse" if first.tolerance is None else f"within {first.tolerance:g}"
     return Mode(
         name="sparse",
-        label=f"rectified, {how}{cached}",
+        label=f"{label_of(configs[0])}{cached}",
         configs=configs,
         teacache=options.teacache,
         threshold=options.teacache_threshold,
@@ -180,15 +178,3 @@ def compare(full: Clip, sparse: Clip) -> list[ModeSummary]:
     """Full attention, then the sparse run: PSNR, SSIM and the speed-up of a step; from the same prompt and seed."""
     records = [measure(clip, full.video, "") for clip in (full, sparse)]
     return summarise([full.mode, sparse.mode], records, after_the_first)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises OSError unless a file can be made in the folder, or in the one it will be made in."""
-    while not folder.exists() and not folder.is_symlink():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is no folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} may not be written to")
-    with tempfile.TemporaryFile(dir=folder):
-        pass

@@ -4,19 +4,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, median
+from statistics import fmean, median, quantiles
 from typing import Any
 
 import torch
 
 from ...config import SparseConfig
-from .clip import FULL, Clip, Mode, Pair
+from ..pages.styles import FULL, is_ours
+from .clip import Clip, Mode, Pair
 from .intervals import Interval, bootstrap
 from .metrics import Lpips, flicker, frame_psnr, frame_ssim, psnr
 
 SCORES = ("psnr", "ssim", "lpips", "flicker")
 FRAMES = {"psnr": "psnr_frame", "ssim": "ssim_frame"}  # score -> the same of the worst frame of a clip
 GAINS = ("psnr", "ssim", "lpips")  # what configurations are compared in, pair by pair
+_SPEED = ("speedup", "speedup_low", "speedup_high", "ideal")
 _SETTINGS = ("sparsity", "rectify", "block_size", "order", "top_p", "neighbours")
 
 
@@ -91,7 +93,8 @@ class ModeSummary:
     scores        psnr, ssim, lpips (where it was computed) and flicker (of videos)
     worst         psnr, ssim and lpips of the clip that is farthest, psnr_frame and ssim_frame of the farthest frame of
                   all clips; worst_video: the file of the clip with that frame by PSNR; worst_frame: which it is, from 0
-    step_seconds  of one denoising step; speedup: that of full attention over it
+    step_seconds  of one denoising step; speedup: that of full attention over it; speedup_low, speedup_high: the same
+                  over the slower and the faster quartile of the steps
     """
 
     mode: Mode
@@ -103,18 +106,26 @@ class ModeSummary:
     seconds: float
     step_seconds: float
     speedup: float
+    speedup_low: float
+    speedup_high: float
     backend: str
+
+    @property
+    def ideal(self) -> float:
+        """The speed-up if a step were its query-key pairs and nothing else; more than that is a disturbance."""
+        return 1 / self.computed
 
     def row(self) -> dict[str, Any]:
         """Plain values for a table; a score that is not there is None."""
-        row: dict[str, Any] = {**mode_columns(self.mode), "label": self.mode.label, "clips": self.clips}
+        named = {"label": self.mode.label, "ours": is_ours(self.mode.config), "clips": self.clips}
+        row: dict[str, Any] = {**mode_columns(self.mode), **named}
         for name in SCORES:
             score = self.scores.get(name)
             row[name] = None if score is None else score.mean
             for end in ("low", "high", "t_low", "t_high"):
                 row[f"{name}_{end}"] = None if score is None else plain(getattr(score, end))
         row |= {name if name.startswith("worst") else f"{name}_worst": value for name, value in self.worst.items()}
-        for name in ("density", "computed", "backend", "seconds", "step_seconds", "speedup"):
+        for name in ("density", "computed", "backend", "seconds", "step_seconds", *_SPEED):
             row[name] = getattr(self, name)
         return row
 
@@ -127,10 +138,14 @@ def summarise(
     step: one number from the seconds of all steps of all clips; a median is not moved by a passing disturbance.
     """
     by_mode = {mode.name: [record for record in records if record.mode == mode.name] for mode in modes}
-    steps = {name: step([each for record in own for each in record.step_seconds]) for name, own in by_mode.items()}
+    every = {name: [each for record in own for each in record.step_seconds] for name, own in by_mode.items()}
+    steps = {name: step(seconds) for name, seconds in every.items()}
     summaries = []
     for mode in modes:
         own = by_mode[mode.name]
+        fast, _, slow = (
+            quantiles(every[mode.name], method="inclusive") if len(every[mode.name]) > 1 else every[mode.name] * 3
+        )
         columns = {name: [getattr(record, name) for record in own] for name in SCORES}
         summaries.append(
             ModeSummary(
@@ -141,6 +156,8 @@ def summarise(
                 **{name: fmean(getattr(record, name) for record in own) for name in ("density", "computed", "seconds")},
                 step_seconds=steps[mode.name],
                 speedup=steps[FULL] / steps[mode.name],
+                speedup_low=steps[FULL] / slow,
+                speedup_high=steps[FULL] / fast,
                 backend=", ".join(sorted({record.backend for record in own} - {""})),
             )
         )

@@ -10,14 +10,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..clips.clip import FULL, Mode
+from ..clips.clip import Mode
 from ..clips.folder import Folder
 from ..clips.modes import FLOOR
 from ..clips.summary import FRAMES, ClipRecord, ModeSummary, clip_rows, gains, plain, summarise
 from ..rows import write_atomically, write_json, write_rows
-from .clips import HEADS, number_text, score_text, side_by_side
-from .figures import MODE_COLOURS, PALETTE
+from .clips import HEADS, number_text, ours_first, score_text, side_by_side
 from .html import data_uri, render
+from .styles import FULL, INK, LINES, MARKERS, colour
 from .video import read_mp4
 
 FILES = ("clips.csv", "summary.csv", "summary.json", "scores.png", "side-by-side.mp4", "report.html")
@@ -50,7 +50,14 @@ def write_evaluation(
     videos = {pair: [read_mp4(folder.video(each.mode.name, pair)) for each in shown] for pair in pairs}
     side_by_side(video, shown, videos, fps)
     floor = next(each for each in summaries if each.mode.name == FLOOR)
-    rows = {"summaries": summaries, "names": _names(summaries), "floor": floor, "clips": clips, "gains": apart}
+    rows = {
+        "summaries": ours_first(summaries),
+        "names": _names(summaries),
+        "floor": floor,
+        "clips": clips,
+        "gains": apart,
+    }
+    rows |= {"verdict": verdict(summaries), "labels": {each.mode.name: each.mode.label for each in summaries}}
     words = {"titles": _TITLES, "heads": HEADS, "full": FULL, "interval": score_text, "infinity": math.inf}
     words |= {"frames": FRAMES, "number": number_text}
     media = {"figure": data_uri(figure), "video": data_uri(video)}
@@ -58,18 +65,40 @@ def write_evaluation(
     return summaries
 
 
+def verdict(summaries: Sequence[ModeSummary]) -> str:
+    """The configuration that is nearest to full attention by PSNR, and the fastest one, in a sentence."""
+    sparse = [each for each in summaries if each.mode.configs]
+    if not sparse:
+        return "No configuration was compared with full attention."
+    near, fast = max(sparse, key=lambda each: each.scores["psnr"].mean), max(sparse, key=lambda each: each.speedup)
+
+    def told(each: ModeSummary) -> str:
+        psnr = score_text(each.scores["psnr"], "psnr").split(" [")[0]
+        return f"PSNR {psnr} dB, {each.speedup:.2f} times as fast a step"
+
+    if near is fast:
+        which = "" if len(sparse) == 1 else " is nearest to full attention and fastest"
+        return f"{near.mode.label}{which}: {told(near)}."
+    return (
+        f"Nearest to full attention is {near.mode.label}: {told(near)}; the fastest is {fast.mode.label}: {told(fast)}."
+    )
+
+
 def scores_figure(path: Path, summaries: Sequence[ModeSummary]) -> None:
     """Every score against the computed pairs, one point a mode with its interval; lines join one kind of rectification.
 
-    The noise floor, often far away, is in the titles; the flicker of full attention is a dashed line.
+    The noise floor, often far away, is in the titles; the flicker of full attention is a line across.
     """
     names = _names(summaries)
-    figure = Figure(figsize=(6.2 * len(names), 4.6), layout="constrained")
-    axes: Any = figure.subplots(1, len(names), squeeze=False)
-    for axis, name in zip(axes.flat, names, strict=True):
+    lines = -(-len(names) // 2)
+    figure = Figure(figsize=(11, 4.2 * lines), layout="constrained")
+    axes: Any = figure.subplots(lines, 2, squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
         _draw(axis, name, summaries)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
     handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -83,20 +112,19 @@ def _draw(axis: Axes, name: str, summaries: Sequence[ModeSummary]) -> None:
         if each.mode.config is not None:
             family = each.mode.label.replace(f", {100 * each.mode.config.sparsity:g}%", "")
             families.setdefault(family, []).append(each)
-    spare = itertools.cycle(colour for colour in PALETTE if colour not in MODE_COLOURS.values())
-    for family, members in families.items():
+    for marker, (family, members) in zip(itertools.cycle(MARKERS), families.items(), strict=False):
         members.sort(key=lambda each: each.computed)
         x, scores = [100 * each.computed for each in members], [each.scores[name] for each in members]
         y = [each.mean for each in scores]
         bars = [[max(0.0, e.mean - e.low) for e in scores], [max(0.0, e.high - e.mean) for e in scores]]
-        colour = MODE_COLOURS.get(family) or next(spare)
-        label = family.replace("$", r"\$")  # matplotlib would read formulas
-        axis.errorbar(x, y, yerr=bars, color=colour, marker="o", markersize=5, linewidth=1.6, capsize=3, label=label)
+        config, label = members[0].mode.configs[0], family.replace("$", r"\$")  # matplotlib would read formulas
+        drawn: dict[str, Any] = {"color": colour(config.rectify), "linestyle": LINES[config.order], "marker": marker}
+        axis.errorbar(x, y, yerr=bars, markersize=5, linewidth=1.6, capsize=3, label=label, **drawn)
     marked = FULL if name == "flicker" else FLOOR
     level = next(each.scores[name].mean for each in summaries if each.mode.name == marked)
     if name == "flicker":
-        axis.axhline(level, color="#222222", linestyle="--", linewidth=1)
-    title = f"{_TITLES[name]}\n{'full attention (dashed)' if name == 'flicker' else 'noise floor'} {level:.5g}"
+        axis.axhline(level, color=INK, linewidth=1)
+    title = f"{_TITLES[name]}\n{'full (line)' if name == 'flicker' else 'noise floor'} {level:.5g}"
     axis.set_xlabel("computed query-key pairs, %")
     axis.set_title(title, fontsize=10, loc="left")
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)

@@ -1,5 +1,6 @@
 """The attention maps of one head block by block, their differences, and what becomes of every block."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ from matplotlib.colors import ListedColormap, LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ...config import SparseConfig
 from ..calls.maps import KINDS, HeadResult, HeadStudy
-from .figures import BLUE, MODE_LABELS, YELLOW
+from .styles import INK, YELLOW, is_ours, label
 
-KIND_COLOURS = dict(zip(KINDS, (BLUE, YELLOW, "#DDDDDD"), strict=True))
+KIND_COLOURS = dict(zip(KINDS, (INK, YELLOW, "#DDDDDD"), strict=True))
 _DPI = 110
 _NOTE = (
     "Rows: blocks of queries, columns: blocks of keys. A map shows how the output weighs the values of every block, "
@@ -23,22 +25,23 @@ _SORTED = "\nBlocks are sorted by content: tokens that attend alike, wherever th
 
 
 def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str) -> None:
-    """Full, sparse and rectified maps above their differences, with the estimate and the fate of every block.
+    """Maps of full, plain sparse and rectified attention, their differences, the estimate and the fate of every block.
 
     rectify: the mode that is shown beside "none". Raises KeyError where the study has not both at `sparsity`.
     """
     full, none, rectified = study.full, study.results[sparsity, "none"], study.results[sparsity, rectify]
     shares, by_content = study.shares(rectified), study.blocks.by_content
-    block, shown = "block, sorted by content" if by_content else "block", MODE_LABELS.get(rectify, rectify)
+    block, order = "block, sorted by content" if by_content else "block", study.order
+    plain, shown = label("none", order), label(rectify, order)
     above = {
-        "Full attention:\nexact mass of every block": full,
-        _title("Sparse, not rectified", none): none.masses,
-        _title(shown[0].upper() + shown[1:], rectified): rectified.masses,
+        "full:\nexact mass of every block": full,
+        _title(plain, none): none.masses,
+        _title(shown, rectified): rectified.masses,
     }
     below = {
-        "Sparse − full": none.masses - full,
-        "Rectified − full": rectified.masses - full,
-        "Rectified − sparse": rectified.masses - none.masses,
+        f"{plain} − full": none.masses - full,
+        f"{shown} − full": rectified.masses - full,
+        f"{shown} − {plain}": rectified.masses - none.masses,
     }
     high = float(full.max())  # a log scale of two decades at least
     masses = LogNorm(min(high / 100, max(1e-5, float(full[full > 0].quantile(0.02)))), high)
@@ -70,12 +73,35 @@ def maps_figure(path: Path, study: HeadStudy, sparsity: float, rectify: str) -> 
     legend.legend(handles=patches, loc="center", frameon=False, fontsize=10)
     note.text(0.0, 0.5, _NOTE + _SORTED * by_content, fontsize=10, va="center", transform=note.transAxes)
     figure.suptitle(
-        f"At {sparsity:.4g} sparsity {none.misplaced:.0%} of the attention mass lies on the wrong blocks without "
-        f"rectification, {rectified.misplaced:.0%} with {rectify} ({study.call})",
+        f"At {sparsity:.4g} sparsity {none.misplaced:.0%} of the attention mass lies on the wrong blocks with {plain}, "
+        f"{rectified.misplaced:.0%} with {shown} ({study.call})",
         fontsize=13,
         fontweight="bold",
     )
     figure.savefig(path, dpi=_DPI)
+
+
+def told(study: HeadStudy, config: SparseConfig) -> list[dict[str, Any]]:
+    """The scores of every result with what it is called, in the order of the study. config: what they share."""
+    rows = []
+    for each in study.results.values():
+        mode = config.replace(rectify=each.rectify, sparsity=each.sparsity)
+        name = label(each.rectify, config.order, each.sparsity)
+        rows.append({"attention": name, "ours": is_ours(mode), **each.scores()})
+    return rows
+
+
+def verdict(rows: Sequence[Mapping[str, Any]], rectify: str) -> str:
+    """One mode beside plain sparse at the highest sparsity, in a sentence. rows: those of `told`."""
+    worst = max(row["sparsity"] for row in rows)
+    mine, plain = (
+        next(row for row in rows if (row["sparsity"], row["rectify"]) == (worst, mode)) for mode in (rectify, "none")
+    )
+    return (
+        f"{mine['attention']}: {mine['density']:.1%} of the query-key pairs, so at most "
+        f"{1 / mine['density']:.1f} times as fast; output error {mine['relative_error']:.3f} where "
+        f"{plain['attention']} has {plain['relative_error']:.3f}."
+    )
 
 
 def _title(name: str, result: HeadResult) -> str:

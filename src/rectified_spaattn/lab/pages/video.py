@@ -1,4 +1,4 @@
-"""Videos that people can see: enlarged clips, labelled grids of clips, mp4 and PNG files."""
+"""Videos that people can see: enlarged clips, labelled grids of clips, mp4, PNG and animated WebP files."""
 
 import subprocess
 import textwrap
@@ -101,7 +101,7 @@ def write_clip(path: Path, clip: torch.Tensor, fps: int, width: int | None = Non
 
 
 def write_frames(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
-    """A .png of the first frame, or else an mp4, where an odd side gains the pixel that H.264 asks for.
+    """A .png of the first frame, an animated .webp, or else an mp4, where an odd side gains the pixel of H.264.
 
     frames: uint8 [T, H, W, 3]. Raises ValueError for another array, OSError where the file cannot be written, the
     encoder fails or its file lacks frames; then `path` is as it was.
@@ -110,6 +110,10 @@ def write_frames(path: Path, frames: np.ndarray, fps: int = FPS) -> None:
         raise ValueError(f"frames: got {frames.dtype} {frames.shape}; allowed: uint8 [T, H, W, 3].")
     if path.suffix == ".png":
         write_atomically(path, lambda to: Image.fromarray(frames[0]).save(to, optimize=True))
+    elif path.suffix == ".webp":
+        first, *rest = [Image.fromarray(frame) for frame in frames]
+        timing = {"save_all": True, "append_images": rest, "duration": 1000 // fps, "loop": 0}
+        write_atomically(path, lambda to: first.save(to, format="WEBP", quality=80, method=2, **timing))
     else:
         write_atomically(path, lambda to: _encode(to, even(frames), fps, str(path)))
 

@@ -1,0 +1,27 @@
+"""The part of the page that shows a result, as HTML."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .studio import Column, figures, video_uri, wall
+
+HERE = Path(__file__).parent
+
+
+def result_html(columns: Sequence[Column], fps: int) -> str:
+    """The clips beside each other, their differences, the wipe, and the figures."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    values: dict[str, object] = {"columns": [figures(each) for each in columns], "uri": video_uri(wall(columns), fps)}
+    values["caption"] = columns[0].clip.pair.caption()
+    return environment.get_template("result.html").render(**values)
+
+
+def head() -> str:
+    """The script that plays it."""
+    return f"<script>{(HERE / 'wall.js').read_text(encoding='utf-8')}</script>"
+
+
+def style() -> str:
+    return (HERE / "wall.css").read_text(encoding="utf-8")
