@@ -135,7 +135,7 @@ def test_float64_is_for_the_reference_only(backend: str) -> None:
         ({"scale": torch.tensor(0.1)}, TypeError, "tensor", "number"),
         ({"backend": "cuda"}, ValueError, "'cuda'", "'torch'"),
         ({"backend": ""}, ValueError, "''", "'auto'"),
-        ({"backend": None}, ValueError, "None", "'reference'"),
+        ({"backend": None}, TypeError, "None", "'reference'"),
         ({"layout": None}, TypeError, "NoneType", "TokenLayout"),
         ({"layout": (2, 4, 4)}, TypeError, "tuple", "TokenLayout.build"),
         ({"config": {"sparsity": 0.5}}, TypeError, "dict", "SparseConfig"),

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import rectified_spaattn as rsa
 import tiny_models
 from model_cases import CASES, build
+from rectified_spaattn import kept_plans
 from rectified_spaattn.lab.calls.capture import capture_attention
-from rectified_spaattn.pipelines import state
 from rectified_spaattn.pipelines.state import LayerState
 from rectified_spaattn.pipelines.tokens import raster_grid
 from tiny_models import BATCH, IMAGE, TEXT, VIDEO, noise
@@ -196,7 +196,7 @@ def test_hunyuan_15_leaves_out_what_is_padding_in_every_row(
         lengths.append(layout.text)
         return rsa.rectified_attention(q, k, v, layout, *rest, **more)
 
-    monkeypatch.setattr(state, "rectified_attention", recorded)
+    monkeypatch.setattr(kept_plans, "rectified_attention", recorded)
     with rsa.enable(model, sparsity=0.8, **PLAIN):
         both = forward(model, inputs)
         first, second = ({key: value[row : row + 1] for key, value in inputs.items()} for row in range(BATCH))
