@@ -241,7 +241,6 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], problem: str
     "config",
     [
         SparseConfig(block_size=64),
-        SparseConfig(block_size=64, rectify="row", order="gilbert"),
         SparseConfig.paper(block_size=64),
     ],
     ids=str,
