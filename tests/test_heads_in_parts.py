@@ -60,3 +60,5 @@ def test_how_many_parts_there_are(room, parts, monkeypatch):
     assert ops._parts(inputs) == 1  # a small call does not ask
     monkeypatch.setattr(ops, "SMALL", 0)
     assert min(8, ops._parts(inputs)) == parts
+    in_8_bits = inputs._replace(config=inputs.config.replace(precision="fp8"))
+    assert min(8, ops._parts(in_8_bits)) >= (2 if room == 1.3 else parts)  # two thirds more

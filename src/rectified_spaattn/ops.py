@@ -148,6 +148,8 @@ def _parts(inputs: Inputs) -> int:
     copies, count = sum(x.nbytes for x in inputs[:3]), inputs.blocks.num_blocks
     if copies < SMALL:
         return 1
+    if inputs.config.precision != "inputs":  # k and v once more in 8 bits, and the output of the listed blocks
+        copies += inputs.q.nbytes + (inputs.k.nbytes + inputs.v.nbytes) // 2
     planning = 20 * inputs.q.shape[0] * inputs.q.shape[2] * count * count  # bytes of what is as large as block masks
     room = _room(inputs.q.device) - inputs.q.nbytes
     if copies + planning <= 0.8 * room:
