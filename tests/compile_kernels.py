@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from rectified_spaattn.backends.triton import columns_of
 from rectified_spaattn.backends.triton.arrange import _directions_kernel, _halve_kernel, _project_kernel
 from rectified_spaattn.backends.triton.attend import _attend_kernel, tiling_of
-from rectified_spaattn.backends.triton.eight_bits import _listed_kernel, _quantise_kernel
+from rectified_spaattn.backends.triton.eight_bits import _listed_kernel, _quantise_kernel, most
 from rectified_spaattn.backends.triton.eight_bits import tiling_of as tiling_in_8_bits
 from rectified_spaattn.backends.triton.plan import (
     _compensate_kernel,
@@ -216,16 +216,16 @@ def attend_kernel(
 
 def listed_kernel(arch: str, block: int, head_dim: int, values: bool) -> Kernel:
     """values: whether they are in 8 bits, too."""
-    tiling = tiling_in_8_bits(arch, block, head_dim, values)
+    tiling = tiling_in_8_bits(arch, block, head_dim)
     constants = {"BLOCK": block, "HEAD_DIM": head_dim, "COLUMNS": columns_of(head_dim), "WIDEN": False, "ROOM": 8}
     constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "VALUES": values}
-    constants["K_MAX"] = 448.0 if values else 127.0
+    constants["MOST"] = most(values)
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     return kernel(f"listed {block}x{head_dim} values={values}", _listed_kernel, constants, **options)
 
 
 def quantise_kernel(values: bool) -> Kernel:
-    constants = {"BLOCK": 128, "HEAD_DIM": 128, "COLUMNS": 128, "INTEGERS": not values}
+    constants = {"BLOCK": 128, "HEAD_DIM": 128, "COLUMNS": 128, "MOST": most(values), "VALUES": values}
     return kernel(f"quantise values={values}", _quantise_kernel, constants)
 
 
@@ -245,7 +245,7 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
             return f"tensordesc<{'fp8e4nv' if constants['VALUES'] else 'i8'}[{rows},{columns}]>"
         return f"tensordesc<{f'fp8e4nv[{columns},{rows}]' if constants['VALUES'] else f'{x}[{rows},{columns}]'}>"
     if argument in ("k8_ptr", "v8_ptr"):
-        return "*i8" if constants["INTEGERS"] else "*fp8e4nv"
+        return "*fp8e4nv" if constants["VALUES"] else "*i8"
     if argument.endswith("_desc"):
         rows = constants["BLOCK_M" if argument.startswith("q_") else "PART" if argument == "slope_desc" else "BLOCK_N"]
         columns = constants["PART" if argument == "q_part_desc" else "COLUMNS"]

@@ -42,6 +42,11 @@ class Backend(NamedTuple):
     copies: bool = False
 
 
+def why_not_8_bits(call: Call) -> str | None:
+    """Of every backend but triton."""
+    return None if call.precision == "inputs" else f"precision {call.precision!r}, which triton runs"
+
+
 def installed_version(package: str) -> str | None:
     """Version of an installed distribution, without importing it; None where it is not installed."""
     try:

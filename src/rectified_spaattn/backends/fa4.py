@@ -5,7 +5,7 @@ import torch
 from ..method.apart import attend_apart
 from ..method.inputs import Inputs
 from . import triton
-from .calls import Call, installed_version
+from .calls import Call, installed_version, why_not_8_bits
 
 PACKAGE = "flash-attn-4"
 
@@ -14,8 +14,9 @@ def why_not(call: Call) -> str | None:
     reason = triton.why_not(call)
     if reason is not None:
         return reason
-    if call.precision != "inputs":
-        return f"precision {call.precision!r}, which triton runs"
+    reason = why_not_8_bits(call)
+    if reason is not None:
+        return reason
     if installed_version(PACKAGE) is None:
         return f"{PACKAGE} is not installed (pip install --pre {PACKAGE})"
     if call.device.type != "cuda" or torch.version.hip is not None:

@@ -5,7 +5,7 @@ import torch
 from ..method.inputs import Inputs
 from ..method.plan import Choices
 from ..method.reference import reference
-from .calls import Backend, Call
+from .calls import Backend, Call, why_not_8_bits
 from .torch import sort
 
 
@@ -15,7 +15,8 @@ def _plan(inputs: Inputs) -> tuple[Choices, torch.Tensor]:
 
 
 def why_not(call: Call) -> str | None:
-    return None if call.precision == "inputs" else f"precision {call.precision!r}, which triton runs: it is exact"
+    reason = why_not_8_bits(call)
+    return None if reason is None else f"{reason}: it is exact"
 
 
 BACKEND = Backend(why_not=why_not, sorting="torch", sort=sort, plan=_plan, attend=lambda inputs, out: out)

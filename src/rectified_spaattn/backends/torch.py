@@ -11,7 +11,7 @@ from ..method.arrange import content_order
 from ..method.inputs import Inputs
 from ..method.plan import Choices, decide
 from ..method.rectify import Rectification
-from .calls import Backend, Call
+from .calls import Backend, Call, why_not_8_bits
 
 # Gathered keys and values of one SDPA call: bounded memory, and enough work to be worth the call (measured on a CPU).
 _CHUNK_BYTES_CPU = 32 << 20
@@ -41,7 +41,7 @@ class Sample(NamedTuple):
 def why_not(call: Call) -> str | None:
     if call.dtype == torch.float64:
         return "float64 runs on backend='reference' only"
-    return None if call.precision == "inputs" else f"precision {call.precision!r}, which triton runs"
+    return why_not_8_bits(call)
 
 
 def sort(inputs: Inputs) -> torch.Tensor:

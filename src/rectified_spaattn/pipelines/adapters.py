@@ -65,10 +65,6 @@ def _attentions_of(**lists: str) -> Callable[[nn.Module], list[tuple[str, nn.Mod
     return find
 
 
-def _always(name: str) -> Always:
-    return Always(name)
-
-
 def _wan_preset(model: nn.Module, pipeline: Any) -> str:
     config: Any = model.config
     if getattr(getattr(pipeline, "config", None), "expand_timesteps", False) or config.in_channels == 48:
@@ -132,7 +128,7 @@ def _sd3_attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 _JOINT = _attentions_of(transformer_blocks="attn", single_transformer_blocks="attn")
-_VIDEO = _always("video")
+_VIDEO = Always("video")
 _WAN = _attentions_of(blocks="attn1")
 _ATTN = _attentions_of(transformer_blocks="attn")
 _ATTN1 = _attentions_of(transformer_blocks="attn1")
@@ -140,16 +136,16 @@ _TEXT = joint_text("encoder_hidden_states")
 
 ADAPTERS: dict[str, Adapter] = {
     "HunyuanVideoTransformer3DModel": Adapter(
-        attentions=_JOINT, layouts=joint(tokens.video_grid, _TEXT), preset=_always("hunyuan-video-t2v")
+        attentions=_JOINT, layouts=joint(tokens.video_grid, _TEXT), preset=Always("hunyuan-video-t2v")
     ),
     "HunyuanVideo15Transformer3DModel": Adapter(
         attentions=_ATTN,
         layouts=joint(tokens.video_grid, joint_text(*tokens.HUNYUAN15_TEXT)),
         padding=tokens.hunyuan15_padding,
-        preset=_always("hunyuan-video-t2v"),
+        preset=Always("hunyuan-video-t2v"),
     ),
     "HunyuanVideoFramepackTransformer3DModel": Adapter(
-        attentions=_JOINT, layouts=packed.framepack, preset=_always("hunyuan-video-t2v")
+        attentions=_JOINT, layouts=packed.framepack, preset=Always("hunyuan-video-t2v")
     ),
     "WanTransformer3DModel": Adapter(attentions=_WAN, layouts=joint(tokens.video_grid), preset=_wan_preset),
     "WanVACETransformer3DModel": Adapter(
@@ -158,16 +154,16 @@ ADAPTERS: dict[str, Adapter] = {
         preset=_wan_preset,
     ),
     "WanAnimateTransformer3DModel": Adapter(
-        attentions=_WAN, layouts=joint(tokens.video_grid), preset=_always("wan2.1-i2v")
+        attentions=_WAN, layouts=joint(tokens.video_grid), preset=Always("wan2.1-i2v")
     ),
     "SkyReelsV2Transformer3DModel": Adapter(
         attentions=_WAN, layouts=joint(tokens.bidirectional_grid), preset=_skyreels_preset
     ),
     "ChronoEditTransformer3DModel": Adapter(
-        attentions=_WAN, layouts=joint(tokens.video_grid), preset=_always("wan2.1-i2v")
+        attentions=_WAN, layouts=joint(tokens.video_grid), preset=Always("wan2.1-i2v")
     ),
     "AnyFlowTransformer3DModel": Adapter(
-        attentions=_WAN, layouts=joint(tokens.frames_first_grid), preset=_always("wan2.1-t2v")
+        attentions=_WAN, layouts=joint(tokens.frames_first_grid), preset=Always("wan2.1-t2v")
     ),
     "CogVideoXTransformer3DModel": Adapter(
         attentions=_ATTN1,
@@ -177,7 +173,7 @@ ADAPTERS: dict[str, Adapter] = {
     "ConsisIDTransformer3DModel": Adapter(
         attentions=_ATTN1,
         layouts=joint(tokens.frames_first_grid, _TEXT, text_first=True),
-        preset=_always("cogvideox1.5-i2v"),
+        preset=Always("cogvideox1.5-i2v"),
     ),
     "LTXVideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset=_VIDEO),
     "LTX2VideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset=_VIDEO),
@@ -218,7 +214,7 @@ ADAPTERS: dict[str, Adapter] = {
     "FluxTransformer2DModel": Adapter(
         attentions=_JOINT,
         layouts=joint(tokens.image_grid, _TEXT, text_first=True),
-        preset=_always("flux.1-dev-4096"),
+        preset=Always("flux.1-dev-4096"),
     ),
     "Flux2Transformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
     "Flux3Transformer2DModel": Adapter(

@@ -56,6 +56,14 @@ class Partial(NamedTuple):
     isolated: bool = True
 
 
+def arch_of(device: torch.device) -> str:
+    """What tilings go by: "hip", or the compute capability as in "90"; the interpreter on a CPU takes Hopper's."""
+    if torch.version.hip:
+        return "hip"
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return f"{major}{minor}"
+
+
 def columns_of(head_dim: int) -> int:
     """How wide a tile of whole heads is: a power of two. Its columns from head_dim on are zeros."""
     return 1 << (head_dim - 1).bit_length()

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...method.inputs import Inputs
-from . import Partial, Prepared, columns_of
+from . import Partial, Prepared, arch_of, columns_of
 
 
 class Tiling(NamedTuple):
@@ -40,7 +40,7 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     b, num_blocks = inputs.blocks.block_size, inputs.blocks.num_blocks
     out = inputs.new_out()
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
-    tiling = tiling_for(out.device, b, head_dim, resume=partial is not None)
+    tiling = tiling_of(arch_of(out.device), b, head_dim, resume=partial is not None)
     # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never read
     pool = (tiled.q, tiled.q) if tail is None else (tail.k, tail.v)
     keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail, *pool))
@@ -50,7 +50,7 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
         turns = lists.counts.argsort(dim=-1, descending=True, stable=True).int()
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
-        _rows_of(tiled.q, tiling.block_m), *(_rows_of(x, tiling.block_n) for x in keys),
+        rows_of(tiled.q, tiling.block_m), *(rows_of(x, tiling.block_n) for x in keys),
         *((None, None) if slope is None else _for_slope(tiled.q, slope, tiling)),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tail and tail.bias,
         tiled.places, turns, r, c,
@@ -67,7 +67,7 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     return out, lse
 
 
-def _rows_of(x: torch.Tensor, count: int) -> TensorDescriptor:
+def rows_of(x: torch.Tensor, count: int) -> TensorDescriptor:
     """x: [..., D], contiguous, read `count` rows at a time, with zeros up to a power of two behind them."""
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [count, columns_of(x.shape[-1])])
 
@@ -75,15 +75,7 @@ def _rows_of(x: torch.Tensor, count: int) -> TensorDescriptor:
 def _for_slope(q: torch.Tensor, slope: torch.Tensor, tiling: Tiling) -> tuple[TensorDescriptor, TensorDescriptor]:
     """Both factors of q @ slope in parts of so many columns and rows that they fill a head."""
     part = math.gcd(tiling.block_n, q.shape[-1])
-    return TensorDescriptor.from_tensor(q.view(-1, q.shape[-1]), [tiling.block_m, part]), _rows_of(slope, part)
-
-
-def tiling_for(device: torch.device, block: int, head_dim: int, resume: bool) -> Tiling:
-    """The tiling of a GPU; the interpreter on a CPU takes Hopper's."""
-    if torch.version.hip:
-        return tiling_of("hip", block, head_dim, resume)
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return tiling_of(f"{major}{minor}", block, head_dim, resume)
+    return TensorDescriptor.from_tensor(q.view(-1, q.shape[-1]), [tiling.block_m, part]), rows_of(slope, part)
 
 
 def tiling_of(arch: str, block: int, head_dim: int, resume: bool) -> Tiling:

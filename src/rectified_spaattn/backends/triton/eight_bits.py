@@ -14,10 +14,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...method.arrange import sample_of
 from ...method.inputs import Inputs
-from . import Partial, Prepared, columns_of, interpreted
+from . import Partial, Prepared, arch_of, columns_of, interpreted
+from .attend import rows_of
 from .tile import Tiled
 
-INT8_MAX, FP8_MAX = 127.0, 448.0
 _ROOM = 8  # weights of fp8 values are in [0, 2^8]: e4m3 holds down to 2^-9
 
 
@@ -55,57 +55,58 @@ def listed_blocks(inputs: Inputs, prepared: Prepared) -> Partial:
     of = quantise(inputs, tiled)
     out = torch.empty_like(tiled.q)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
-    tiling = tiling_for(out.device, b, head_dim, of.v is not None)
+    tiling = tiling_of(arch_of(out.device), b, head_dim)
     turns = lists.counts[..., :nb].argsort(dim=-1, descending=True, stable=True).int()
     columns = columns_of(head_dim)
     if of.v is None:
-        v_desc = TensorDescriptor.from_tensor(tiled.v.view(-1, head_dim), [tiling.block_n, columns])
+        v_desc = rows_of(tiled.v, tiling.block_n)
     else:
         v_desc = TensorDescriptor.from_tensor(of.v.view(-1, b), [columns, tiling.block_n])
     _listed_kernel[(rows // tiling.block_m, batch * heads)](
-        TensorDescriptor.from_tensor(tiled.q.view(-1, head_dim), [tiling.block_m, columns]),
-        TensorDescriptor.from_tensor(of.k.view(-1, head_dim), [tiling.block_n, columns]), v_desc,
+        rows_of(tiled.q, tiling.block_m), rows_of(of.k, tiling.block_n), v_desc,
         of.k_scale, of.v_scale, of.v_scale.nan_to_num(0.0).amax(-1), of.k_shift, of.v_shift,
         lists.counts, lists.indices, turns, out, lse, inputs.group, nb, rows, inputs.scale / math.log(2),
         BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim, COLUMNS=columns,
-        K_MAX=INT8_MAX if of.k.dtype == torch.int8 else FP8_MAX, VALUES=of.v is not None, ROOM=_ROOM,
+        MOST=most(of.v is not None), VALUES=of.v is not None, ROOM=_ROOM,
         WIDEN=interpreted(), num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
     return Partial(out, lse, isolated=False)
 
 
-def tiling_for(device: torch.device, block: int, head_dim: int, values: bool) -> Tiling:
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-    return tiling_of(f"{major}{minor}", block, head_dim, values)
-
-
-def tiling_of(arch: str, block: int, head_dim: int, values: bool) -> Tiling:
-    """arch: the compute capability, as in "90": shared memory is 99 KiB, or 163 and more. values: in 8 bits, too."""
+def tiling_of(arch: str, block: int, head_dim: int) -> Tiling:
+    """arch: the compute capability, as in "90": shared memory is 99 KiB, or 163 and more."""
     if arch in ("80", "90", "100", "103"):
         return Tiling(64, min(block, 128) if head_dim <= 128 else 64, 4, 2)
     return Tiling(64, 64 if head_dim <= 128 else 32, 4, 2)
+
+
+def most(values: bool) -> float:
+    """The largest number: of e4m3 where values are in 8 bits, too, else of int8."""
+    return 448.0 if values else 127.0
 
 
 def quantise(inputs: Inputs, tiled: Tiled) -> Quantised:
     batch, key_heads, _, head_dim = tiled.k.shape
     b, nb = inputs.blocks.block_size, inputs.blocks.num_blocks
     values = inputs.config.precision == "fp8"
-    k_shift, v_shift = (
-        sample_of(x, inputs.blocks.tiled).mean(1).nan_to_num(0.0, 0.0, 0.0).view(batch, key_heads, head_dim)
-        for x in (inputs.k, inputs.v)
-    )
+    k_shift = _shift(inputs.k, inputs)
+    v_shift = _shift(inputs.v, inputs) if values else torch.zeros_like(k_shift)
     k_scale, v_scale = torch.ones(2, batch, key_heads, nb, dtype=torch.float32, device=tiled.k.device)
     k8 = torch.empty_like(tiled.k, dtype=torch.float8_e4m3fn if values else torch.int8)
     v8 = None
     if values:
         v8 = tiled.v.new_empty(batch, key_heads, nb, head_dim, b, dtype=torch.float8_e4m3fn)
-    else:
-        v_shift = torch.zeros_like(v_shift)
     _quantise_kernel[(nb, batch * key_heads, 2 if values else 1)](
         tiled.k, tiled.v, k_shift, v_shift, k8, v8, k_scale, v_scale, nb,
-        BLOCK=b, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim), INTEGERS=not values, num_warps=4,
+        BLOCK=b, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim), MOST=most(values), VALUES=values, num_warps=4,
     )  # fmt: skip
     return Quantised(k8, v8, k_scale, v_scale, k_shift, v_shift)
+
+
+def _shift(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """[B, Hk, D], the mean of a sample of x [B, S, Hk, D]; 0 where that is not finite."""
+    sample = sample_of(x, inputs.blocks.tiled)
+    return sample.mean(1).nan_to_num(0.0, 0.0, 0.0).view(len(x), x.shape[2], x.shape[3])
 
 
 @triton.jit
@@ -124,7 +125,8 @@ def _scaled(x_ptr, shift_ptr, scale_ptr, at, i, d, HEAD_DIM: tl.constexpr, MOST:
 @triton.jit
 def _quantise_kernel(
     k_ptr, v_ptr, k_shift_ptr, v_shift_ptr, k8_ptr, v8_ptr, k_scale_ptr, v_scale_ptr, num_blocks,
-    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, INTEGERS: tl.constexpr,
+    BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, MOST: tl.constexpr,
+    VALUES: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     at = head * num_blocks + tl.program_id(0)
@@ -134,15 +136,14 @@ def _quantise_kernel(
     there = d[None, :] < HEAD_DIM
     if tl.program_id(2) == 0:
         # [BLOCK, COLUMNS]
-        x = _scaled(k_ptr + first, k_shift_ptr + head * HEAD_DIM, k_scale_ptr, at, i, d, HEAD_DIM,
-                    127.0 if INTEGERS else 448.0)  # fmt: skip
-        if INTEGERS:
+        x = _scaled(k_ptr + first, k_shift_ptr + head * HEAD_DIM, k_scale_ptr, at, i, d, HEAD_DIM, MOST)
+        if not VALUES:
             x = tl.floor(x + 0.5)
         to = k8_ptr + first + i[:, None] * HEAD_DIM + d[None, :]
         tl.store(to, x.to(k8_ptr.dtype.element_ty), mask=there)
-    elif not INTEGERS:
+    elif VALUES:
         # [COLUMNS, BLOCK]: tensor cores take 8-bit values key by key
-        x_v = _scaled(v_ptr + first, v_shift_ptr + head * HEAD_DIM, v_scale_ptr, at, i, d, HEAD_DIM, 448.0).T
+        x_v = _scaled(v_ptr + first, v_shift_ptr + head * HEAD_DIM, v_scale_ptr, at, i, d, HEAD_DIM, MOST).T
         to_v = v8_ptr + first + d[:, None] * BLOCK + i[None, :]
         tl.store(to_v, x_v.to(v8_ptr.dtype.element_ty), mask=d[:, None] < HEAD_DIM)
 
@@ -160,7 +161,7 @@ def _listed_kernel(
     q_desc, k_desc, v_desc, k_scale_ptr, v_scale_ptr, v_most_ptr, k_shift_ptr, v_shift_ptr,
     count_ptr, index_ptr, turn_ptr, out_ptr, lse_ptr, group, num_blocks, rows, scale,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    K_MAX: tl.constexpr, VALUES: tl.constexpr, ROOM: tl.constexpr, WIDEN: tl.constexpr,
+    MOST: tl.constexpr, VALUES: tl.constexpr, ROOM: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     key_head = head // group
@@ -179,9 +180,9 @@ def _listed_kernel(
     k_shift = tl.load(k_shift_ptr + key_head * HEAD_DIM + d, mask=there, other=0.0)
     # [BLOCK_M]
     shared = tl.sum(q * k_shift[None, :], 1) * scale
-    q_scale = tl.where(shared == shared, tl.maximum(tl.max(tl.abs(q), 1) / K_MAX, 1e-30), shared)
+    q_scale = tl.where(shared == shared, tl.maximum(tl.max(tl.abs(q), 1) / MOST, 1e-30), shared)
     q = q / q_scale[:, None]
-    if K_MAX == 127.0:
+    if not VALUES:
         q = tl.floor(q + 0.5)
     # [BLOCK_M, COLUMNS]
     q8 = q.to(k_desc.dtype)
