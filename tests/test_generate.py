@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import rectified_spaattn
 import tiny
+import tiny_pipelines
 from clip_runs import HUNYUAN, WAN, generate, told
 from rectified_spaattn.config import SparseConfig
 from rectified_spaattn.lab.clips import clip, models, single
@@ -207,10 +208,35 @@ def test_teacache_skips_steps_of_the_sparse_run_and_none_of_full_attention(model
     assert out.read_bytes() != (tmp_path / "plain.mp4").read_bytes()
 
 
+def test_a_pipeline_without_a_step_callback_is_watched_by_its_progress_bar() -> None:
+    """HunyuanVideo 1.5; an exception leaves no bar of ours behind, either."""
+    pipeline = tiny_pipelines.hunyuan15()
+    arguments = tiny_pipelines.hunyuan15_arguments() | {"num_inference_steps": 3}
+    mode = clip.Mode(
+        name="sparse", label="", configs=(SparseConfig(block_size=16, sparsity=0.8, top_p=0.0, dense_steps=1),)
+    )
+    seen: list[tuple[int, int, float | None]] = []
+
+    def on_step(*step: Any) -> None:
+        seen.append(step)
+        if len(seen) == 5:
+            raise KeyError("stop")
+
+    [made] = clip.generate(pipeline, mode, [clip.Pair(prompt=None, seed=0)], arguments, on_step=on_step)  # type: ignore[arg-type]
+    assert [step[:2] for step in seen] == [(1, 3), (2, 3), (3, 3)]
+    assert made.densities[0] == 1.0
+    assert made.densities[1] == made.densities[2] == pytest.approx(made.density)
+    assert 0 < made.density < 0.7
+    assert len(made.steps) == 3
+    with pytest.raises(KeyError):
+        clip.generate(pipeline, mode, [clip.Pair(prompt=None, seed=0)], arguments, on_step=on_step)  # type: ignore[arg-type]
+    assert "progress_bar" not in vars(pipeline)
+
+
 def test_nothing_stays_on_where_something_that_was_asked_for_cannot_be_had() -> None:
     pipe = tiny.wan_pipeline()
     before = [block.attn1.processor for block in pipe.transformer.blocks]
-    mode = clip.Mode(name="sparse", label="sparse", configs=(SparseConfig(block_size=16),), teacache=True)
+    mode = clip.clip.Mode(name="sparse", label="sparse", configs=(SparseConfig(block_size=16),), teacache=True)
     with (
         rectified_spaattn.enable_teacache(pipe),
         pytest.raises(ClipError, match="TeaCache is enabled on"),

@@ -183,8 +183,9 @@ class EvaluateOptions(ModelOptions):
     seeds: int = option("Clips a prompt, from seeds 0, 1, ...", 1)
     config: tuple[Path, ...] = option("YAML file with fields of SparseConfig; may be repeated.", ())
     preset: tuple[str, ...] = option("Settings by name, as `generate --preset` has them; may be repeated.", ())
-    rectify: tuple[str, ...] = option("This and the next three may be repeated.", (), choices=tuple(RECTIFY))
+    rectify: tuple[str, ...] = option("This and the next four may be repeated.", (), choices=tuple(RECTIFY))
     sparsity: tuple[float, ...] = option("Share of blocks to drop.", ())
+    tolerance: tuple[float, ...] = option("Errors of a call to hold, in place of a sparsity.", ())
     block_size: tuple[int, ...] = option("Tokens a block.", ())
     order: tuple[str, ...] = option("How blocks are made.", (), choices=ORDERS)
     top_p: float | None = option("Least attention mass the kept blocks hold.", None)
@@ -205,6 +206,11 @@ class EvaluateOptions(ModelOptions):
             preset_of(name)
         if self.floor_kernel is not None:
             check_choice("floor_kernel", self.floor_kernel, FLOOR_KERNELS)
+        if self.sparsity and self.tolerance:
+            raise ValueError(
+                "tolerance: got --sparsity, too; allowed: one of the two, as blocks follow one of them. A --config "
+                "file may hold both: a run with a tolerance starts from its sparsity."
+            )
         if self.overrides() and (self.config or self.preset) and not any(self.grid().values()):
             raise ValueError(
                 f"{', '.join(self.overrides())}: got a value, but only --config files and presets; allowed: with grid "
@@ -221,7 +227,8 @@ class EvaluateOptions(ModelOptions):
 
     def grid(self) -> dict[str, tuple[Any, ...]]:
         """The values to combine; an empty one keeps the model's own."""
-        return {name: tuple(getattr(self, name)) for name in ("sparsity", "rectify", "block_size", "order")}
+        names = ("sparsity", "tolerance", "rectify", "block_size", "order")
+        return {name: tuple(getattr(self, name)) for name in names}
 
     def overrides(self) -> dict[str, Any]:
         """Other fields of SparseConfig that all combinations have."""
