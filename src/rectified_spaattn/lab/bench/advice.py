@@ -203,7 +203,7 @@ def _config_of(model: Model, pipeline: Any, settings: AdviseSettings) -> tuple[S
     name = settings.preset or model.preset
     if settings.preset is None and pipeline is not None:
         transformer = _on_meta(model, 1)
-        name = adapter_for(transformer).preset(transformer, pipeline)
+        name = adapter_for(transformer).preset_of(transformer, pipeline)
     return preset_of(name)[0].replace(**settings.overrides()), name
 
 
