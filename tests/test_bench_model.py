@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from rectified_spaattn.lab.bench.model_rows import Key
 from rectified_spaattn.lab.bench.models import MODELS, tiny
 from rectified_spaattn.lab.bench.rows import ForwardRow, ScheduleRow
 from rectified_spaattn.lab.bench.shapes import REMOVED, BenchError, Case, Variant
-from rectified_spaattn.lab.bench.weights import build, compile_blocks, exact, inputs_for, output, shallow_copy
+from rectified_spaattn.lab.bench.weights import (
+    build,
+    compile_blocks,
+    exact,
+    inputs_for,
+    output,
+    shallow_copy,
+    weight_bytes,
+)
 from rectified_spaattn.pipelines.state import LayerState
 from studies.rows import read_rows
 
@@ -93,6 +102,9 @@ def test_random_weights_are_made_in_half_precision_and_shared_by_copies(name: st
     assert not torch.equal(output(one, inputs), got)
     assert torch.equal(output(shallow_copy(whole, model, 2), inputs), got)
     assert torch.equal(output(build(model, 2, CPU, torch.bfloat16), inputs), got)  # the seed is fixed
+    complete = build(model, model.units, CPU, torch.bfloat16)
+    held = sum(parameter.nbytes for parameter in complete.parameters())
+    assert weight_bytes(whole, model, 2) == held > weight_bytes(whole, replace(model, units=2), 2)
     ours, stock = ({id(each) for each in m.attn_processors.values()} for m in (one, whole))
     assert not ours & stock
 
