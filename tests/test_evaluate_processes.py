@@ -3,19 +3,15 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import PartialState
 
 from clip_runs import PROMPTS, evaluate, rows, times
+from ranks import run_forked
 from rectified_spaattn.lab.clips.folder import LOCK, MANIFEST, Folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,26 +43,6 @@ def test_a_folder_that_another_run_works_in_is_refused_until_that_one_is_dead(ar
         pass
 
 
-def forked(run: Callable[[], int]) -> int:
-    """The id of a process that has imported everything already, runs, and ends with what that gives."""
-    number = os.fork()
-    if number:
-        return number
-    code = 70
-    try:
-        PartialState._reset_state()  # of the process that it comes from
-        code = run()
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def ended(number: int) -> int:
-    """Its exit code, or less than zero: the signal that it died of."""
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-
-
 def evaluate_until_killed(arguments: list[str], out: Path) -> int:
     """Dies where the record of the sixth clip is written but not in its place yet: that is the 16th file, after the
     mark, the manifest, two references, six videos and five records.
@@ -87,7 +63,8 @@ def test_a_killed_run_goes_on_and_loses_nothing(
     arguments: list[str], finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    assert ended(forked(lambda: evaluate_until_killed(arguments, out))) == -signal.SIGKILL
+    [(code, printed)] = run_forked(1, lambda rank: evaluate_until_killed(arguments, out))
+    assert code == -signal.SIGKILL, printed
     before = times(out, "clips/*/[0-9]*.json")
     assert len(before) == 5
     assert len(list(out.rglob(".partial-*"))) == 1
@@ -104,17 +81,13 @@ def test_a_killed_run_goes_on_and_loses_nothing(
 def test_two_processes_give_the_same_table(arguments: list[str], finished: tuple[Path, str], tmp_path: Path) -> None:
     """As torchrun and accelerate start them, without the launcher."""
     out = tmp_path / "out"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
 
-    def work(rank: str) -> int:
-        os.environ.update(meeting, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE="2")
+    def work(rank: int) -> int:
         result = evaluate(arguments, out)
         print(result.output)
         return result.exit_code
 
-    both = [forked(partial(work, rank)) for rank in "01"]
-    assert [ended(each) for each in both] == [0, 0]
+    both = run_forked(2, work)
+    assert [code for code, _ in both] == [0, 0], both
     assert json.loads((out / MANIFEST).read_text())["processes"] == 2
     assert rows(out) == rows(finished[0])
