@@ -42,13 +42,14 @@ class _CaseRow(_ConfigRow):
     dtype: str
     kind: str
     name: str
+    precision: str = "inputs"
     density: float | None = None
 
     @property
     def label(self) -> str:
         """What ran, in words."""
         words = {"dense": f"dense {self.name}", "peer": f"peer {self.name}", "removed": "attention removed"}
-        return words.get(self.kind, self.name)
+        return words.get(self.kind, Variant(self.kind, self.name, precision=self.precision).title)
 
 
 @dataclass(frozen=True, kw_only=True)

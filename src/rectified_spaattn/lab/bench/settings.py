@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from ...config import BACKEND_NAMES, SparseConfig
+from ...config import BACKEND_NAMES, Precision, SparseConfig
 from ...presets import preset
 from ..machine import DEVICES, check_device, device_of
 from ..option import ConfigOptions, check_options, given, option
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .rows import Schedule
 
 FEWEST_REPEATS = 2  # for quartiles
+PRECISIONS = tuple(name for name in get_args(Precision) if name != "auto")
 TIMED_BACKENDS = tuple(name for name in BACKEND_NAMES if name != "reference")  # the oracle is not timed
 
 
@@ -72,6 +73,7 @@ class OpSettings(BenchSettings):
     """One run. Raises ValueError or TypeError for values out of range.
 
     baseline, backend: empty for every one that can run; one that is named and cannot is an error. peer: empty for none.
+    precision: each on the backends that have it; one that none of them has is an error.
     """
 
     shape: tuple[str, ...] = option("May be repeated.", (), choices=tuple(SHAPES), unset="hunyuan-video")
@@ -79,6 +81,9 @@ class OpSettings(BenchSettings):
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.5, 0.7, 0.8, 0.8895, 0.95))
     kv_heads: int | None = option("Heads of keys and values, which those of queries share.", None, unset="all")
     backend: tuple[str, ...] = option("May be repeated.", (), choices=TIMED_BACKENDS, unset="all that can run")
+    precision: tuple[str, ...] = option(
+        "Of the products with kept blocks; may be repeated.", ("inputs",), choices=PRECISIONS
+    )
     peer: tuple[str, ...] = option("Others' kernels that are installed; may be repeated.", (), choices=PEER_NAMES)
 
     def __post_init__(self) -> None:

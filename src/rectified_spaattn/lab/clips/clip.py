@@ -123,7 +123,7 @@ def enabled(pipe: Any, mode: Mode, backend: str = "auto") -> Iterator[tuple[Hand
                 for name, config in sparse.configs().items():  # now, not after half the layers ran
                     model = getattr(pipe, name)
                     call = Call(pipe._execution_device, model.dtype, model.config.attention_head_dim, config.block_size)
-                    choose(backend, call._replace(precision=config.precision))
+                    choose(backend, call._replace(precision=config.least_precision))
             if mode.teacache:
                 teacache = stack.enter_context(enable_teacache(pipe, threshold=mode.threshold))
         except (TypeError, ValueError, RuntimeError) as error:
