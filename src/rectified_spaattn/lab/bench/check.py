@@ -122,8 +122,10 @@ def check_eight_bits(
     """As check_sample, of a call in 8 bits: against that in the inputs' precision with the same order and blocks."""
     config, layout, name = case.config_of(variant), case.layout(), str(variant)
     out, stats = rectified_attention(*qkv, layout, config, backend=variant.name, return_stats=True)
-    same = {"block_mask": stats.block_mask, "token_order": stats.token_order}
-    plain = rectified_attention(*qkv, layout, config.replace(precision="inputs"), backend=variant.name, **same)
+    plain = rectified_attention(
+        *qkv, layout, config.replace(precision="inputs"), backend=variant.name,
+        block_mask=stats.block_mask, token_order=stats.token_order,
+    )  # fmt: skip
     error = _largest(out - plain) / _largest(plain)
     return [require(Check(name, "that in the inputs' precision", error, _EIGHT_BITS))], stats.density
 
