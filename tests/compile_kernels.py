@@ -23,7 +23,7 @@ from rectified_spaattn.backends.triton.directions import tiling_of as tiling_of_
 from rectified_spaattn.backends.triton.eight_bits import _listed_kernel, _quantise_kernel, most
 from rectified_spaattn.backends.triton.eight_bits import tiling_of as tiling_in_8_bits
 from rectified_spaattn.backends.triton.plan import _compensate_kernel, _scores_kernel
-from rectified_spaattn.backends.triton.select import _leaders_kernel, _select_kernel, _turns_kernel
+from rectified_spaattn.backends.triton.select import _leaders_kernel, _narrow_kernel, _select_kernel, _turns_kernel
 from rectified_spaattn.backends.triton.slope import _mass_kernel, _slope_kernel
 from rectified_spaattn.backends.triton.tile import _tile_kernel
 
@@ -79,6 +79,7 @@ def kernels(arch: str) -> Iterator[Kernel]:
         yield kernel("turns", _turns_kernel, {"BLOCK": 64})
         yield select_kernel(8192, False, *SELECT_FLAGS)
         yield leaders_kernel(8192)
+        yield narrow_kernel(8192)
         yield mass_kernel()
     if arch == "hip":
         yield directions_kernel(arch, 256, True)
@@ -133,6 +134,7 @@ def every_variant() -> Iterator[Kernel]:
     yield select_kernel(8192, True, *SELECT_FLAGS)
     yield leaders_kernel(8192)
     yield leaders_kernel(64)
+    yield narrow_kernel(8192)
     yield mass_kernel()
     yield select_kernel(64, False)
     yield select_kernel(64, False, "COMPENSATE")
@@ -153,6 +155,11 @@ def scores_kernel(head_dim: int, gain: bool, tail: bool, rank: int = 0) -> Kerne
 
 def leaders_kernel(width: int) -> Kernel:
     return kernel(f"leaders {width}", _leaders_kernel, {"WIDTH": width}, num_warps=min(max(width // 512, 1), 16))
+
+
+def narrow_kernel(width: int) -> Kernel:
+    constants = {"WIDTH": width, "KNOWN": 3}
+    return kernel(f"narrow {width}", _narrow_kernel, constants, num_warps=min(max(width // 512, 1), 16))
 
 
 def mass_kernel() -> Kernel:
@@ -277,11 +284,12 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         return "i64" if model_strides or argument.endswith("_sb") else "i32"
     if kernel in ("_project_kernel", "_moments_kernel", "_halve_kernel") and argument == "places_ptr":
         return "*i64"
-    if argument == "tiled_ptr":
+    if argument in ("tiled_ptr", "budget_ptr"):
         return "*i64"
     if argument in (
         "room_ptr" if kernel == "_finish_kernel" else "from_ptr",
         "from_ptr",
+        "digits_ptr",
         "to_ptr",
         "order_ptr",
         "count_ptr",
