@@ -183,13 +183,6 @@ def test_inspect_the_demo_model_from_end_to_end(tmp_path: Path) -> None:
         assert text in page
 
 
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dot for every picture: drawing takes longer than what the tests below look at."""
-    dot = Image.new("RGB", (1, 1))
-    monkeypatch.setattr("rectified_spaattn.cli.inspect.maps_figure", lambda path, *_: dot.save(path))
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
     from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
