@@ -19,8 +19,7 @@ from .branches import MOST, Branches
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .ranks import Ranks, streams_of
-from .record import Record
-from .span import RunSpan
+from .record import Record, RunSpan
 
 OUTSIDE = "a call outside of the transformer's forward"
 

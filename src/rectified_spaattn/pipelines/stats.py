@@ -11,8 +11,7 @@ import torch
 
 from ..attention import percentiles
 from .balance import RankRecord
-from .record import Record
-from .span import devices_of, seconds_of
+from .record import Record, devices_of, seconds_of
 from .state import TransformerState
 from .watch import ALL_KEPT, Watch, is_replaced, lost_layers, nothing_saved, saves, shortened, uncalled_layers
 

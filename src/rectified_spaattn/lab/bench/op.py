@@ -7,9 +7,9 @@ import torch
 
 from ...attention import rectified_attention
 from ...backends import BACKENDS
-from .baselines import BASELINES, compared_with
+from .baselines import BASELINES, compared_with, sdpa
 from .check import Check, check_dense, check_eight_bits, check_sample, check_small
-from .peers import PEERS, Prepared, dense, relative_error
+from .peers import PEERS, Prepared, relative_error
 from .rows import Row, StageRow, case_columns, config_columns
 from .settings import FEWEST_REPEATS, TIMED_BACKENDS, OpSettings, runnable
 from .shapes import BenchError, Case, Tensors, Variant, Watch
@@ -112,7 +112,7 @@ def _precisions(case: Case, settings: OpSettings, backends: list[str]) -> tuple[
 def _errors(case: Case, sparse: list[Variant], peers: list[Variant], watch: Watch) -> dict[Variant, float | None]:
     """Of calls on smooth inputs, against dense attention."""
     qkv = case.smooth_inputs(1)
-    full, layout, errors = dense(qkv), case.layout(), dict[Variant, float | None]()
+    full, layout, errors = sdpa(*qkv), case.layout(), dict[Variant, float | None]()
     for number, each in enumerate((*sparse, *peers)):
         watch(f"{case.shape.name}: error of {each}", number, len(sparse) + len(peers))
         if each.kind == "peer":
