@@ -81,6 +81,9 @@ class ModelOptions:
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}; allowed: 1 or more.")
+        seed = getattr(self, "seed", 0)
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed: got {seed}; allowed: what PyTorch takes, -2**63 to 2**64 - 1.")
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("offload", self.offload, OFFLOADS)
         check_choice("backend", self.backend, ("auto", *BACKEND_NAMES))
