@@ -294,4 +294,4 @@ def presets_of(adapter: Adapter) -> tuple[str, ...]:
 
 def default_configs(model: nn.Module, pipeline: Any, name: str | None = None) -> tuple[SparseConfig, ...]:
     """The preset `name`, or else the one that fits a transformer."""
-    return preset_of(name or adapter_for(model).preset(model, pipeline))
+    return preset_of(adapter_for(model).preset(model, pipeline) if name is None else name)
