@@ -77,6 +77,9 @@ class ModelOptions:
     device: str = option("Where to run.", "auto", choices=DEVICES)
 
     def __post_init__(self) -> None:
+        seed = getattr(self, "seed", 0)
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed: got {seed}; allowed: what PyTorch takes, -2**63 to 2**64 - 1.")
         check_device(self.device)
         check_options(self)
         self.arguments()
