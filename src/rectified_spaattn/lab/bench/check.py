@@ -4,7 +4,7 @@ The error budget comes from what scaled_dot_product_attention does on the same n
 error, and rounding: one more in the dtype for R * sparse + C, and a few in float32, in which plans are made.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -122,10 +122,8 @@ def check_eight_bits(
     """As check_sample, of a call in 8 bits: against that in the inputs' precision with the same order and blocks."""
     config, layout, name = case.config_of(variant), case.layout(), str(variant)
     out, stats = rectified_attention(*qkv, layout, config, backend=variant.name, return_stats=True)
-    plain = rectified_attention(
-        *qkv, layout, config.replace(precision="inputs"), backend=variant.name,
-        block_mask=stats.block_mask, token_order=stats.token_order,
-    )  # fmt: skip
+    same: dict[str, Any] = {"block_mask": stats.block_mask, "token_order": stats.token_order}
+    plain = rectified_attention(*qkv, layout, config.replace(precision="inputs"), backend=variant.name, **same)
     error = _largest(out - plain) / _largest(plain)
     return [require(Check(name, "that in the inputs' precision", error, _EIGHT_BITS))], stats.density
 
