@@ -14,7 +14,7 @@ from clip_runs import PROMPTS, evaluate, rows, times
 from ranks import run_forked
 from rectified_spaattn.lab.clips.folder import LOCK, MANIFEST, Folder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 
 # Holds the lock of a folder until it is told to go.

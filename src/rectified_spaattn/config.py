@@ -293,6 +293,11 @@ def _check_replan(config: SparseConfig) -> None:
     object.__setattr__(config, "replan", int(replan))
     if not isinstance(config.kept_lists, bool):
         raise TypeError(f"kept_lists: got {config.kept_lists!r}; allowed: True or False.")
+    if config.kept_lists and replan == 1:
+        raise ValueError(
+            "kept_lists: got True with replan=1, which makes lists anew in every step; allowed: with a replan of 2 or "
+            "more, such as replan=4."
+        )
     if config.kept_lists and config.tolerance is not None:
         raise ValueError(
             f"kept_lists: got True with tolerance={config.tolerance}; allowed: False, as a tolerance says in every "

@@ -269,7 +269,7 @@ def adapter_for(model: nn.Module) -> Adapter:
 
 def default_configs(model: nn.Module, pipeline: Any, name: str | None = None) -> tuple[SparseConfig, ...]:
     """The preset `name`, or else the one that fits a transformer."""
-    return preset(name or adapter_for(model).preset_of(model, pipeline))
+    return preset(adapter_for(model).preset_of(model, pipeline) if name is None else name)
 
 
 class SupportedModel(NamedTuple):

@@ -99,7 +99,8 @@ def _backend(
     if handle is None:
         raise RuntimeError(
             f"The attention backend {BACKEND_NAME!r} was called by a processor it was not enabled for. "
-            "Use rectified_spaattn.enable(pipe); do not set the backend by its name."
+            "Do not set the backend by its name: disable, transformer.set_attention_backend('native'), and "
+            "rectified_spaattn.enable(pipe)."
         )
     if any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack()):
         if not torch.compiler.is_compiling():

@@ -40,7 +40,7 @@ def config_of(
     if preset != CUSTOM:
         return _preset_names()[preset].replace(tolerance=tolerance or None, replan=replan)
     words = dense_blocks.replace(",", " ").split()
-    if not all(word.isdigit() for word in words):
+    if not all(word.isdecimal() for word in words):
         raise ValueError(f"dense_blocks: got {dense_blocks!r}; allowed: block numbers from 0, such as '0, 1', or none.")
     config = SparseConfig.paper() if mode == PAPER else SparseConfig(rectify=mode)  # type: ignore[arg-type]
     return config.replace(

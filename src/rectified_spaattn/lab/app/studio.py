@@ -17,7 +17,7 @@ from ..clips.metrics import psnr, ssim
 from ..clips.models import Source, call_arguments, load, source_of, with_pictures
 from ..pages.html import data_uri
 from ..pages.styles import FULL
-from ..pages.video import FPS, difference, enlarge, write_frames
+from ..pages.video import FPS, check_encoder, difference, enlarge, write_frames
 from .choice import PLAIN, Choice, configs_of, plain_configs, same_pairs
 from .options import AppOptions
 
@@ -80,6 +80,8 @@ class Studio:
 def studio(options: AppOptions, device: torch.device) -> Studio:
     """The model, loaded. Raises ClipError or ValueError where it cannot be had."""
     source = source_of(options)
+    if source.makes_video:
+        check_encoder()
     arguments = with_pictures(call_arguments(source, options))
     arguments.pop("prompt", None)
     pipe = load(source, options, device)

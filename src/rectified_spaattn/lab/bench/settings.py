@@ -193,8 +193,8 @@ class AdviseSettings(ConfigOptions):
     device: str = option("Where to measure: a GPU alone.", "auto", choices=DEVICES)
 
     def __post_init__(self) -> None:
-        check_options(self)
         check_device(self.device)
+        check_options(self)
         self.config(**self.overrides())
 
     def overrides(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from ..demo_model.prompts import PROMPTS
 from ..option import given, option
 
 _SHOWN = tuple(name for name in RECTIFY if name != "none")
-_THE_PRESETS = {"unset": "the preset's"}
+_THE_PRESETS: dict[str, Any] = {"unset": "the preset's"}
 _THE_MIDDLE: dict[str, Any] = {"least": 0, "unset": "the middle one"}
 
 

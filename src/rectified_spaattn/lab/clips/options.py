@@ -77,8 +77,11 @@ class ModelOptions:
     device: str = option("Where to run.", "auto", choices=DEVICES)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        seed = getattr(self, "seed", 0)
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed: got {seed}; allowed: what PyTorch takes, -2**63 to 2**64 - 1.")
         check_device(self.device)
+        check_options(self)
         self.arguments()
         self.scheduler_changes()
 
@@ -247,8 +250,8 @@ class DemoOptions:
     weights: Path | None = option("Folder with weights of your own training.", None)
 
     def __post_init__(self) -> None:
-        check_options(self)
         check_device(self.device)
+        check_options(self)
         if self.size < 16 or self.size % 4:
             raise ValueError(f"size: got {self.size}; allowed: a multiple of 4 from 16 on, best 64.")
         if not self.sparsity or len({f"{100 * each:g}" for each in self.sparsity}) != len(self.sparsity):
