@@ -152,3 +152,13 @@ def test_every_layer_and_guidance_call_decides_for_itself_in_every_run(
     assert "3 looks chose fp8, where the error of a call was 0.1000, and 0.1005 in 8 bits" in summary
     assert "3 looks chose the inputs' precision, where the error of a call was 0.1000, and 0.1414 in 8" in summary
     assert "measured error of a head: median" in summary
+
+
+def test_heads_stay_with_the_rank_that_decided_on_them() -> None:
+    with rsa.enable(tiny.wan_transformer(), **RUN) as handle:
+        (state,) = handle._watch.states
+        state.ranks.add(torch.tensor([[0.1], [0.5]]))
+        state._deal_out(tuple(state.layers), torch.ones(3, 2), 1)
+        assert state.ranks.imbalance() > 0.1
+        assert not state.balanced
+        assert all(layer.heads is None for layer in state.layers)
