@@ -250,4 +250,5 @@ def settings_line(state: TransformerState) -> str:
     return (
         f"  {state.name} ({state.kind}): {len(state.layers)} layers,\n    {wanted}, "
         f"top_p {config.top_p:g}, rectify {config.rectify}, block {config.block_size}, order {config.order}"
+        + ("" if config.precision == "inputs" else f", precision {config.precision}")
     )
