@@ -81,19 +81,19 @@ def enable(
             _enable_one(model, adapter, attachments[-1], watch)
         for module in _run_first_or_last(pipeline):
             RunHook(attachments, watch).register(module)
+        needing = next((each.steps_wanted for each in watch.states if each.needs_steps), None)
+        if needing and not clock.tells_steps():
+            watch.said.add("step")
+            warnings.warn(
+                f"rectified_spaattn: {needing} needs the denoising step, which "
+                "only a pipeline tells, by its scheduler's step_index or its own current_timestep: until "
+                "handle.set_step(step, total) is called every step is sparse. Or pass dense_steps=0.",
+                stacklevel=2,
+            )
     except BaseException:
         for attachment in attachments:
             attachment.detach()
         raise
-    needing = next((each.steps_wanted for each in watch.states if each.needs_steps), None)
-    if needing and not clock.tells_steps():
-        watch.said.add("step")
-        warnings.warn(
-            f"rectified_spaattn: {needing} needs the denoising step, which "
-            "only a pipeline tells, by its scheduler's step_index or its own current_timestep: until "
-            "handle.set_step(step, total) is called every step is sparse. Or pass dense_steps=0.",
-            stacklevel=2,
-        )
     handle = Handle(attachments, clock, watch)
     _log.info("enable: %r", handle)
     return handle
