@@ -1,4 +1,4 @@
-"""`rectified-spaattn generate`: what it made is there at its end, whatever happened to its words and files meanwhile."""
+"""`rectified-spaattn generate`: what it made is there at the end, whatever became of its words and files."""
 
 from pathlib import Path
 from typing import Any
