@@ -9,7 +9,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...method.inputs import Inputs
-from . import Partial, Prepared, arch_of, columns_of
+from ..calls import triton_version
+from . import Partial, Prepared, arch_of, columns_of, interpreted
+
+GLUON_TRITON = ((3, 6), (3, 9))  # first and last
 
 
 class Tiling(NamedTuple):
@@ -40,14 +43,20 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     b, num_blocks = inputs.blocks.block_size, inputs.blocks.num_blocks
     out = inputs.new_out()
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
-    tiling = tiling_of(arch_of(out.device), b, head_dim, resume=partial is not None)
+    turns = None
+    if partial is None and inputs.config.rule.choice == "error":  # rows differ in length: the longest start first
+        turns = lists.counts.argsort(dim=-1, descending=True, stable=True).int()
+    arch = arch_of(out.device)
+    if partial is None and why_not_gluon(arch, b, head_dim) is None:
+        from . import hopper
+
+        hopper.launch(inputs, prepared, turns, out, lse)
+        return out, lse
+    tiling = tiling_of(arch, b, head_dim, resume=partial is not None)
     # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never read
     pool = (tiled.q, tiled.q) if tail is None else (tail.k, tail.v)
     keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail, *pool))
     before = (tiled.q, lse) if partial is None else partial[:2]  # not read without `partial`
-    turns = None
-    if partial is None and inputs.config.rule.choice == "error":  # rows differ in length: the longest start first
-        turns = lists.counts.argsort(dim=-1, descending=True, stable=True).int()
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
         rows_of(tiled.q, tiling.block_m), *(rows_of(x, tiling.block_n) for x in keys),
@@ -65,6 +74,18 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
     )  # fmt: skip
     return out, lse
+
+
+def why_not_gluon(arch: str, block: int, head_dim: int) -> str | None:
+    """Why plain Triton does stage 6 and not Gluon (hopper.py); None where Gluon does."""
+    version = triton_version() or "0.0"
+    if interpreted() or arch != "90":
+        return "its products and its split of warps are Hopper's (sm_90)"
+    if not GLUON_TRITON[0] <= tuple(int(part) for part in version.split(".")[:2]) <= GLUON_TRITON[1]:
+        return f"Triton {version}: Gluon changes its names, and 3.6 to 3.9 were compiled"
+    if block != 128 or head_dim not in (64, 128):
+        return f"blocks of {block} and heads of {head_dim}, it takes 128, and 64 or 128"
+    return None
 
 
 def rows_of(x: torch.Tensor, count: int) -> TensorDescriptor:
