@@ -19,8 +19,9 @@ GPU_PYTEST := PYTHONPATH=src:tests OMP_NUM_THREADS=1 TRITON_CACHE_DIR=$(CURDIR)/
 demo: $(STAMP)
 	$(BIN)/rectified-spaattn demo --out demo-output
 
+# worksteal: neighbours stay in one worker, and with them what a file makes once
 test: $(STAMP) lint
-	$(PYTEST) -n auto -m "not gpu and not slow"
+	$(PYTEST) -n auto --dist worksteal -m "not gpu and not slow"
 
 # under 40 seconds: what to run while working
 quick: $(STAMP) lint

@@ -165,10 +165,11 @@ def run(name: str, kind: type[R], options: Sample, measure: Measure[R], show: Ca
     ):
         task = progress.add_task("pairs", total=len(mine))
         for batch in (mine[i : i + options.batch] for i in range(0, len(mine), options.batch)):
-            rows += measure(pipe, batch, lambda text: progress.update(task, description=text))
+            for row in measure(pipe, batch, lambda text: progress.update(task, description=text)):
+                rows.append(row)
+                if state.num_processes == 1:
+                    write_rows(path, rows, origin)
             progress.advance(task, len(batch))
-            if state.num_processes == 1:
-                write_rows(path, rows, origin)
     if state.num_processes > 1:
         rows = gather_object(rows)
     if state.is_main_process:

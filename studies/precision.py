@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 
 from rectified_spaattn import rectified_attention
 from rectified_spaattn.config import RECTIFY, Precision, SparseConfig
-from rectified_spaattn.lab.bench.shapes import DTYPES, SHAPES, Case
+from rectified_spaattn.lab.bench.shapes import SHAPES, Case
 from rectified_spaattn.lab.bench.timing import Timed, durations, input_sets, time_columns
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.error import full_attention
@@ -30,7 +30,7 @@ from rectified_spaattn.lab.option import option
 
 from . import harness
 
-PRECISIONS = get_args(Precision)
+PRECISIONS: tuple[Precision, ...] = ("inputs", "int8-qk", "fp8")
 BACKEND = "triton"
 
 
@@ -83,12 +83,13 @@ def both(qkv: Any, layout: Any, config: SparseConfig, **options: Any) -> tuple[t
     )
 
 
-def errors(calls: Iterable[AttentionCall], config: SparseConfig) -> tuple[float, float]:
-    """Mean error to full attention, and mean distance to the inputs' precision."""
+def errors(calls: Iterable[AttentionCall], config: SparseConfig, dtype: torch.dtype) -> tuple[float, float]:
+    """Mean error to full attention, and mean distance to the inputs' precision, of calls that are cast to dtype."""
     to_full, to_inputs = [], []
     for call in calls:
         full = full_attention(call)[:, call.video]
-        out, plain = both((call.q, call.k, call.v), call.layout, config, text_mask=call.text_mask)
+        qkv = (call.q.to(dtype), call.k.to(dtype), call.v.to(dtype))
+        out, plain = both(qkv, call.layout, config, text_mask=call.text_mask)
         to_full.append(apart(out[:, call.video], full))
         to_inputs.append(apart(out[:, call.video], plain[:, call.video]))
     return fmean(to_full), fmean(to_inputs)
@@ -96,7 +97,7 @@ def errors(calls: Iterable[AttentionCall], config: SparseConfig) -> tuple[float,
 
 def times(options: Options, device: torch.device) -> dict[tuple[str, float, str], tuple[dict[str, float], float]]:
     """Milliseconds of whole calls in one shuffled loop, and how far their outputs are from the inputs' precision."""
-    case = Case(SHAPES[options.shape], SparseConfig(), DTYPES["bfloat16"], device)
+    case = Case(SHAPES[options.shape], SparseConfig(), getattr(torch, options.dtype), device)
     sets, layout = case.inputs(1, input_sets(3 * case.inputs(0)[0][0].nbytes, device)), case.layout()
     calls, there = {}, {}
     for mode, sparsity, precision, config in options.settings:
@@ -124,7 +125,7 @@ def precision(options: Options) -> None:
             clips = generate(pipe, how, pairs, options.arguments, backend=BACKEND)
             took, there = ms[mode, sparsity, kind]
             for pair, clip, reference in zip(pairs, clips, full, strict=True):
-                error, distance = errors(calls[pair], config)
+                error, distance = errors(calls[pair], config, getattr(torch, options.dtype))
                 yield Row(
                     prompt=pair.prompt,
                     seed=pair.seed,

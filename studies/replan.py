@@ -83,17 +83,20 @@ class Row(harness.Row):
     shape: str
 
 
-def errors(calls: Iterable[AttentionCall], configs: Sequence[SparseConfig], total: int, backend: str) -> list[float]:
-    """Mean error of the calls of one run under every config, by the plans that it would keep."""
+def errors(
+    calls: Iterable[AttentionCall], configs: Sequence[SparseConfig], total: int, backend: str, dtype: torch.dtype
+) -> list[float]:
+    """Mean error of the calls of one run under every config, by the plans that it would keep, in dtype."""
     plans = [KeptPlans() for _ in configs]
     sums, count = [0.0] * len(configs), 0
     for call in sorted(calls, key=lambda call: call.step):
         full, count = full_attention(call)[:, call.video], count + 1
+        q, k, v = call.q.to(dtype), call.k.to(dtype), call.v.to(dtype)
         moment = Moment(layer=call.layer, branch=None, step=call.step, total=total)
         for i, config in enumerate(configs):
             options = {"text_mask": call.text_mask, "backend": backend}
-            out, _ = plans[i].attention(call.q, call.k, call.v, call.layout, config, moment, **options)
-            sums[i] += ((out[:, call.video] - full).norm() / full.norm()).item()
+            out, _ = plans[i].attention(q, k, v, call.layout, config, moment, **options)
+            sums[i] += ((out[:, call.video].float() - full).norm() / full.norm()).item()
     return [each / count for each in sums]
 
 
@@ -142,7 +145,7 @@ def replan(options: Options) -> None:
         for pair in pairs:
             say(f"attention calls, {pair.prompt[:30]}")
             calls = options.calls(pipe, [pair], range(options.steps))
-            of_pair[pair] = errors(calls, configs, options.steps, options.backend)
+            of_pair[pair] = errors(calls, configs, options.steps, options.backend, getattr(torch, options.dtype))
         say("clips, full attention")
         full = generate(pipe, full_mode(), pairs, options.arguments)
         for i, (sparsity, kept, steps, config) in enumerate(settings):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 import tiny
@@ -29,6 +30,17 @@ def generate(*words: Any) -> Result:
 
 def told(path: Path) -> dict[str, Any]:
     return json.loads(path.with_suffix(".json").read_text())
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dot for every figure, in tests that look at none: drawing takes longer than all else."""
+
+    def dot(path: Path, *_: Any) -> None:
+        Image.new("RGB", (1, 1)).save(path)
+
+    monkeypatch.setattr("rectified_spaattn.cli.inspect.maps_figure", dot)
+    monkeypatch.setattr("rectified_spaattn.lab.pages.evaluation.scores_figure", dot)
 
 
 @pytest.fixture(scope="session")

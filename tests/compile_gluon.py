@@ -49,12 +49,14 @@ def attend(head_dim: int, dtype: torch.dtype, tail: bool, slope: bool) -> None:
     q, blocks, isolated = (torch.zeros(1, HEADS, n, head_dim, dtype=dtype) for n in (rows, BLOCKS * BLOCK, BLOCK))
     tiled = SimpleNamespace(
         q=q, k=blocks, v=blocks, k_tail=isolated, v_tail=isolated, tail_bias=torch.zeros(1, BLOCK),
-        tail_end=torch.zeros(1, dtype=torch.int32), places=torch.zeros(rows, dtype=torch.int32),
+        tail_end=torch.zeros(1, dtype=torch.int32),
+        order=torch.zeros(1, HEADS, BLOCKS * BLOCK, dtype=torch.int64) if tail else None,
     )  # fmt: skip
     pooled = SimpleNamespace(k=isolated, v=isolated, bias=torch.zeros(1, HEADS, BLOCKS, BLOCKS)) if tail else None
     slopes = torch.zeros(1, HEADS, head_dim, head_dim, dtype=dtype) if slope else None
     r, c = torch.zeros(1, HEADS, BLOCKS), torch.zeros(1, HEADS, BLOCKS, head_dim)
-    inputs = SimpleNamespace(group=1, blocks=SimpleNamespace(num_blocks=BLOCKS), scale=0.1)
+    places = torch.zeros(rows, dtype=torch.int32)
+    inputs = SimpleNamespace(group=1, blocks=SimpleNamespace(num_blocks=BLOCKS, places=places), scale=0.1)
     prepared = Prepared(cast(Any, tiled), lists(), Rectification(r, c, cast(Any, pooled), slopes))
     turns = lists().counts if tail else None
     hopper.launch(cast(Any, inputs), prepared, turns, q.transpose(1, 2), torch.zeros(1, HEADS, rows))

@@ -16,18 +16,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rectified_spaattn.backends.triton import columns_of
-from rectified_spaattn.backends.triton.arrange import _directions_kernel, _halve_kernel, _project_kernel
+from rectified_spaattn.backends.triton.arrange import _finish_kernel, _halve_kernel, _project_kernel
 from rectified_spaattn.backends.triton.attend import _attend_kernel, tiling_of
+from rectified_spaattn.backends.triton.directions import _directions_kernel, _moments_kernel
+from rectified_spaattn.backends.triton.directions import tiling_of as tiling_of_directions
 from rectified_spaattn.backends.triton.eight_bits import _listed_kernel, _quantise_kernel, most
 from rectified_spaattn.backends.triton.eight_bits import tiling_of as tiling_in_8_bits
-from rectified_spaattn.backends.triton.plan import (
-    _compensate_kernel,
-    _leaders_kernel,
-    _scores_kernel,
-    _select_kernel,
-)
+from rectified_spaattn.backends.triton.plan import _compensate_kernel, _scores_kernel
+from rectified_spaattn.backends.triton.select import _leaders_kernel, _select_kernel, _turns_kernel
 from rectified_spaattn.backends.triton.slope import _mass_kernel, _slope_kernel
-from rectified_spaattn.backends.triton.tile import _tail_kernel, _tile_kernel
+from rectified_spaattn.backends.triton.tile import _tile_kernel
 
 SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "TAIL", "RESIDUAL", "IDLE")
 TAILS = ((False, False), (True, False), (True, True))  # tail, slope
@@ -62,6 +60,7 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield compensate_kernel(128)
     yield slope_kernel(128, 128)
     yield tile_kernel(128, 128, True, True, RANK)
+    yield moments_kernel(128, 2)
     yield project_kernel(128)
     if arch != "hip":
         yield attend_kernel(arch, 128, 128, True, *TAILS[-1], "isolated")
@@ -74,14 +73,15 @@ def kernels(arch: str) -> Iterator[Kernel]:
     else:
         yield from of_wide_heads(arch)
     if arch in ("90", "hip"):
-        yield directions_kernel(128, True)
+        yield directions_kernel(arch, 128, True)
         yield halve_kernel(8192, 16)
-        yield kernel("tail", _tail_kernel, {"BLOCK": 128})
+        yield finish_kernel(4096, 5)
+        yield kernel("turns", _turns_kernel, {"BLOCK": 64})
         yield select_kernel(8192, False, *SELECT_FLAGS)
         yield leaders_kernel(8192)
         yield mass_kernel()
     if arch == "hip":
-        yield directions_kernel(256, True)
+        yield directions_kernel(arch, 256, True)
 
 
 def with_the_fewest_flags() -> Iterator[Kernel]:
@@ -122,11 +122,13 @@ def every_variant() -> Iterator[Kernel]:
     yield attend_kernel("90", 64, 256, False, *TAILS[-1])
     yield tile_kernel(128, 96, True, True, RANK)  # all else is of as many columns as heads of 128
     yield from of_wide_heads("90")
-    yield directions_kernel(64, False)
-    yield directions_kernel(128, True)  # of head_dim 64: smaller tiles of the same, and the second slowest to compile
-    for chunk, warps in ((8192, 16), (2048, 8), (128, 2)):
+    yield moments_kernel(96, 1)
+    yield directions_kernel("90", 64, False)
+    yield directions_kernel("90", 128, True)  # of 64: smaller tiles of the same, and slow to compile
+    for chunk, warps in ((8192, 16), (2048, 8)):
         yield halve_kernel(chunk, warps)
-    yield kernel("tail", _tail_kernel, {"BLOCK": 128})
+    yield finish_kernel(4096, 5)
+    yield kernel("turns", _turns_kernel, {"BLOCK": 64})
     yield select_kernel(8192, False, *SELECT_FLAGS)
     yield select_kernel(8192, True, *SELECT_FLAGS)
     yield leaders_kernel(8192)
@@ -159,7 +161,13 @@ def mass_kernel() -> Kernel:
 
 def slope_kernel(block: int, head_dim: int) -> Kernel:
     columns = columns_of(head_dim)
-    constants = {"BLOCK": block, "ROWS": 32 if columns > 128 else 64, "HEAD_DIM": head_dim, "COLUMNS": columns}
+    constants = {
+        "WIDTH": 1024,
+        "BLOCK": block,
+        "ROWS": 32 if columns > 128 else 64,
+        "HEAD_DIM": head_dim,
+        "COLUMNS": columns,
+    }
     constants["AT_ONCE"] = min(columns, 128)
     return kernel(f"slope {block}x{head_dim}", _slope_kernel, constants, num_warps=8)
 
@@ -174,17 +182,29 @@ def project_kernel(head_dim: int) -> Kernel:
     return kernel(f"project {head_dim}", _project_kernel, constants)
 
 
-def directions_kernel(head_dim: int, both: bool) -> Kernel:
+def moments_kernel(head_dim: int, group: int) -> Kernel:
+    constants = {"HEAD_DIM": head_dim, "TILE": 32, "CHUNK": 64, "GROUP": group, "q_sd": 1, "k_sd": 1}
+    return kernel(f"moments {head_dim} group={group}", _moments_kernel, constants)
+
+
+def directions_kernel(arch: str, head_dim: int, both: bool) -> Kernel:
     """both: of queries and keys together, as sorting needs them."""
     dim = head_dim * (2 if both else 1)
-    constants = {"RANK": RANK, "WIDTH": 16, "DIM": dim, "COLUMNS": columns_of(dim), "ROUNDS": 10, "STRETCH": both}
-    constants["CHUNK"] = 32 if dim < 512 else 16
-    return kernel(f"directions {dim}", _directions_kernel, constants, num_warps=8)
+    constants = {"RANK": RANK, "WIDTH": 16, "DIM": dim, "HEAD_DIM": head_dim, "COLUMNS": columns_of(dim), "ROUNDS": 10}
+    tiling = tiling_of_directions(arch, dim)
+    constants |= {"BOTH": both, "CHUNK": tiling.chunk}
+    options = {"num_warps": 8, "num_stages": tiling.num_stages}
+    return kernel(f"directions {dim} both={both}", _directions_kernel, constants, **options)
 
 
 def halve_kernel(chunk: int, warps: int) -> Kernel:
     constants = {"FIRST": chunk == 8192, "RANK": 8, "SAMPLE": 64, "CHUNK": chunk}
     return kernel(f"halve {chunk}", _halve_kernel, constants, num_warps=warps)
+
+
+def finish_kernel(tokens: int, levels: int) -> Kernel:
+    constants = {"FIRST": False, "LEVELS": levels, "TOKENS": tokens, "RANK": RANK, "SAMPLE": 64}
+    return kernel(f"finish {tokens}", _finish_kernel, constants, num_warps=tokens // 512)
 
 
 def select_kernel(width: int, given: bool, *flags: str) -> Kernel:
@@ -257,14 +277,27 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         rows = constants["BLOCK_M" if argument.startswith("q_") else "PART" if argument == "slope_desc" else "BLOCK_N"]
         columns = constants["PART" if argument == "q_part_desc" else "COLUMNS"]
         return f"tensordesc<{x}[{rows},{columns}]>"
-    if argument in ("scale", "log_b", "tail_log_b", "top_p", "cap"):
+    if argument in ("scale", "scale_2", "log_b", "tail_log_b", "top_p", "cap"):
         return "fp32"
-    model_strides = kernel in ("_tile_kernel", "_project_kernel") and argument[1:3] == "_s"
+    model_strides = kernel in ("_tile_kernel", "_project_kernel", "_moments_kernel") and argument[1:3] == "_s"
     if argument.endswith(("_sb", "_ss", "_sh", "_sd", "_st")):
         return "i64" if model_strides or argument.endswith("_sb") else "i32"
-    if kernel == "_project_kernel" and argument == "places_ptr":
+    if kernel in ("_project_kernel", "_moments_kernel", "_halve_kernel") and argument == "places_ptr":
         return "*i64"
-    if argument in ("from_ptr", "to_ptr", "count_ptr", "index_ptr", "end_ptr", "places_ptr", "turn_ptr", "top_k_ptr"):
+    if argument == "tiled_ptr":
+        return "*i64"
+    if argument in (
+        "room_ptr" if kernel == "_finish_kernel" else "from_ptr",
+        "from_ptr",
+        "to_ptr",
+        "order_ptr",
+        "count_ptr",
+        "index_ptr",
+        "end_ptr",
+        "places_ptr",
+        "turn_ptr",
+        "top_k_ptr",
+    ):
         return "*i32"
     if argument in (
         "critical_ptr",
@@ -283,6 +316,8 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         ),
         "_scores_kernel": ("tail_ptr",),
         "_project_kernel": ("q_ptr", "k_ptr", "w_ptr"),
+        "_moments_kernel": ("q_ptr", "k_ptr"),
+        "_directions_kernel": ("first_ptr",) if constants.get("BOTH") else ("first_ptr", "second_ptr"),
         "_attend_kernel": ("out_ptr", "partial_ptr"),
         "_slope_kernel": ("k_ptr", "v_ptr"),
         "_quantise_kernel": ("k_ptr", "v_ptr"),
@@ -297,6 +332,9 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         "_compensate_kernel": ("v_ptr",),
         "_project_kernel": ("out_ptr",),
         "_halve_kernel": ("features_ptr",),
+        "_finish_kernel": ("features_ptr",),
+        "_moments_kernel": ("covariance_ptr", "weigh_ptr"),
+        "_directions_kernel": ("covariance_ptr", "weigh_ptr"),
     }
     if argument.endswith(halves.get(kernel, ("nothing",))):
         return "*bf16"

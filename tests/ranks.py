@@ -14,6 +14,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from accelerate import PartialState
 
 import model_cases
 import rectified_spaattn.pipelines.teacache
@@ -28,25 +29,28 @@ def run_forked(count: int, work: Callable[[int], int]) -> list[tuple[int, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, str(rank)) for rank in range(count)]
-        children = [_forked(rank, work, output) for rank, output in enumerate(outputs)]
+        children = [_forked(rank, group, work, output) for rank, output in enumerate(outputs)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         return [(code, output.read_text()) for code, output in zip(codes, outputs, strict=True)]
 
 
-def _forked(rank: int, work: Callable[[int], int], output: Path) -> int:
+def _forked(rank: int, group: dict[str, str], work: Callable[[int], int], output: Path) -> int:
     """The process that works, which does not come back from here."""
     child = os.fork()
     if child:
         return child
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= group | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
     file = os.open(output, os.O_CREAT | os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    sys.stdout = sys.stderr = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115  where pytest captures them
     code = 1
     try:
+        torch.set_num_threads(1)
+        PartialState._reset_state()  # of the process that this one comes from
         code = work(rank)
     except BaseException:
         traceback.print_exc()

@@ -207,10 +207,15 @@ def test_one_line_enables_it_and_one_call_takes_it_back() -> None:
 def test_sorting_on_a_gpu_neither_reads_nor_writes_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device without data every read raises, and no tensor may live elsewhere; the kernels do not run here."""
     from rectified_spaattn.backends.triton import arrange as kernels
+    from rectified_spaattn.backends.triton import directions
 
     launched: list[str] = []
-    for name in ("_directions_kernel", "_project_kernel", "_halve_kernel"):
-        monkeypatch.setattr(kernels, name, Launcher(partial(note, launched, name)))
+    for module, names in (
+        (directions, ("_moments_kernel", "_directions_kernel")),
+        (kernels, ("_project_kernel", "_halve_kernel")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, Launcher(partial(note, launched, name)))
     q, k = (torch.empty(2, LAYOUT.sequence, 3, 64, device="meta", dtype=torch.bfloat16) for _ in "qk")
     blocks = blocks_of(LAYOUT, SparseConfig(block_size=64)).on(torch.device("meta"))
     elsewhere = []
@@ -224,8 +229,8 @@ def test_sorting_on_a_gpu_neither_reads_nor_writes_the_host(monkeypatch: pytest.
 
     with Watch():
         order = kernels.content_order(q, k, blocks, 0.1)
-    assert (order.shape, order.dtype) == ((2, 3, 4 * 64), torch.int64)
-    assert launched == ["_directions_kernel", "_project_kernel", "_halve_kernel", "_halve_kernel"]
+    assert (order.shape, order.dtype) == ((2, 3, 4 * 64), torch.int32)
+    assert launched == ["_moments_kernel", "_directions_kernel", "_project_kernel", "_halve_kernel", "_halve_kernel"]
     assert elsewhere == []
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,28 @@ def test_what_cannot_run_is_an_error_where_asked_for_and_a_row_with_the_reason_w
     assert not any(row.name == "reference" for row in result.rows)
 
 
+def test_precisions_run_where_they_can_and_are_checked_against_that_of_the_inputs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(BenchError, match="precision fp8: torch: precision 'fp8', which triton runs; allowed"):
+        run(precision=("inputs", "fp8"), backend=("torch",))
+    for factor, fits in ((1.01, True), (1.1, False)):  # a float8 is off by a sixteenth at most
+
+        def attend(inputs: Any, prepared: Any, factor: float = factor) -> torch.Tensor:
+            return TORCH.attend(inputs, prepared) * (factor if inputs.config.precision == "fp8" else 1.0)
+
+        monkeypatch.setitem(BACKENDS, "triton", TORCH._replace(why_not=lambda _: None, attend=attend))
+        asked = {"precision": ("inputs", "fp8"), "backend": ("torch", "triton"), "sparsity": (0.5,)}
+        if not fits:
+            with pytest.raises(BenchError, match=r"sparse triton, fp8 0.5, that in the inputs' precision"):
+                run(**asked)
+            return
+        rows = [row for row in run(**asked).rows if row.kind == "sparse"]
+        assert [row.label for row in rows] == ["torch", "triton", "triton, fp8", "torch, fp8"]
+        assert [json.loads(row.config)["precision"] for row in rows] == ["inputs", "inputs", "fp8", "fp8"]
+        assert [bool(row.not_run) for row in rows] == [False, False, False, True]
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
@@ -230,6 +253,7 @@ def test_what_cannot_run_is_an_error_where_asked_for_and_a_row_with_the_reason_w
         ({"rectify": "mean"}, "rectify: got 'mean'"),
         ({"preset": "sora"}, "preset: got 'sora'"),
         ({"all_shapes": True}, "one of the two"),
+        ({"precision": ("auto",)}, "precision: got 'auto'"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any], problem: str) -> None:
@@ -243,10 +267,10 @@ def test_settings_out_of_range_are_refused(changes: dict[str, Any], problem: str
         SparseConfig(block_size=64),
         SparseConfig.paper(block_size=64),
     ],
-    ids=str,
+    ids=["default", "paper"],
 )
 def test_stages_of_kernels_can_be_run_again_and_again(config: SparseConfig) -> None:
-    case = Case(SHAPES["tiny"], config, torch.float32, CPU)
+    case = Case(replace(SHAPES["tiny"], grid=(2, 8, 8), heads=1), config, torch.float32, CPU)
     if BACKENDS["triton"].why_not(case.call()) is not None:
         pytest.skip("triton runs on the GPU here")
     qkv = case.inputs(0)[0]

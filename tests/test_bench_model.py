@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from rectified_spaattn.lab.bench.model_rows import Key
 from rectified_spaattn.lab.bench.models import MODELS, tiny
 from rectified_spaattn.lab.bench.rows import ForwardRow, ScheduleRow
 from rectified_spaattn.lab.bench.shapes import REMOVED, BenchError, Case, Variant
-from rectified_spaattn.lab.bench.weights import build, compile_blocks, exact, inputs_for, output, shallow_copy
+from rectified_spaattn.lab.bench.weights import (
+    build,
+    compile_blocks,
+    exact,
+    inputs_for,
+    output,
+    shallow_copy,
+    weight_bytes,
+)
 from rectified_spaattn.pipelines.state import LayerState
 from studies.rows import read_rows
 
@@ -93,6 +102,9 @@ def test_random_weights_are_made_in_half_precision_and_shared_by_copies(name: st
     assert not torch.equal(output(one, inputs), got)
     assert torch.equal(output(shallow_copy(whole, model, 2), inputs), got)
     assert torch.equal(output(build(model, 2, CPU, torch.bfloat16), inputs), got)  # the seed is fixed
+    complete = build(model, model.units, CPU, torch.bfloat16)
+    held = sum(parameter.nbytes for parameter in complete.parameters())
+    assert weight_bytes(whole, model, 2) == held > weight_bytes(whole, replace(model, units=2), 2)
     ours, stock = ({id(each) for each in m.attn_processors.values()} for m in (one, whole))
     assert not ours & stock
 
@@ -100,8 +112,16 @@ def test_random_weights_are_made_in_half_precision_and_shared_by_copies(name: st
 # --- one model, end to end
 
 
+@pytest.fixture
+def not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards are checked and run once; then a unit takes a second in the first round and two in the second."""
+    monkeypatch.setattr(
+        bench, "durations", lambda calls, *_, **__: {key: [key.units, 2.0 * key.units] for key in calls}
+    )
+
+
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.usefixtures("quiet", "not_timed")
 def test_every_model_is_measured_without_a_warning(name: str) -> None:
     model = tiny(MODELS[name])
     result = run(name, sparsity=(0.75,))
@@ -121,10 +141,11 @@ def test_every_model_is_measured_without_a_warning(name: str) -> None:
         return pairs / (video + text) ** 2
 
     for row in result.forwards:
-        assert row.seconds_min <= row.seconds_q1 <= row.seconds <= row.seconds_q3 <= row.seconds_max
+        assert (row.seconds_min, row.seconds, row.seconds_max) == (6, 9, 12)
         assert row.measured_s is None
         assert row.layers_low == model.layers_a_unit < row.layers_high < row.layers == 6 * model.layers_a_unit
-        assert row.constant_s + row.unit_s * row.layers_high / model.layers_a_unit == pytest.approx(row.high_s)
+        assert (row.low_s, row.high_s) == (1.5, 1.5 * row.layers_high / model.layers_a_unit)
+        assert (row.unit_s, row.constant_s) == (1.5, 0)
         if row.sparsity is not None:
             decoders = model.config.get("num_decoder_layers", 0) / row.layers_high  # which attend over the video alone
             mean = decoders * density(row.sparsity, 0) + (1 - decoders) * density(row.sparsity, model.shape.text)
@@ -317,7 +338,7 @@ def test_command_prints_markdown_tables_and_writes_files_that_can_be_read_back(t
 
 
 @pytest.mark.parametrize("asked", [{}, {"preset": "wan2.1-t2v-paper"}], ids=["default", "paper"])
-def test_layers_run_what_the_rows_say(asked: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_run_what_the_rows_say(asked: dict[str, str], monkeypatch: pytest.MonkeyPatch, not_timed: None) -> None:
     handles = []
     enable = weights.enable
     monkeypatch.setattr(bench, "enable", lambda *given: handles.append(enable(*given)) or handles[-1])

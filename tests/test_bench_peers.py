@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.bench import peers
+from rectified_spaattn.lab.bench.baselines import sdpa
 from rectified_spaattn.lab.bench.op import OpSettings, measure
 from rectified_spaattn.lab.bench.peers import PEERS, flex_mask, relative_error
 from rectified_spaattn.lab.bench.shapes import SHAPES, BenchError, Case, Shape, Variant
@@ -78,7 +79,7 @@ def test_flex_attends_to_the_blocks_of_ours(installed: dict[str, Any], heads: An
     want = scaled_dot_product_attention(q, k, v, attn_mask=tokens, enable_gqa=True).transpose(1, 2)
     got = ready.run(*(x.transpose(1, 2) for x in (q, k, v)))
     torch.testing.assert_close(got, want)
-    full = peers.dense(qkv)
+    full = sdpa(*qkv)
     assert ready.error(qkv, full) == pytest.approx(relative_error("", want, peers._moved(full, ready.order)), abs=1e-5)
     everything = flex_mask(torch.ones_like(stats.block_mask), 178, 32)
     assert torch.equal(everything.full_kv_num_blocks, torch.full_like(everything.full_kv_num_blocks, 5))
@@ -88,7 +89,7 @@ def test_each_is_called_as_it_wants_to_be(installed: dict[str, Any]) -> None:
     shape = Shape(name="even", grid=(4, 8, 8), text=64, text_first=True, heads=2, head_dim=128)
     case = TINY._replace(shape=shape, dtype=torch.bfloat16)
     qkv = case.smooth_inputs(0)
-    full = peers.dense(qkv)
+    full = sdpa(*qkv)
     for name, peer in PEERS.items():
         assert peer.why_not(case) is None
         for variant in peer.variants(name, (0.8, 0.6)):

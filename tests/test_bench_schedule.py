@@ -39,7 +39,7 @@ def test_the_scaling_rule_gives_what_a_clock_measures_with_all_layers(monkeypatc
         calls = {key: Timed(forward((key.variant, key.how), key.units), rounds) for key in keys}
         return durations(calls, 1, CPU, lambda finished, total: None, warm_up=0)
 
-    rows = forward_rows(model, "full", case_of(model.name), measured((1, 2)), measured((20,)), {SPARSE: 0.12})
+    rows = forward_rows(model, "full", case_of(model.name), measured((1, 2)), measured((20,)), {SPARSE: 0.12}, {})
     for row in rows:
         assert row.seconds == pytest.approx(0.25 + 20 * unit[Variant(row.kind, row.name, row.sparsity), row.how])
         assert row.measured_s == pytest.approx(row.seconds)
@@ -52,9 +52,11 @@ def test_the_scaling_rule_gives_what_a_clock_measures_with_all_layers(monkeypatc
 def test_scaled_times_spread_as_the_rounds_do() -> None:
     model = MODELS["wan2.1-14b"]
     seconds = {Key(DENSE, "eager", 1): [1.0, 1.0, 1.0], Key(DENSE, "eager", 3): [3.0, 3.2, 2.8]}
-    (row,) = forward_rows(model, "full", case_of(model.name), seconds, {}, {})
+    memory = {Key(DENSE, "eager", 3): 5 << 30}
+    (row,) = forward_rows(model, "full", case_of(model.name), seconds, {}, {}, memory)
     assert (row.seconds_min, row.seconds, row.seconds_max) == pytest.approx((36.1, 40.0, 43.9))  # 1 + 39 * (x - 1) / 2
     assert row.measured_s is None
+    assert row.memory_gib == 5.0
 
 
 def wan_rows() -> list[ForwardRow]:
@@ -62,7 +64,7 @@ def wan_rows() -> list[ForwardRow]:
     model = MODELS["wan2.1-14b"]
     unit = {(DENSE, "eager"): 0.3, (DENSE, "compiled"): 0.25, (SPARSE, "eager"): 0.1, (SPARSE, "compiled"): 0.05}
     seconds = {Key(*kind, n): [0.5 + each * n] * 2 for kind, each in unit.items() for n in (1, 3)}
-    return forward_rows(model, "full", case_of(model.name), seconds, {}, {SPARSE: 0.11})
+    return forward_rows(model, "full", case_of(model.name), seconds, {}, {SPARSE: 0.11}, {})
 
 
 def test_a_run_is_the_sum_of_its_steps() -> None:
@@ -89,7 +91,7 @@ def test_published_figures_stand_beside_the_sparsity_they_are_for() -> None:
     model = MODELS["hunyuan-video"]
     at = [Variant("sparse", "triton", sparsity) for sparsity in (0.797, 0.8, 0.8895)]
     seconds = {Key(mode, "eager", n): [0.1 * n] * 2 for mode in (DENSE, *at) for n in (1, 2)}
-    rows = forward_rows(model, "full", case_of(model.name), seconds, {}, dict.fromkeys(at, 0.2))
+    rows = forward_rows(model, "full", case_of(model.name), seconds, {}, dict.fromkeys(at, 0.2), {})
     made = schedule_rows(model, Schedule(50, 50, 0, 1), rows)
     assert [(row.paper, row.paper_composed) for row in made] == [(2.50, 5.24), (None, 5.24), (3.33, 5.24)]
 
@@ -97,7 +99,7 @@ def test_published_figures_stand_beside_the_sparsity_they_are_for() -> None:
 def test_a_dense_layer_of_a_unit_of_several_costs_their_mean() -> None:
     model = MODELS["hunyuan-video"]  # units of three layers
     seconds = {Key(each, "eager", n): [cost * n] * 2 for each, cost in ((DENSE, 9.0), (SPARSE, 3.0)) for n in (1, 2)}
-    rows = forward_rows(model, "full", case_of(model.name), seconds, {}, {SPARSE: 0.12})
+    rows = forward_rows(model, "full", case_of(model.name), seconds, {}, {SPARSE: 0.12}, {})
     (row,) = schedule_rows(model, Schedule(50, 50, 0, 1, 2), rows)
     assert row.sparse_forward_s == pytest.approx(20 * 3.0 + 2 * (9.0 - 3.0) / 3)
 

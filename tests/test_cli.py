@@ -78,6 +78,16 @@ def test_missing_packages_are_named_with_the_remedy(monkeypatch: pytest.MonkeyPa
     assert 'pip install ".[demo]" in a checkout' in str(stopped.value)
 
 
+def test_without_any_streams_it_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `rectified-spaattn ... >&-` and services start it."""
+    monkeypatch.setattr("sys.argv", ["rectified-spaattn", "demo", "--steps", "0"])
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+
+
 def test_without_weights_the_message_says_what_to_do(tmp_path: Path) -> None:
     result = command("demo", "--weights", tmp_path, "--out", tmp_path / "out")
     assert result.exit_code == 1

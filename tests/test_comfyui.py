@@ -270,8 +270,9 @@ def test_the_inputs_of_the_node_become_a_config():
     for preset in ("custom", "wan2.1-t2v"):
         assert config_of(0.9, "row", 0, 0, "", preset, 0.05).tolerance == 0.05
         assert config_of(0.9, "row", 0, 0, "", preset, 0.0, 4).replan == 4
-    with pytest.raises(ValueError, match="dense_blocks"):
-        config_of(0.9, "row", 0, 0, "0-3", "custom")
+    for blocks in ("0-3", "²"):
+        with pytest.raises(ValueError, match="dense_blocks: got"):
+            config_of(0.9, "row", 0, 0, blocks, "custom")
 
 
 def test_nodes_patch_and_report():

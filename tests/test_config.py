@@ -1,6 +1,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from rectified_spaattn import PRESETS, SparseConfig, preset
 from rectified_spaattn.backends import Call, choose
-from rectified_spaattn.config import ORDERS, RECTIFY
+from rectified_spaattn.config import ORDERS, RECTIFY, Precision
 from rectified_spaattn.orders import CURVES
 from rectified_spaattn.presets import origin
 
@@ -25,7 +26,7 @@ configs = st.builds(
     sparsity=st.one_of(st.just(0), st.floats(0, 1, exclude_max=True)),
     top_p=st.floats(0, 1),
     rectify=st.sampled_from(tuple(RECTIFY)),
-    precision=st.sampled_from(("inputs", "int8-qk", "fp8")),
+    precision=st.sampled_from(get_args(Precision)),
     block_size=st.integers(1, 16).map(lambda n: 16 * n),
     dense_steps=st.one_of(st.integers(0, 100), st.floats(0, 1, exclude_max=True)),
     dense_last_steps=st.one_of(st.integers(0, 100), st.floats(0, 1, exclude_max=True)),

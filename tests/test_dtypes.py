@@ -15,7 +15,7 @@ from rectified_spaattn.method.density import density
 from rectified_spaattn.method.inputs import Inputs
 from rectified_spaattn.orders import blocks_of
 
-LAYOUT = TokenLayout.build((4, 8, 9), text=11)
+LAYOUT = TokenLayout.build((2, 8, 9), text=11)  # two blocks of 64, and 16 tokens in none
 
 
 class NoFloat64(TorchDispatchMode):
@@ -44,7 +44,7 @@ def test_the_mode_sees_what_it_is_for() -> None:
 def test_no_stage_makes_a_float64(mode: Any, order: Any, backend: str) -> None:
     """The stages as the op runs them: what happens inside an op is hidden from a mode around it."""
     config = SparseConfig(rectify=mode, order=order, block_size=64, sparsity=0.5)
-    q, k, v = video_like(0, 1, LAYOUT.sequence, 2, 64)
+    q, k, v = video_like(0, 1, LAYOUT.sequence, 1, 64)
     mask, row = torch.arange(11)[None] < 7, BACKENDS[backend]
     with NoFloat64():
         inputs = Inputs(q, k, v, blocks_of(LAYOUT, config), config, mask, 0.125)

@@ -147,5 +147,7 @@ def test_others_refuse_it_and_say_who_can():
         assert reason is not None
         if name != "fa4":  # which asks for triton and its package first
             assert "precision 'fp8', which triton runs" in reason
-    with pytest.raises(ValueError, match=r"precision: got 'fp4'; allowed: one of \['inputs', 'int8-qk', 'fp8'\]"):
+    with pytest.raises(
+        ValueError, match=r"precision: got 'fp4'; allowed: one of \['inputs', 'int8-qk', 'fp8', 'auto'\]"
+    ):
         SparseConfig(precision="fp4")

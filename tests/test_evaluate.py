@@ -295,6 +295,12 @@ def test_grid_names_say_what_differs() -> None:
     check_names([*reference_modes("math"), *modes])
     with pytest.raises(ValueError, match="twice"):
         check_names([*modes, *modes])
+    held = grid_modes(base, {"tolerance": (0.05, 0.1), "rectify": ("row",), "block_size": (), "order": ()}, {})
+    assert [mode.name for mode in held] == ["row-error-0.05", "row-error-0.1"]
+    assert [config.tolerance for mode in held for config in mode.configs] == [0.05, 0.05, 0.1, 0.1]
+    check_names(held)
+    with pytest.raises(ValueError, match="tolerance: got --sparsity, too"):
+        EvaluateOptions(out=Path("runs"), sparsity=(0.8,), tolerance=(0.05,))
 
 
 def test_neighbours_need_an_order_in_space_in_every_column() -> None:

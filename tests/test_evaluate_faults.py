@@ -16,7 +16,7 @@ from rectified_spaattn.lab.clips.options import ClipError
 from rectified_spaattn.lab.clips.summary import measure
 from rectified_spaattn.lab.rows import write_atomically
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 FIRST = Pair(prompt=PROMPTS[0], seed=0)
 

@@ -3,17 +3,18 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from clip_runs import PROMPTS, evaluate, rows, times
+from ranks import run_forked
 from rectified_spaattn.lab.clips.folder import LOCK, MANIFEST, Folder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "undrawn")
 
 
 # Holds the lock of a folder until it is told to go.
@@ -42,38 +43,28 @@ def test_a_folder_that_another_run_works_in_is_refused_until_that_one_is_dead(ar
         pass
 
 
-# Kills itself where the record of the sixth clip is written but not in its place yet: that is the 16th file, after the
-# mark, the manifest, two references, six videos and five records.
-KILLED = """
-import os, signal, sys
-from rectified_spaattn import cli
+def evaluate_until_killed(arguments: list[str], out: Path) -> int:
+    """Dies where the record of the sixth clip is written but not in its place yet: that is the 16th file, after the
+    mark, the manifest, two references, six videos and five records.
+    """
+    replace, files = os.replace, []
 
-replace, files = os.replace, []
+    def replace_or_die(*paths: Any) -> None:
+        files.append(paths)
+        if len(files) == 16:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
 
-def replace_or_die(*paths):
-    files.append(paths)
-    if len(files) == 16:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*paths)
-
-os.replace = replace_or_die
-sys.argv[0] = "rectified-spaattn"
-cli.main()
-"""
+    os.replace = replace_or_die
+    return evaluate(arguments, out).exit_code
 
 
 def test_a_killed_run_goes_on_and_loses_nothing(
     arguments: list[str], finished: tuple[Path, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments, "--out", str(out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=3000,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    [(code, printed)] = run_forked(1, lambda rank: evaluate_until_killed(arguments, out))
+    assert code == -signal.SIGKILL, printed
     before = times(out, "clips/*/[0-9]*.json")
     assert len(before) == 5
     assert len(list(out.rglob(".partial-*"))) == 1
@@ -89,23 +80,14 @@ def test_a_killed_run_goes_on_and_loses_nothing(
 
 def test_two_processes_give_the_same_table(arguments: list[str], finished: tuple[Path, str], tmp_path: Path) -> None:
     """As torchrun and accelerate start them, without the launcher."""
-    out, words = tmp_path / "out", [sys.executable, "-m", "rectified_spaattn", *arguments]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    both = [
-        subprocess.Popen(
-            [*words, "--out", str(out)],
-            env=os.environ
-            | meeting
-            | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    printed = [each.communicate(timeout=3000)[0] for each in both]
-    assert [each.returncode for each in both] == [0, 0], printed
+    out = tmp_path / "out"
+
+    def work(rank: int) -> int:
+        result = evaluate(arguments, out)
+        print(result.output)
+        return result.exit_code
+
+    both = run_forked(2, work)
+    assert [code for code, _ in both] == [0, 0], both
     assert json.loads((out / MANIFEST).read_text())["processes"] == 2
     assert rows(out) == rows(finished[0])

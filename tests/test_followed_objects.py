@@ -326,6 +326,8 @@ def test_an_expert_by_itself_of_unknown_kind_is_asked_for():
         rsa.enable(model)
     with pytest.raises(ValueError, match=r"config for each of two experts.*rsa\.preset\(name\)\[0\]"):
         rsa.enable(model, preset="wan2.2-t2v-a14b")
+    with pytest.raises(ValueError, match="preset: got ''"):
+        rsa.enable(model, preset="")
     with pytest.warns(UserWarning, match="set_step"), rsa.enable(model, rsa.preset("wan2.2-t2v-a14b")[1]) as handle:
         assert handle.configs()["transformer"] == rsa.preset("wan2.2-t2v-a14b")[1]
     with rsa.enable(tiny.wan_transformer(num_layers=40, in_channels=36)) as handle:

@@ -1,14 +1,15 @@
 """`generate --prompts`: one clip a prompt, shared between processes, and gone on with."""
 
 import os
-import subprocess
-import sys
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from clip_runs import WAN, generate, told
+from ranks import run_forked
+from rectified_spaattn.cli import generate as cli_generate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,34 +68,16 @@ def test_what_does_not_go_together(words: list[Any], tmp_path: Path) -> None:
     assert "files that are not of this command" in foreign.output
 
 
-# Process 1 dies where its clip is written and its JSON is not.
-DYING = """
-import os, signal, sys
-from ranks import run_forked
-from rectified_spaattn import cli
-from rectified_spaattn.cli import generate
-
-def work(rank):
-    if rank == 1:
-        generate.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    cli.main()
-
-results = run_forked(2, work)
-print([code for code, _ in results], *(text for _, text in results))
-"""
-
-
 def test_the_death_of_a_process_leaves_what_the_others_made(words: list[Any], tmp_path: Path) -> None:
-    paths = os.pathsep.join([str(Path(__file__).parent), *(path for path in sys.path if path)])
-    done = subprocess.run(
-        [sys.executable, "-c", DYING, "generate", *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    printed = done.stdout + done.stderr
-    assert printed.startswith("[1, -9]"), printed
+    def work(rank: int) -> int:
+        if rank == 1:  # dies where its clip is written and its JSON is not
+            cli_generate.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        result = generate(*words)
+        print(result.output)
+        return result.exit_code
+
+    (survivor, printed), (victim, _) = run_forked(2, work)
+    assert (survivor, victim) == (1, -signal.SIGKILL), printed
     assert "Connection closed" in printed or "Error" in printed
     made = times(tmp_path / "out")
     assert {"a b-0.mp4", "a b-0.json"} <= set(made)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_runs import WAN, generate
+from clip_runs import WAN, generate, told
+from rectified_spaattn.cli import generate as making
 from rectified_spaattn.lab.clips import models as loading
 from rectified_spaattn.lab.clips.options import ClipError
 
@@ -46,6 +47,7 @@ def test_missing_packages_are_named(
         (["--sparsity", 1.5], 2, "sparsity: got 1.5; allowed: a number in [0, 1)"),
         (["--preset", "wan3"], 2, "preset: got 'wan3'; allowed: one of"),
         (["--steps", 0], 2, "allowed: 1 or more"),
+        (["--seed", 2**64], 2, "seed: got 18446744073709551616; allowed: "),
         (["--dtype", "int8"], 2, "allowed: one of"),
         (["--teacache-threshold", 0.1], 2, "without --teacache"),
         (["--config", "nowhere.yaml"], 2, "got no such file"),
@@ -357,3 +359,52 @@ def test_a_full_disk_leaves_what_was_there(models: Path, tmp_path: Path, monkeyp
     assert "Written" not in result.output
     assert out.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+
+
+@pytest.mark.usefixtures("no_step")
+def test_without_an_encoder_no_step_runs(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(tmp_path / "ffmpeg"))
+    result = generate(models / "wan", *WAN, "--config", models / "sparse.yaml", "--out", tmp_path / "v.mp4")
+    assert result.exit_code == 1
+    assert "No mp4 can be written here" in result.output
+    assert "Install imageio-ffmpeg" in result.output
+
+
+def test_the_clip_is_there_where_nobody_reads_what_is_said_of_it(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the output is piped into `head`, or into a file on a full disk."""
+
+    def gone(*words: Any, **more: Any) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    run = making.generate
+
+    def generate_once(*arguments: Any, **more: Any) -> Any:
+        clips = run(*arguments, **more)
+        monkeypatch.setattr("rich.console.Console.print", gone)
+        return clips
+
+    monkeypatch.setattr(making, "generate", generate_once)
+    out = tmp_path / "v.mp4"
+    result = generate(models / "wan", *WAN, "--config", models / "sparse.yaml", "--out", out)
+    assert result.exit_code == 1
+    assert out.stat().st_size
+    assert told(out)["stats"]["sparse_calls"]
+
+
+def test_a_file_that_another_run_made_meanwhile_stays(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = making.generate, tmp_path / "v.mp4"
+
+    def generate_slowly(*arguments: Any, **more: Any) -> Any:
+        out.write_text("of another run")
+        return run(*arguments, **more)
+
+    monkeypatch.setattr(making, "generate", generate_slowly)
+    result = generate(models / "wan", *WAN, "--config", models / "sparse.yaml", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert out.read_text() == "of another run"
+    assert told(tmp_path / "v-2.mp4")["output"]["file"] == "v-2.mp4"
+    assert "Note: somebody else made" in result.output

@@ -183,6 +183,7 @@ def test_inspect_the_demo_model_from_end_to_end(tmp_path: Path) -> None:
         assert text in page
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_inspect_says_the_same_as_the_library(tmp_path: Path) -> None:
     from rectified_spaattn.lab.demo_model.pipeline import load_demo_pipeline
     from rectified_spaattn.lab.demo_model.prompts import PROMPTS
@@ -241,6 +242,7 @@ def test_axes_say_how_blocks_are_sorted(
     assert any("sorted by content" in note for note in notes) == (order == "content")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_inspect_reads_the_folder_of_any_pipeline(models: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     common = ("--model", models / "wan", "--prompt", "a b c", "--height", 128, "--width", 128, "--frames", 9)
@@ -258,6 +260,7 @@ def test_inspect_reads_the_folder_of_any_pipeline(models: Path, tmp_path: Path) 
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_inspect_starts_from_an_image_and_takes_the_settings_of_a_file(models: Path, tmp_path: Path) -> None:
     picture, out = tmp_path / "first.png", tmp_path / "out"
     Image.linear_gradient("L").convert("RGB").resize((128, 128)).save(picture)
@@ -273,6 +276,7 @@ def test_inspect_starts_from_an_image_and_takes_the_settings_of_a_file(models: P
     assert "there is no such file" in printed
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_inspect_sees_the_transformer_that_makes_the_step(models: Path, tmp_path: Path) -> None:
     small = ("--height", 128, "--width", 128, "--frames", 9, "--steps", 4, "--device", "cpu", "--sparsity", 0.8)
     last = ("--model", models / "wan-2", "--prompt", "a b c", "--block-size", 16, "--step", 3)

@@ -382,7 +382,8 @@ def test_wrong_settings() -> None:
         ({"replan": 1.5}, TypeError, "integer of 1 or more"),
         ({"replan": True}, TypeError, "integer of 1 or more"),
         ({"kept_lists": 1}, TypeError, "True or False"),
-        ({"kept_lists": True, "tolerance": 0.1}, ValueError, "tolerance"),
+        ({"kept_lists": True, "replan": 2, "tolerance": 0.1}, ValueError, "tolerance"),
+        ({"kept_lists": True}, ValueError, "replan=1"),
     ):
         with pytest.raises(error, match=match):
             SparseConfig(**wrong)

@@ -13,15 +13,15 @@ from cases import STRIDED, kernel_budget, seen, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends.calls import Call
 from rectified_spaattn.backends.triton import Partial, Prepared, why_not
-from rectified_spaattn.backends.triton.arrange import principal
 from rectified_spaattn.backends.triton.attend import attend
+from rectified_spaattn.backends.triton.directions import moments, of_errors
 from rectified_spaattn.backends.triton.plan import decide, empty, select
 from rectified_spaattn.backends.triton.tile import tile
 from rectified_spaattn.config import RECTIFY, Rule
 from rectified_spaattn.method import plan as method
 from rectified_spaattn.method.inputs import Inputs
 from rectified_spaattn.method.pool import pool
-from rectified_spaattn.method.residual import Directions, directions, responses
+from rectified_spaattn.method.residual import Directions, responses
 from rectified_spaattn.method.select import select as select_stage
 from rectified_spaattn.orders import blocks_of
 
@@ -124,7 +124,8 @@ def test_tile_orders_and_pools_in_one_pass(case, mode):
             torch.testing.assert_close(whole(got), exact, rtol=2e-5, atol=1e-6)
     assert (tiled.responses is not None) == (config.rule.choice == "error" and nb > 0)
     if tiled.responses is not None:
-        seen = Directions(*(x.double() for x in directions(q, k, blocks.tiled, inputs.scale, principal)))
+        found = of_errors(moments(q, k, blocks.tiled, inputs.scale), k.shape[2], inputs.scale, dtype)
+        seen = Directions(*(x.double() for x in found))
         want_responses = responses(*(in_blocks(x.double(), blocks) for x in (q, k, v)), seen)
         for got, exact in zip(tiled.responses, want_responses, strict=True):
             # directions and what is seen in them are rounded to the inputs' dtype, of which two make a product

@@ -170,6 +170,14 @@ class Life(RuleBasedStateMachine):
             assert ("LOST" in self.handle.summary()) == (len(living) < len(processors))
 
 
+@pytest.fixture(autouse=True)
+def frozen():
+    """What is there before is no garbage, and need not be looked through at every collection."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def explore(examples, steps):
     run_state_machine_as_test(
         Life,

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rectified_spaattn.cli.console import print_wide, progress_bars, row_table, short_label, shown
+from rectified_spaattn.cli.console import markdown_table, print_wide, progress_bars, row_table, short_label, shown
 from rectified_spaattn.cli.options import command, command_line
 from rectified_spaattn.lab.option import option
 
@@ -143,3 +143,14 @@ def test_bars_are_for_terminals() -> None:
         bars.update(bars.add_task("clips", total=1), completed=1)
     assert text.getvalue() == ""
     assert short_label("a mode with a name that is much too long") == "a mode with a name that is …"
+
+
+def test_no_figure_is_cut_where_a_terminal_is_narrow() -> None:
+    text = io.StringIO()
+    rows = [["reference, in words", "bfloat16, heads of 128, blocks of 128", "0.000123", "1.8e-05"]]
+    table = markdown_table(("backend", "call", "error", "allowed"), rows)
+    print_wide(Console(file=text, force_terminal=True, width=48, no_color=True), table)
+    assert max(map(len, re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue()).splitlines())) <= 48
+    for words in rows[0][2:]:
+        assert f" {words} |" in text.getvalue()
+    assert "…" not in text.getvalue()

@@ -2,12 +2,19 @@
 that is killed."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+import rectified_spaattn as rsa
+import tiny_models
+from ranks import run_forked
+from rectified_spaattn.pipelines.state import LayerState
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo"),
@@ -53,14 +60,8 @@ def test_four_ranks_everything_and_compiled_blocks() -> None:
     in_step(2, RANK_TESTS_SLOW="1")
 
 
-# Forward after forward; rank 1 ends itself within the first attention of the third.
-KILLED = """
-import os, signal, sys, torch
-from ranks import run_forked
-import rectified_spaattn as rsa, tiny_models
-from rectified_spaattn.pipelines.state import LayerState
-
-def work(rank):
+def forwards_until_killed(rank: int) -> int:
+    """Forward after forward; rank 1 ends itself within the first attention of the third."""
     torch.accelerator.device_count = lambda: 1
     torch.set_grad_enabled(False)
     model = tiny_models.wan(16)
@@ -68,24 +69,22 @@ def work(rank):
     handle = rsa.enable(model, rsa.SparseConfig(block_size=16))
     attend = LayerState.attend
 
-    def attend_or_die(layer, *others):
+    def attend_or_die(layer: LayerState, *others: Any) -> torch.Tensor:
         if layer.owner.steps_seen == {0, 1, 2} and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return attend(layer, *others)
 
-    LayerState.attend = attend_or_die
+    LayerState.attend = attend_or_die  # type: ignore[method-assign]
     for step in range(1000):
         handle.set_step(step)
         model(**tiny_models.wan_inputs(model), return_dict=False)
-        print("step", step, flush=True)
+        print("step", step)
     return 0
-
-(survivor, printed), (victim, _) = run_forked(2, work)
-print(survivor, victim, printed)
-sys.exit((survivor, victim) != (1, -signal.SIGKILL) or "step 1" not in printed or "step 2" in printed)
-"""
 
 
 def test_the_death_of_one_ends_the_other_with_an_error() -> None:
-    printed = launched("-c", KILLED)
+    (survivor, printed), (victim, _) = run_forked(2, forwards_until_killed)
+    assert (survivor, victim) == (1, -signal.SIGKILL), printed
+    assert "step 1" in printed
+    assert "step 2" not in printed
     assert "Error" in printed, printed

@@ -19,10 +19,11 @@ CONFIGS = [CONFIG, CONFIG.replace(replan=4), CONFIG.replace(replan=4, kept_lists
 def test_old_plans_cost_nothing_on_calls_that_stay_and_something_on_calls_that_do_not() -> None:
     call = smooth_call()
     same = [replace(call, step=step) for step in range(4)]
-    planned, *kept = replan.errors(same[::-1], CONFIGS, 4, "auto")  # in the order of the steps, whatever they came in
+    # in the order of the steps, whatever they came in
+    planned, *kept = replan.errors(same[::-1], CONFIGS, 4, "auto", torch.float32)
     assert kept == [planned, planned]
     turned = [replace(call, step=step, **{x: getattr(call, x).roll(5 * step, 1) for x in "qkv"}) for step in range(4)]
-    planned, *kept = replan.errors(turned, CONFIGS, 4, "auto")
+    planned, *kept = replan.errors(turned, CONFIGS, 4, "auto", torch.float32)
     assert planned < kept[0] < kept[1]
 
 

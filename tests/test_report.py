@@ -26,6 +26,7 @@ from rectified_spaattn.lab.pages.demo import write_report
 from rectified_spaattn.lab.pages.html import data_uri, decibel, percent
 from rectified_spaattn.lab.pages.video import (
     Row,
+    check_encoder,
     difference,
     enlarge,
     even,
@@ -135,6 +136,9 @@ def test_a_video_that_is_not_whole_is_an_error_and_leaves_what_was_there(
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(encoder))
     with pytest.raises(OSError, match=re.escape(str(path))):
         write_frames(path, np.zeros((5, 16, 16, 3), dtype=np.uint8))
+    if how != "truncates":  # the only frame of what is tried is written
+        with pytest.raises(OSError, match="No mp4 can be written here"):
+            check_encoder()
     assert path.read_text() == "before"
     assert [each.name for each in path.parent.iterdir()] == ["v.mp4"]
 

@@ -11,12 +11,12 @@ from cases import kernel_budget, video_like
 from oracle import dense
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends.triton import plan as kernels
-from rectified_spaattn.backends.triton.arrange import principal as by_iteration
+from rectified_spaattn.backends.triton.directions import moments, of_errors
 from rectified_spaattn.backends.triton.tile import tile
 from rectified_spaattn.config import RECTIFY
 from rectified_spaattn.method.inputs import Inputs
 from rectified_spaattn.method.pool import pool
-from rectified_spaattn.method.residual import Directions, directions, principal, residual, responses
+from rectified_spaattn.method.residual import Directions, directions, residual, responses
 from rectified_spaattn.method.select import largest, select, top_k_of
 from rectified_spaattn.method.slope import slope
 from rectified_spaattn.method.tail import half_variance
@@ -188,7 +188,8 @@ def test_kernels_choose_by_the_residuals_of_the_stage(head_dim: int) -> None:
     places = [x[:, blocks.tiled].double() for x in (q, k, v)]
     parts = [in_blocks(x, 64) for x in places]
     # the same directions: where spreads are close, an iteration parts them otherwise than exact eigenvectors do
-    seen = Directions(*(x.double() for x in directions(q, k, blocks.tiled, inputs.scale, by_iteration)))
+    found = of_errors(moments(q, k, blocks.tiled, inputs.scale), 2, inputs.scale, dtype)
+    seen = Directions(*(x.double() for x in found))
     spread = half_variance(pool(*parts, RULE), inputs.scale)
     want = residual(choices.probability.double(), spread, responses(*parts, seen))
     assert (got == math.inf).sum(-1).eq(1).all()
@@ -200,14 +201,18 @@ def test_kernels_choose_by_the_residuals_of_the_stage(head_dim: int) -> None:
 
 def test_directions_of_the_kernel_span_what_those_of_the_stage_span() -> None:
     generator = torch.Generator().manual_seed(0)
-    long = torch.linspace(3, 0.3, 64)  # a spectrum whose directions are far apart
-    q, k = ((torch.randn(2, 900, 64, generator=generator) * long.square()).to(DEVICE) for _ in "qk")
-    covariance, weigh = (x.transpose(1, 2) @ x / 900 for x in (k, q))
-    want, got = principal(covariance, weigh), by_iteration(covariance, weigh)
-    one = torch.eye(8, device=DEVICE).expand(2, 8, 8)
-    torch.testing.assert_close(got.transpose(1, 2) @ covariance @ got, one, rtol=0, atol=1e-4)
-    both = got.transpose(1, 2) @ covariance @ want
-    torch.testing.assert_close(torch.linalg.svdvals(both), one.diagonal(dim1=1, dim2=2), rtol=0, atol=0.02)
+    long = torch.linspace(3, -3, 64).exp()  # a spectrum whose directions are far apart
+    q, k = ((torch.randn(1, 900, 2, 64, generator=generator) * long).to(DEVICE) for _ in "qk")
+    k += 5
+    places = torch.arange(900, device=DEVICE)
+    want, got = directions(q, k, places, SCALE), of_errors(moments(q, k, places, SCALE), 2, SCALE, torch.float32)
+    apart = (k - k.mean(1)).transpose(1, 2)
+    covariance = apart.transpose(2, 3) @ apart / 900
+    one = torch.eye(8, device=DEVICE).expand(1, 2, 8, 8)
+    torch.testing.assert_close(got.k.transpose(2, 3) @ covariance @ got.k, one, rtol=0, atol=1e-4)
+    both = got.k.transpose(2, 3) @ covariance @ want.k
+    torch.testing.assert_close(torch.linalg.svdvals(both), one.diagonal(dim1=2, dim2=3), rtol=0, atol=0.02)
+    torch.testing.assert_close(got.q, SCALE * covariance @ got.k, rtol=1e-3, atol=1e-3)
 
 
 def test_longest_rows_first_changes_nothing() -> None:

@@ -12,6 +12,7 @@ import tiny
 from cases import MODES, video_like
 from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.attention import SparseStats
+from rectified_spaattn.backends import BACKENDS
 from rectified_spaattn.method.select import edge, head_budget, row_budget, top_k_of
 from rectified_spaattn.method.tolerance import LOW, highest_top_k, next_top_k
 
@@ -318,9 +319,11 @@ def test_errors_are_told_at_a_fixed_sparsity_too(pipeline, quiet) -> None:
         assert math.isnan(handle.stats().error)
 
 
-def test_budgets_change_without_a_recompilation(quiet, fresh_compiler) -> None:
+def test_budgets_and_precisions_change_without_a_recompilation(quiet, fresh_compiler, monkeypatch) -> None:
+    pretending = BACKENDS["torch"]._replace(why_not=lambda call: None)  # to have 8 bits, which are as exact then
+    monkeypatch.setitem(BACKENDS, "torch", pretending)
     pipeline = tiny.wan_pipeline()
-    with rsa.enable(pipeline, **RUN, tolerance=0.1, replan=2) as handle:
+    with rsa.enable(pipeline, **RUN, tolerance=0.1, replan=2, precision="auto") as handle:
         eager, budgets = tiny.run_wan(pipeline, steps=3), learnt(handle)
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend="eager")
         tiny.run_wan(pipeline, steps=1)
@@ -329,4 +332,5 @@ def test_budgets_change_without_a_recompilation(quiet, fresh_compiler) -> None:
         assert set(learnt(handle)) == set(budgets)
         (state,) = handle._watch.states
         assert state.plans.taken == 6  # orders are kept, while budgets change
+        assert handle.stats().precisions == {"inputs": 6, "fp8": 12}
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)

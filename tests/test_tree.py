@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "rectified_spaattn"
 # What may import what: a name may import those before it, and a folder itself.
 CORE = ("config", "presets", "layout", "orders", "method", "backends", "ops", "attention", "kept_plans", "budgets")
+CORE += ("precisions",)
 LEVELS = (*CORE, "pipelines", "lab", "cli")
 ENGINES = (
     "attention",
@@ -18,6 +19,7 @@ ENGINES = (
     "kept_plans",
     "presets",
     "layout",
+    "precisions",
     "engines",
 )  # what an adapter to an engine may import
 ENTRIES = ("__init__", "__main__")  # they only hand on

@@ -20,28 +20,15 @@ if TYPE_CHECKING:
     from .pipelines.teacache import TeaCacheHandle, TeaCacheStats, disable_teacache, enable_teacache
     from .presets import PRESETS, preset
 
-_HOME = {
-    "rectified_attention": "attention",
-    "plan": "attention",
-    "attend": "attention",
-    "Plan": "attention",
-    "SparseStats": "attention",
-    "SparseConfig": "config",
-    "PRESETS": "presets",
-    "preset": "presets",
-    "TokenLayout": "layout",
-    "disable": "pipelines",
-    "enable": "pipelines",
-    "Handle": "pipelines",
-    "Parallelism": "pipelines",
-    "SupportedModel": "pipelines",
-    "supported": "pipelines",
-    "parallelize": "pipelines",
-    "disable_teacache": "pipelines.teacache",
-    "enable_teacache": "pipelines.teacache",
-    "TeaCacheHandle": "pipelines.teacache",
-    "TeaCacheStats": "pipelines.teacache",
+_NAMES = {  # by the module that they are imported from when they are asked for
+    "attention": ("Plan", "SparseStats", "attend", "plan", "rectified_attention"),
+    "config": ("SparseConfig",),
+    "layout": ("TokenLayout",),
+    "pipelines": ("Handle", "Parallelism", "SupportedModel", "disable", "enable", "parallelize", "supported"),
+    "pipelines.teacache": ("TeaCacheHandle", "TeaCacheStats", "disable_teacache", "enable_teacache"),
+    "presets": ("PRESETS", "preset"),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "PRESETS",

@@ -297,6 +297,11 @@ def _checked(
             f"q, k, v: got S = {q.shape[1]} tokens; allowed by the layout: {layout}. Build the layout with the grid "
             "after patching and the padded text length; the shape must be [B, S, H, D], not [B, H, S, D]."
         )
+    if config.precision == "auto":
+        raise ValueError(
+            "precision: got 'auto' for a single call; allowed: 'inputs', 'int8-qk' or 'fp8', as earlier calls decide. "
+            "rsa.enable(pipe, precision='auto') keeps what they measured."
+        )
     if layout.grid is None:
         blocks_of(layout, config)  # says which orders need a grid
     return q, k, v

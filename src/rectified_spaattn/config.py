@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row", "row+slope"]
 Order = Literal["content", "gilbert", "tile", "raster"]
 ORDERS: tuple[str, ...] = get_args(Order)
-Precision = Literal["inputs", "int8-qk", "fp8"]
+Precision = Literal["inputs", "int8-qk", "fp8", "auto"]
 BACKEND_NAMES = ("fa4", "triton", "torch", "reference")  # their rows are in backends/
 PROBES = 64  # query rows a head that measure the error where there is a tolerance
 _OPERATOR = ("sparsity", "top_p", "rectify", "block_size", "order", "neighbours", "first_frame", "precision")
@@ -68,7 +68,9 @@ class SparseConfig:
                       "raster"; or "content": sorted in every call and head, so that a block holds tokens that attend
                       alike (the default)
     precision         of the products with kept blocks: "inputs": as q, k, v are; "int8-qk": queries times keys in int8;
-                      "fp8": these and weights times values in float8. All else stays as it is (triton on NVIDIA GPUs)
+                      "fp8": these and weights times values in float8. All else stays as it is (triton on NVIDIA GPUs);
+                      "auto": 8 bits in calls of a layer where they raise the squared error of its probe rows by a tenth
+                      at most, as measured in the run itself on the same blocks; "inputs" in all others
     neighbours        blocks that touch in 3-D always see each other (the paper); only with an order in space
     first_frame       blocks that hold tokens of frame 0 always see each other; only with an order in space
     dense_steps       full attention in the first denoising steps: a count, or a fraction of all steps below 1
@@ -79,13 +81,13 @@ class SparseConfig:
                       measure, step by step, from what `sparsity` says on; None: as many as `sparsity` says
     max_density       the largest share of a head's blocks that a tolerance keeps, in (0, 1]
     probes            query rows a head that are also computed exactly, to measure the error; None: 64 with a tolerance,
-                      else 0
+                      else 0, but where precision="auto" looks
     replan            every so many denoising steps a layer sorts its tokens anew, in each guidance call; in between the
                       order of order="content" is kept, and pooled keys and values are taken anew. 1: in every call
     kept_lists        the lists of kept blocks live as long as the order; with any order, and without a tolerance
 
-    The schedule (the dense ones), tolerance, max_density, replan and kept_lists are read by `enable`, all else by the
-    operator.
+    The schedule (the dense ones), tolerance, max_density, replan, kept_lists and precision="auto" are read by `enable`,
+    all else by the operator.
 
     Raises TypeError for a wrong type or an unknown key, ValueError for a value out of range.
     """
@@ -186,6 +188,11 @@ class SparseConfig:
         return self.probes
 
     @property
+    def least_precision(self) -> str:
+        """What a backend must be able to run: "auto" does without 8 bits."""
+        return "inputs" if self.precision == "auto" else self.precision
+
+    @property
     def keeps_plans(self) -> bool:
         """Whether a call leaves anything to the steps after it."""
         return self.replan > 1 and (self.by_content or self.kept_lists)
@@ -269,11 +276,10 @@ def _check_tolerance(config: SparseConfig) -> None:
         if probes < 0:
             raise ValueError(f"probes: got {probes}; allowed: an integer of 0 or more, or None.")
         object.__setattr__(config, "probes", int(probes))
-    if config.tolerance is None:
-        return
-    if probes == 0:
-        raise ValueError("probes: got 0 with a tolerance; allowed: 1 or more, or None, as they measure the error.")
-    if config.top_p == 1:
+    asked = "a tolerance" if config.tolerance is not None else "precision='auto'" if config.precision == "auto" else ""
+    if probes == 0 and asked:
+        raise ValueError(f"probes: got 0 with {asked}; allowed: 1 or more, or None, as they measure the error.")
+    if config.tolerance is not None and config.top_p == 1:
         raise ValueError("top_p: got 1 with a tolerance; allowed: below 1, as 1 keeps every block whatever the error.")
 
 
@@ -287,6 +293,11 @@ def _check_replan(config: SparseConfig) -> None:
     object.__setattr__(config, "replan", int(replan))
     if not isinstance(config.kept_lists, bool):
         raise TypeError(f"kept_lists: got {config.kept_lists!r}; allowed: True or False.")
+    if config.kept_lists and replan == 1:
+        raise ValueError(
+            "kept_lists: got True with replan=1, which makes lists anew in every step; allowed: with a replan of 2 or "
+            "more, such as replan=4."
+        )
     if config.kept_lists and config.tolerance is not None:
         raise ValueError(
             f"kept_lists: got True with tolerance={config.tolerance}; allowed: False, as a tolerance says in every "

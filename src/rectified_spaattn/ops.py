@@ -113,7 +113,7 @@ def _inputs(
     tokens, settings = TokenLayout.from_key(layout), SparseConfig.from_key(config)
     blocks = blocks_of(tokens, settings).on(q.device)
     if text_mask is None:
-        text_mask = torch.ones(q.shape[0], blocks.text, dtype=torch.bool, device=q.device)
+        text_mask = blocks.all_text.expand(len(q), -1)
     if block_mask is not None:
         block_mask = block_mask.contiguous()
     inputs = Inputs(q, k, v, blocks, settings, text_mask, scale, block_mask, token_order)
@@ -151,18 +151,28 @@ def _parts(inputs: Inputs) -> int:
     if inputs.config.precision != "inputs":  # k and v once more in 8 bits, and the output of the listed blocks
         copies += inputs.q.nbytes + (inputs.k.nbytes + inputs.v.nbytes) // 2
     planning = 20 * inputs.q.shape[0] * inputs.q.shape[2] * count * count  # bytes of what is as large as block masks
-    room = _room(inputs.q.device) - inputs.q.nbytes
+    device, out = inputs.q.device, inputs.q.nbytes
+    if copies + planning <= 0.8 * (_unused(device) - out):
+        return 1
+    room = _room(device) - out
     if copies + planning <= 0.8 * room:
         return 1
     return math.ceil((copies + planning) / max(1.0, 0.5 * room))
 
 
-def _room(device: torch.device) -> float:
-    """Bytes of device memory that nobody holds; infinite where that is not known, as while a CUDA graph is captured."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+def _unused(device: torch.device) -> float:
+    """Bytes that torch holds of the device and nobody uses; infinite where a CUDA graph is captured. Asks no driver."""
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
         return math.inf
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
+    held = torch.cuda.memory_stats_as_nested_dict(device)
+    return held["reserved_bytes"]["all"]["current"] - held["allocated_bytes"]["all"]["current"]
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of device memory that nobody uses; infinite where that is not known."""
+    return torch.cuda.mem_get_info(device)[0] + _unused(device) if device.type == "cuda" else math.inf
 
 
 def _outputs(

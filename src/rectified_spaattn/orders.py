@@ -65,6 +65,11 @@ class Blocks:
         return torch.nn.functional.pad(places, (0, -len(places) % self.block_size), value=-1).int()
 
     @cached_property
+    def all_text(self) -> torch.Tensor:
+        """bool [1, text]: that every token which stands alone is valid."""
+        return torch.ones(1, self.text, dtype=torch.bool, device=self.isolated.device)
+
+    @cached_property
     def attending(self) -> torch.Tensor:
         """int64 [S - nb*b - A]: which of `isolated` attend to every token."""
         alone = torch.ones(self.isolated.numel(), dtype=torch.bool, device=self.isolated.device)

@@ -1,7 +1,7 @@
 """The table of modes on the demo model that was fine-tuned on filmed clips, against its own full attention.
 
     python -m studies.footage --dtype bfloat16 --batch 6
-    python -m studies.footage --table-of runs/footage-held-out.csv
+    python -m studies.footage --table-of studies/data/footage-held-out.csv
 
 Pairs are the captions of all shots with seeds of their own; the split only says which seeds.
 """

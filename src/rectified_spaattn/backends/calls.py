@@ -47,6 +47,7 @@ def why_not_8_bits(call: Call) -> str | None:
     return None if call.precision == "inputs" else f"precision {call.precision!r}, which triton runs"
 
 
+@cache
 def installed_version(package: str) -> str | None:
     """Version of an installed distribution, without importing it; None where it is not installed."""
     try:

@@ -139,7 +139,7 @@ def _attend(sample: Sample, scale: float, out: torch.Tensor) -> None:
     head_dim, stored, a_group = out.shape[2], sample.k.shape[1], num_blocks * (heads // len(sample.k))
     q, k, v = (x.flatten(0, 1) for x in (sample.q, sample.k, sample.v))
     rectification = sample.rectification
-    r, c = rectification.r[0].flatten()[:, None, None], rectification.c[0].flatten(0, 1)[:, None, :]
+    r = rectification.r[0].flatten()[:, None, None]
     attended, finished = q.new_empty(len(q), block_size, head_dim), 0  # in the order in which query blocks are attended
 
     rows, columns = sample.choices.block_mask[0].flatten(0, 1).nonzero(as_tuple=True)
@@ -165,6 +165,7 @@ def _attend(sample: Sample, scale: float, out: torch.Tensor) -> None:
             )
             here = attended[finished : finished + len(row)]
             if rectification.tail is None:
+                c = rectification.c[0].flatten(0, 1)[:, None, :]
                 sparse = scaled_dot_product_attention(q[row, None], k_kept, v_kept, scale=scale)[:, 0]
                 torch.addcmul(c[row], sparse, r[row], out=here)
             else:

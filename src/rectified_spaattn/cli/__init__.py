@@ -1,5 +1,6 @@
 """The command `rectified-spaattn`."""
 
+import os
 import sys
 from importlib.util import find_spec
 
@@ -25,8 +26,10 @@ def main() -> None:
             f'Install them with: pip install ".[{"app" if command == "app" else "demo"}]" in a checkout of '
             "rectified-spaattn"
         )
-    for stream in (sys.stdout, sys.stderr):  # prompts and paths may hold what a terminal cannot show
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, or of a process without a terminal: what is said goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # prompts and paths may hold what it cannot show
     from .app import app
 
     app()

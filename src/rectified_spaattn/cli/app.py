@@ -3,6 +3,7 @@
 What a command needs is imported when it runs: help and the version come without torch.
 """
 
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -60,19 +61,22 @@ def root(
     """Rectified SpaAttn: training-free block-sparse attention for video diffusion transformers."""
 
 
+def _run(module: str, options: object, function: str = "run") -> None:
+    """Of the module of a command, imported now."""
+    with loading():
+        run = getattr(import_module(f".{module}", __package__), function)
+    run(options)
+
+
 def demo(options: DemoOptions) -> None:
     """Make the same clips with full attention, plain sparse, the paper's and ours, and a report about them."""
     check_ours(options.out, "demo")
-    with loading():
-        from .demo import run
-    run(options)
+    _run("demo", options)
 
 
 def advise(settings: AdviseSettings) -> None:
     """What to expect of a model at a size, without its weights: tokens, computed pairs, share of attention, times."""
-    with loading():
-        from .advise import run
-    run(settings)
+    _run("advise", settings)
 
 
 def doctor(settings: DoctorSettings) -> None:
@@ -80,9 +84,7 @@ def doctor(settings: DoctorSettings) -> None:
 
     Exit code 0: at least one backend is right and none is wrong; 1 otherwise.
     """
-    with loading():
-        from .doctor import run
-    run(settings)
+    _run("doctor", settings)
 
 
 def generate(options: GenerateOptions) -> None:
@@ -91,9 +93,7 @@ def generate(options: GenerateOptions) -> None:
         check_ours(options.out, "generate")
     elif options.out is not None:
         check_folder(options.out.parent)
-    with loading():
-        from .generate import run
-    run(options)
+    _run("generate", options)
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -103,31 +103,23 @@ def evaluate(options: EvaluateOptions) -> None:
     accelerate launch --num_processes 4 -m rectified_spaattn evaluate ...
     """
     check_ours(options.out, "evaluate")
-    with loading():
-        from .evaluate import run
-    run(options)
+    _run("evaluate", options)
 
 
 def inspect(options: InspectOptions) -> None:
     """Look into one attention head: its error under every rectify mode, and where its attention goes."""
     check_folder(options.out)
-    with loading():
-        from .inspect import run
-    run(options)
+    _run("inspect", options)
 
 
 def browser(options: AppOptions) -> None:
     """Full, plain sparse and ours beside each other in a browser, on this machine: choose, generate, compare."""
-    with loading():
-        from .browser import run
-    run(options)
+    _run("browser", options)
 
 
 def op(settings: OpSettings) -> None:
     """The operator against dense attention on the shapes of published models."""
-    with loading():
-        from .bench import op as run
-    run(settings)
+    _run("bench", settings, "op")
 
 
 def model(settings: ModelSettings) -> None:
@@ -135,9 +127,7 @@ def model(settings: ModelSettings) -> None:
 
     Started by torchrun, all processes share every forward; the first prints and writes.
     """
-    with loading():
-        from .bench import model as run
-    run(settings)
+    _run("bench", settings, "model")
 
 
 app.command()(command(DemoOptions, demo))

@@ -178,6 +178,7 @@ def _model_tables(result: ModelResult, device: str, wide: bool) -> Shown:
         "quartiles": "{0.seconds_q1:.3f} to {0.seconds_q3:.3f}",
         "min to max": "{0.seconds_min:.3f} to {0.seconds_max:.3f}",
         f"speed-up over eager {first.dense}": "{0.ratio:.2f}x",
+        "GiB": "{0.memory_gib:.1f}",
     }
     whole = f"{first.layers} layers"
     yield row_table(shown(columns, ("attention", "sparsity", "run", whole, "speed-up"), wide), forwards)

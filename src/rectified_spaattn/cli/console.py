@@ -37,11 +37,14 @@ def print_wide(console: Console, what: Table | str) -> None:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
-    """A Markdown table; columns whose cells all begin with a figure (or are empty) are set flush right."""
+    """A Markdown table; columns whose cells all begin with a figure (or are empty) are set flush right.
+
+    Where a terminal is too narrow other columns are broken into lines, and no figure is cut.
+    """
     table = Table(title=title, box=box.MARKDOWN)
     for place, column in enumerate(columns):
         figures = all(re.match(r"[-+]?\d|$", row[place]) for row in rows)
-        table.add_column(column, justify="right" if figures else "left", no_wrap=True)
+        table.add_column(column, justify="right" if figures else "left", no_wrap=figures, overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table

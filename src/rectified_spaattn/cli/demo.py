@@ -12,6 +12,7 @@ from ..lab.clips.options import DemoOptions
 from ..lab.clips.summary import summarise
 from ..lab.machine import device_of, load_average, machine
 from ..lab.pages.demo import FILES, players_of, results, study_attention, write_report, write_side_by_side
+from ..lab.pages.video import check_encoder
 from .console import plain_console, print_wide
 from .evaluate import fill, summary_tables, usage_errors
 from .options import command_line, loading
@@ -20,6 +21,7 @@ from .options import command_line, loading
 def run(options: DemoOptions) -> None:
     """The whole command."""
     console, start, device = plain_console(), time.perf_counter(), device_of(options.device)
+    check_encoder()
     with usage_errors():
         evaluation = evaluation_of(options, device)
         slider = with_slider(evaluation, options)

@@ -20,6 +20,7 @@ from ..lab.pages.clips import HEADS, number_text, score_text
 from ..lab.pages.evaluation import write_evaluation
 from ..lab.pages.html import percent
 from ..lab.pages.styles import FULL
+from ..lab.pages.video import check_encoder
 from .console import markdown_table, plain_console, print_wide, progress_bars, short_label
 from .options import command_line, loading
 
@@ -29,6 +30,7 @@ _WIDEST = 28  # characters of a mode's name in a table
 def run(options: EvaluateOptions) -> None:
     """The whole command; one of several processes where accelerate or torchrun started them."""
     console, state = plain_console(), work.processes()
+    check_encoder()
     device = device_of(options.device, state.local_process_index)
     with usage_errors():
         source = source_of(options)

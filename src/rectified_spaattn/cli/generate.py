@@ -1,16 +1,16 @@
 """`rectified-spaattn generate`: load, run, write, and say what happened."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import TextColumn
 
 from ..lab.clips import single
-from ..lab.clips.clip import OnStep, Pair, full_mode, generate
+from ..lab.clips.clip import Clip, OnStep, Pair, full_mode, generate
 from ..lab.clips.evaluate import processes
 from ..lab.clips.folder import Folder
 from ..lab.clips.models import Source, call_arguments, dtype_of, load, source_of, with_pictures
@@ -18,7 +18,7 @@ from ..lab.clips.options import GenerateOptions
 from ..lab.clips.summary import plain
 from ..lab.machine import device_name, device_of
 from ..lab.pages.clips import side_by_side
-from ..lab.pages.video import write_clip
+from ..lab.pages.video import check_encoder, write_clip
 from ..lab.rows import write_json
 from .console import plain_console, print_wide, progress_bars
 from .evaluate import summary_tables, usage_errors
@@ -29,6 +29,8 @@ _WIDEST = 640  # pixels of one clip in the side-by-side picture
 def run(options: GenerateOptions) -> None:
     """The whole command; with a file of prompts one of several processes, where accelerate or torchrun started them."""
     source = source_of(options)
+    if source.makes_video:
+        check_encoder()
     if options.prompts is None:
         device = device_of(options.device)
         outputs = single.outputs_of(options, source)
@@ -77,7 +79,10 @@ def _loaded(options: GenerateOptions, source: Source, device: torch.device) -> A
 
 
 def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOptions, outputs: single.Outputs) -> None:
-    """One clip, its JSON, and where it is asked for the comparison."""
+    """One clip, its JSON, and where it is asked for the comparison.
+
+    Files come first, words behind them: who reads these may be gone.
+    """
     console, arguments = plain_console(), call_arguments(source, options)
     assert options.prompt is not None
     call, mode = with_pictures(arguments), single.mode_of(options, pipe)
@@ -85,9 +90,8 @@ def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOpti
 
     with _bar(mode.label) as on_step:
         [sparse] = generate(pipe, mode, [pair], call, backend=options.backend, on_step=on_step)
-    for summary in sparse.summary:
-        print_wide(console, summary)
     fps = options.fps if source.makes_video else None
+    wanted, outputs = outputs, single.still_free(outputs, options)
     left = single.stale(outputs)
     write_clip(outputs.clip, sparse.video, options.fps)
     record: dict[str, Any] = {
@@ -98,6 +102,11 @@ def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOpti
     write_json(outputs.json, plain(record))  # before full attention, which takes longest and may need more memory
     for path in left:  # of another clip of this name
         path.unlink()
+    _took(console, sparse)
+    for summary in sparse.summary:
+        print_wide(console, summary)
+    if outputs != wanted:
+        console.print(f"Note: somebody else made {wanted.clip} or its JSON meanwhile, which stays as it is.")
     console.print(f"Written: {outputs.clip} and {outputs.json}")
     if sparse.stats is None or not sparse.stats.sparse_calls:
         console.print("Note: no attention call ran sparse; the lines above say why.")
@@ -116,6 +125,7 @@ def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOpti
         "scores": [row.row() for row in rows],
     }
     write_json(outputs.json, plain(record))
+    _took(console, full)
     where = f"{height} x {width} x {frames}, {len(full.steps)} steps, {device_name(device)}"
     for table in summary_tables(rows, where):
         print_wide(console, table)
@@ -124,9 +134,8 @@ def _make(pipe: Any, source: Source, device: torch.device, options: GenerateOpti
 
 @contextmanager
 def _bar(what: str) -> Iterator[OnStep]:
-    """A bar of the denoising steps with the computed pairs of the last one; a line at the end without a terminal."""
-    console, start = plain_console(), time.perf_counter()
-    with progress_bars(console, TextColumn("{task.fields[density]}")) as progress:
+    """A bar of the denoising steps with the computed pairs of the last one; nothing without a terminal."""
+    with progress_bars(plain_console(), TextColumn("{task.fields[density]}")) as progress:
         task = progress.add_task(what, total=None, density="")
 
         def on_step(count: int, total: int, density: float | None) -> None:
@@ -134,5 +143,9 @@ def _bar(what: str) -> Iterator[OnStep]:
             progress.update(task, completed=count, total=total, density=text)
 
         yield on_step
+
+
+def _took(console: Console, clip: Clip) -> None:
+    """A line in place of the bar, where there was no terminal for it."""
     if not console.is_terminal:
-        console.print(f"{what}: {time.perf_counter() - start:.1f} s")
+        console.print(f"{clip.mode.label}: {clip.seconds:.1f} s")

@@ -10,6 +10,7 @@ from ..budgets import Budgets
 from ..config import SparseConfig
 from ..kept_plans import KeptPlans, Moment
 from ..layout import TokenLayout
+from ..precisions import Precisions
 from .masks import Masks
 from .record import Record
 
@@ -34,18 +35,19 @@ class Seam:
 
     record   of the run that goes on, or else of the last one
     budgets  what a tolerance learnt in it
-    plans    what calls of it keep for later steps
+    plans    what calls of it keep for later steps; precisions: which of them are in 8 bits
     """
 
     config: SparseConfig
     record: Record = field(default_factory=Record)
     budgets: Budgets = field(default_factory=Budgets)
     plans: KeptPlans = field(default_factory=KeptPlans)
+    precisions: Precisions = field(default_factory=Precisions)
 
     def begin_run(self) -> None:
         """Forget the run before."""
         self.plans.clear()
-        self.record, self.budgets, self.plans = Record(), Budgets(), KeptPlans()
+        self.record, self.budgets, self.plans, self.precisions = Record(), Budgets(), KeptPlans(), Precisions()
 
     def end_run(self) -> None:
         """Free what was kept for later steps."""
@@ -53,7 +55,8 @@ class Seam:
 
     def summary(self) -> str:
         """What the run did, in a few lines."""
-        return "\n".join([self.record.summary(settings(self.config)), *self.plans.lines(self.config)])
+        kept, decided = self.plans.lines(self.config), self.precisions.lines(self.config)
+        return "\n".join([self.record.summary(settings(self.config)), *kept, *decided])
 
     def attend(
         self,
@@ -93,8 +96,8 @@ class Seam:
             problem=_why_unknown(place),
         )
         options = {"text_mask": text_mask, "scale": scale}
-        out, stats, _ = self.budgets.attend(
-            q, k, v, layout, self.config, self.plans, moment, turn=turn, step=place.step, **options
+        out, stats, _ = self.precisions.attend(
+            q, k, v, layout, self.config, self.budgets, self.plans, moment, turn=turn, **options
         )
         self.record.note_sparse(place.name, place.step, stats)
         return out
@@ -149,7 +152,8 @@ def _why_unknown(place: Place) -> str:
 def settings(config: SparseConfig) -> str:
     """A config in words, for the head of a summary."""
     tolerance = "" if config.tolerance is None else f"tolerance {config.tolerance:g}, first step at "
+    precision = "" if config.precision == "inputs" else f", precision {config.precision}"
     return (
         f"{tolerance}sparsity {config.sparsity:g}, top_p {config.top_p:g}, rectify {config.rectify}, "
-        f"block {config.block_size}, order {config.order}"
+        f"block {config.block_size}, order {config.order}{precision}"
     )

@@ -10,26 +10,41 @@ from ..presets import PRESET_NAMES, preset
 DEFAULT = SparseConfig()
 
 
-def option(help: str, default: Any = MISSING, *, choices: Sequence[str] = (), flag: str = "", unset: str = "") -> Any:
+def option(
+    help: str,
+    default: Any = MISSING,
+    *,
+    choices: Sequence[str] = (),
+    least: int | None = None,
+    flag: str = "",
+    unset: str = "",
+) -> Any:
     """`default` is the field's (without one it must be given); the rest is what the command line shows.
 
-    help     one sentence; choices: words that are listed behind it, and that check_choices allows
+    help     one sentence; choices: words that are listed behind it. These alone `check_options` allows, and no number
+             below `least`
     flag     names in place of "--field-name", separated by spaces; "ARGUMENT" for a positional argument
     unset    what happens where nothing is given, in words: shown in place of the default
     """
     listed = f"{help} One of {', '.join(choices)}." if choices else help
-    return field(default=default, metadata={"help": listed, "choices": tuple(choices), "flag": flag, "unset": unset})
+    metadata = {"help": listed, "choices": tuple(choices), "least": least, "flag": flag, "unset": unset}
+    return field(default=default, metadata=metadata)
 
 
-def check_choices(options: Any) -> None:
-    """Raises TypeError or ValueError for a value of a field that is none of its choices, or that comes twice."""
+def check_options(options: Any) -> None:
+    """Raises TypeError or ValueError for a value of a field that is none of its choices, or below its least."""
     for each in fields(options):
-        value, choices = getattr(options, each.name), each.metadata.get("choices", ())
-        values = value if isinstance(value, tuple) else () if value is None else (value,)
-        for word in values if choices else ():
-            check_choice(each.name, word, choices)
-        if len(set(values)) != len(values):
-            raise ValueError(f"{each.name}: got {list(values)}; allowed: values that differ.")
+        value, choices, least = getattr(options, each.name), each.metadata.get("choices"), each.metadata.get("least")
+        for one in value if isinstance(value, tuple) else () if value is None else (value,):
+            if choices:
+                check_choice(each.name, one, choices)
+            if least is not None and one < least:
+                raise ValueError(f"{each.name}: got {one}; allowed: {least} or more.")
+
+
+def given(options: Any, *names: str) -> dict[str, Any]:
+    """Those of the fields that are not None."""
+    return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,5 +62,4 @@ class ConfigOptions:
         Raises ValueError or TypeError for values out of range.
         """
         base = preset(self.preset)[0] if self.preset is not None else DEFAULT
-        asked = {name: getattr(self, name) for name in ("rectify", "order", "block_size")}
-        return base.replace(**{name: value for name, value in asked.items() if value is not None} | more)
+        return base.replace(**given(self, "rectify", "order", "block_size") | more)

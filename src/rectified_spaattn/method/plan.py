@@ -60,7 +60,7 @@ def decide(
     rectification = rectify(probability, compensated, pooled.v)
     if spread is not None:
         rectification = rectification._replace(
-            c=torch.zeros_like(rectification.c), tail=pooled_keys(pooled, compensated, spread, blocks.block_size)
+            c=rectification.c.new_empty(0), tail=pooled_keys(pooled, compensated, spread, blocks.block_size)
         )
         if rule.slope:
             follow = slope(probability, spread, compensated, k_tiled, v_tiled, pooled, inputs.scale)

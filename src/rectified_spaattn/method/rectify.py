@@ -12,7 +12,7 @@ class Rectification(NamedTuple):
     """out = r * sparse attention + c. r: [B, H, nb]; c: [B, H, nb, D]; float32.
 
     Where there is a tail, its pooled keys join the sparse attention instead: r is then what the estimate says of it, c
-    zeros, and nothing is multiplied. slope: [B, H, D, D], what a query times its tail's share times it gets besides.
+    is empty, and nothing is multiplied. slope: [B, H, D, D], what a query times its tail's share times it gets besides.
     """
 
     r: torch.Tensor

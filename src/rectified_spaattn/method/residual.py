@@ -1,7 +1,6 @@
 """What a block leaves undone where its pooled key stands for it: stage 3 keeps blocks by it. Not in the paper."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,19 +38,13 @@ def principal(covariance: torch.Tensor, weigh: torch.Tensor) -> torch.Tensor:
     return (vectors / root.where(some[:, None], math.inf)) @ main
 
 
-def directions(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    tiled: torch.Tensor,
-    scale: float,
-    principal: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = principal,
-) -> Directions:
+def directions(q: torch.Tensor, k: torch.Tensor, tiled: torch.Tensor, scale: float) -> Directions:
     """The directions of every key head in which its keys differ most for its queries.
 
     q: [B, S, H, D]; k: [B, S, Hk, D].
     K are the r principal directions of M_q C_k, Kᵀ C_k K = 1, with C_k the covariance of keys and M_q = scale² mean
     q qᵀ over all queries that share them, from the sample that sorting takes; Q = scale * C_k K. Zeros where they are
-    not finite. principal: what finds them, exactly here, by iteration on a GPU.
+    not finite.
     """
     batch, _, heads, _ = k.shape
     some_q, some_k = sample_of(q, tiled, q.shape[2] // heads), sample_of(k, tiled)

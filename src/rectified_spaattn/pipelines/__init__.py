@@ -7,8 +7,7 @@ except ImportError as error:
         'enable() needs diffusers 0.41 or newer. Install it with: pip install "rectified-spaattn[diffusers]"'
     ) from error
 
-from .adapters import ADAPTERS
-from .catalogue import SupportedModel, supported
+from .adapters import ADAPTERS, SupportedModel, supported
 from .enabling import disable, enable
 from .handle import Handle
 from .parallel import Parallelism, parallelize

@@ -1,30 +1,25 @@
 """Which transformers are supported: one row a model class."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 from torch import nn
 
 from ..config import SparseConfig
-from ..presets import preset as preset_of
+from ..presets import preset
 from . import packed, tokens
 from .refused import REFUSED
 from .tokens import Inputs, Layouts, joint, joint_and_alone, joint_text
 
-Preset = Callable[[nn.Module, Any], str]
 
+class Presets(NamedTuple):
+    """Of a class whose weights decide. read: the one of a transformer and its pipeline (None: transformer alone)."""
 
-@dataclass(frozen=True)
-class Always:
-    """One preset, whatever the weights."""
-
-    name: str
-
-    def __call__(self, model: nn.Module, pipeline: Any) -> str:
-        return self.name
+    read: Callable[[nn.Module, Any], str]
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +34,7 @@ class Adapter:
     text        the one that guidance calls differ by
     optional    block lists that a forward may leave out
     packed      all tokens, text included, are one tensor outside of attention
-    preset      name of the preset, read from the transformer and its pipeline (None: transformer alone)
+    preset      the name of its preset, or several with what chooses among them
     """
 
     attentions: Callable[[nn.Module], list[tuple[str, nn.Module]]]
@@ -49,7 +44,11 @@ class Adapter:
     text: str = "encoder_hidden_states"
     optional: tuple[str, ...] = ()
     packed: bool = False
-    preset: Preset = Always("image")
+    preset: str | Presets = "image"
+
+    def preset_of(self, model: nn.Module, pipeline: Any) -> str:
+        """The name of the preset of a transformer. pipeline: None for the transformer alone."""
+        return self.preset if isinstance(self.preset, str) else self.preset.read(model, pipeline)
 
 
 def _attentions_of(**lists: str) -> Callable[[nn.Module], list[tuple[str, nn.Module]]]:
@@ -128,95 +127,86 @@ def _sd3_attentions(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 _JOINT = _attentions_of(transformer_blocks="attn", single_transformer_blocks="attn")
-_VIDEO = Always("video")
 _WAN = _attentions_of(blocks="attn1")
+_WAN_PRESETS = Presets(
+    _wan_preset, ("wan2.1-t2v", "wan2.1-i2v", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b")
+)
 _ATTN = _attentions_of(transformer_blocks="attn")
 _ATTN1 = _attentions_of(transformer_blocks="attn1")
 _TEXT = joint_text("encoder_hidden_states")
+_FLUX = Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True))
 
 ADAPTERS: dict[str, Adapter] = {
     "HunyuanVideoTransformer3DModel": Adapter(
-        attentions=_JOINT, layouts=joint(tokens.video_grid, _TEXT), preset=Always("hunyuan-video-t2v")
+        attentions=_JOINT, layouts=joint(tokens.video_grid, _TEXT), preset="hunyuan-video-t2v"
     ),
     "HunyuanVideo15Transformer3DModel": Adapter(
         attentions=_ATTN,
         layouts=joint(tokens.video_grid, joint_text(*tokens.HUNYUAN15_TEXT)),
         padding=tokens.hunyuan15_padding,
-        preset=Always("hunyuan-video-t2v"),
+        preset="hunyuan-video-t2v",
     ),
     "HunyuanVideoFramepackTransformer3DModel": Adapter(
-        attentions=_JOINT, layouts=packed.framepack, preset=Always("hunyuan-video-t2v")
+        attentions=_JOINT, layouts=packed.framepack, preset="hunyuan-video-t2v"
     ),
-    "WanTransformer3DModel": Adapter(attentions=_WAN, layouts=joint(tokens.video_grid), preset=_wan_preset),
+    "WanTransformer3DModel": Adapter(attentions=_WAN, layouts=joint(tokens.video_grid), preset=_WAN_PRESETS),
     "WanVACETransformer3DModel": Adapter(
         attentions=_attentions_of(blocks="attn1", vace_blocks="attn1"),
         layouts=joint(tokens.video_grid),
-        preset=_wan_preset,
+        preset=_WAN_PRESETS,
     ),
-    "WanAnimateTransformer3DModel": Adapter(
-        attentions=_WAN, layouts=joint(tokens.video_grid), preset=Always("wan2.1-i2v")
-    ),
+    "WanAnimateTransformer3DModel": Adapter(attentions=_WAN, layouts=joint(tokens.video_grid), preset="wan2.1-i2v"),
     "SkyReelsV2Transformer3DModel": Adapter(
-        attentions=_WAN, layouts=joint(tokens.bidirectional_grid), preset=_skyreels_preset
+        attentions=_WAN, layouts=joint(tokens.bidirectional_grid), preset=_WAN_PRESETS._replace(read=_skyreels_preset)
     ),
-    "ChronoEditTransformer3DModel": Adapter(
-        attentions=_WAN, layouts=joint(tokens.video_grid), preset=Always("wan2.1-i2v")
-    ),
-    "AnyFlowTransformer3DModel": Adapter(
-        attentions=_WAN, layouts=joint(tokens.frames_first_grid), preset=Always("wan2.1-t2v")
-    ),
+    "ChronoEditTransformer3DModel": Adapter(attentions=_WAN, layouts=joint(tokens.video_grid), preset="wan2.1-i2v"),
+    "AnyFlowTransformer3DModel": Adapter(attentions=_WAN, layouts=joint(tokens.frames_first_grid), preset="wan2.1-t2v"),
     "CogVideoXTransformer3DModel": Adapter(
         attentions=_ATTN1,
         layouts=joint(tokens.frames_first_grid, _TEXT, text_first=True),
-        preset=_cogvideox_preset,
+        preset=Presets(_cogvideox_preset, ("cogvideox1.5-t2v", "cogvideox1.5-i2v")),
     ),
     "ConsisIDTransformer3DModel": Adapter(
-        attentions=_ATTN1,
-        layouts=joint(tokens.frames_first_grid, _TEXT, text_first=True),
-        preset=Always("cogvideox1.5-i2v"),
+        attentions=_ATTN1, layouts=joint(tokens.frames_first_grid, _TEXT, text_first=True), preset="cogvideox1.5-i2v"
     ),
-    "LTXVideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset=_VIDEO),
-    "LTX2VideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset=_VIDEO),
-    "MiniMaxH3Transformer3DModel": Adapter(attentions=_ATTN, layouts=packed.minimax_h3, packed=True, preset=_VIDEO),
+    "LTXVideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset="video"),
+    "LTX2VideoTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.named_grid), preset="video"),
+    "MiniMaxH3Transformer3DModel": Adapter(attentions=_ATTN, layouts=packed.minimax_h3, packed=True, preset="video"),
     "Kandinsky5Transformer3DModel": Adapter(
         attentions=_attentions_of(visual_transformer_blocks="self_attention"),
         layouts=joint(tokens.fractal_grid),
-        preset=_VIDEO,
+        preset="video",
     ),
     "Kandinsky6Transformer3DModel": Adapter(
         attentions=_attentions_of(visual_transformer_blocks="video_dec_block.self_attention"),
         layouts=joint(tokens.channels_last_grid),
-        preset=_VIDEO,
+        preset="video",
     ),
     "Kandinsky6SRTransformer3DModel": Adapter(
         attentions=_attentions_of(visual_transformer_blocks="self_attention"),
         layouts=joint(tokens.reordered_grid),
-        preset=_VIDEO,
+        preset="video",
     ),
-    "CosmosTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset=_VIDEO),
+    "CosmosTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset="video"),
     "Cosmos3OmniTransformer": Adapter(
         attentions=_attentions_of(layers="self_attn"),
         layouts=packed.cosmos3,
         timestep="vision_timesteps",
         text="input_ids",
-        preset=_VIDEO,
+        preset="video",
     ),
-    "MotifVideoTransformer3DModel": Adapter(attentions=_JOINT, layouts=packed.motif_video, preset=_VIDEO),
-    "MochiTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid, _TEXT), preset=_VIDEO),
-    "AllegroTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset=_VIDEO),
+    "MotifVideoTransformer3DModel": Adapter(attentions=_JOINT, layouts=packed.motif_video, preset="video"),
+    "MochiTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid, _TEXT), preset="video"),
+    "AllegroTransformer3DModel": Adapter(attentions=_ATTN1, layouts=joint(tokens.video_grid), preset="video"),
     "EasyAnimateTransformer3DModel": Adapter(
         attentions=_ATTN1,
         layouts=joint(
             tokens.video_grid, joint_text("encoder_hidden_states", "encoder_hidden_states_t5"), text_first=True
         ),
-        preset=_VIDEO,
+        preset="video",
     ),
-    "FluxTransformer2DModel": Adapter(
-        attentions=_JOINT,
-        layouts=joint(tokens.image_grid, _TEXT, text_first=True),
-        preset=Always("flux.1-dev-4096"),
-    ),
-    "Flux2Transformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
+    "FluxTransformer2DModel": replace(_FLUX, preset="flux.1-dev-4096"),
+    "Flux2Transformer2DModel": _FLUX,
     "Flux3Transformer2DModel": Adapter(
         attentions=_attentions_of(
             **{"mode_blocks.image": "attn", "mode_blocks.image_cond": "attn", "single_transformer_blocks": "attn"}
@@ -225,12 +215,10 @@ ADAPTERS: dict[str, Adapter] = {
         optional=("mode_blocks.image_cond",),
     ),
     "QwenImageTransformer2DModel": Adapter(attentions=_ATTN, layouts=joint(tokens.shapes_grid, _TEXT, text_first=True)),
-    "LongCatImageTransformer2DModel": Adapter(
-        attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)
-    ),
-    "OvisImageTransformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
-    "BriaTransformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
-    "BriaFiboTransformer2DModel": Adapter(attentions=_JOINT, layouts=joint(tokens.image_grid, _TEXT, text_first=True)),
+    "LongCatImageTransformer2DModel": _FLUX,
+    "OvisImageTransformer2DModel": _FLUX,
+    "BriaTransformer2DModel": _FLUX,
+    "BriaFiboTransformer2DModel": _FLUX,
     "JoyImageEditTransformer3DModel": Adapter(
         attentions=_attentions_of(double_blocks="attn"), layouts=joint(tokens.items_grid, _TEXT)
     ),
@@ -279,19 +267,25 @@ def adapter_for(model: nn.Module) -> Adapter:
     )
 
 
-_WAN_PRESETS = ("wan2.1-t2v", "wan2.1-i2v", "wan2.2-t2v-a14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b")
-_CHOICES: dict[Preset, tuple[str, ...]] = {  # of those that look at the model
-    _wan_preset: _WAN_PRESETS,
-    _skyreels_preset: _WAN_PRESETS,
-    _cogvideox_preset: ("cogvideox1.5-t2v", "cogvideox1.5-i2v"),
-}
-
-
-def presets_of(adapter: Adapter) -> tuple[str, ...]:
-    """Names of the presets that a row may choose."""
-    return (adapter.preset.name,) if isinstance(adapter.preset, Always) else _CHOICES[adapter.preset]
-
-
 def default_configs(model: nn.Module, pipeline: Any, name: str | None = None) -> tuple[SparseConfig, ...]:
     """The preset `name`, or else the one that fits a transformer."""
-    return preset_of(name or adapter_for(model).preset(model, pipeline))
+    return preset(adapter_for(model).preset_of(model, pipeline) if name is None else name)
+
+
+class SupportedModel(NamedTuple):
+    """One transformer class of diffusers.
+
+    transformer  name of the class; a pipeline that has one can be enabled
+    presets      names in PRESETS that `enable` chooses from
+    """
+
+    transformer: str
+    presets: tuple[str, ...]
+
+
+def supported() -> list[SupportedModel]:
+    """All that `enable` takes, in the order of docs/models.md."""
+    return [
+        SupportedModel(name, (row.preset,) if isinstance(row.preset, str) else row.preset.names)
+        for name, row in ADAPTERS.items()
+    ]

@@ -18,20 +18,6 @@ from .ranks import context_parallel, streams_of
 Plan = dict[str, Any]
 
 
-def cp_plan(model: nn.Module) -> Plan | None:
-    """The plan for a transformer: ours, or else that of its class in diffusers; None where there is neither."""
-    for kind in type(model).__mro__:
-        if kind.__name__ in PLANS:
-            return PLANS[kind.__name__](model)
-    plan: Plan | None = getattr(model, "_cp_plan", None)
-    return plan
-
-
-def has_own_plan(model: nn.Module) -> bool:
-    """Whether the plan for a transformer is one of ours."""
-    return any(kind.__name__ in PLANS for kind in type(model).__mro__)
-
-
 def _cut(dim: int, dims: int, *, output: bool = False) -> Any:
     return ContextParallelInput(split_dim=dim, expected_dims=dims, split_output=output)
 
@@ -49,38 +35,8 @@ _VIDEO = {"hidden_states": _cut(1, 3)}
 _BOTH = {"hidden_states": _cut(1, 3), "encoder_hidden_states": _cut(1, 3)}
 
 
-def _hunyuan_video(model: nn.Module) -> Plan:
-    return {"rope": _cut_outputs(0, 2), "transformer_blocks.0": _BOTH, "proj_out": _joined()}
-
-
-def _wan_vace(model: nn.Module) -> Plan:
-    control = {**_VIDEO, "control_hidden_states": _cut(1, 3)}
-    return {"rope": _cut_outputs(1, 4), "vace_blocks.0": control, "blocks.0": _VIDEO, "proj_out": _joined()}
-
-
-def _wan_animate(model: nn.Module) -> Plan:
-    # the tokens of a frame attend to its face: on the whole video, since a part of it holds no whole frames
-    face = {"face_adapter.*.pre_norm_q": _joined(), "face_adapter.*": {0: _cut(1, 3, output=True)}}
-    return {"rope": _cut_outputs(1, 4), "blocks.0": _VIDEO, **face, "proj_out": _joined()}
-
-
-def _skyreels(model: nn.Module) -> Plan:
-    # with a timestep a frame, every token has a modulation, and the last one is added to the whole video
-    return {"rope": _cut_outputs(1, 4), "blocks.0": _VIDEO, "blocks.*": {"temb": _cut(2, 4)}, "norm_out": _joined()}
-
-
-def _cogvideox(model: nn.Module) -> Plan:
-    rotary = {"image_rotary_emb": [_cut(0, 2), _cut(0, 2)]}
-    return {"": rotary, "transformer_blocks.0": _BOTH, "proj_out": _joined()}
-
-
-def _ltx(model: nn.Module) -> Plan:
-    return {
-        "": {"timestep": _cut(1, 2)},
-        "rope": _cut_outputs(1, 3),
-        "transformer_blocks.0": _VIDEO,
-        "proj_out": _joined(),
-    }
+_LTX = {"": {"timestep": _cut(1, 2)}, "rope": _cut_outputs(1, 3), "transformer_blocks.0": _VIDEO, "proj_out": _joined()}
+_HUNYUAN_VIDEO = {"rope": _cut_outputs(0, 2), "transformer_blocks.0": _BOTH, "proj_out": _joined()}
 
 
 def _ltx2(model: nn.Module) -> Plan:
@@ -88,7 +44,7 @@ def _ltx2(model: nn.Module) -> Plan:
     dim, dims = (2, 4) if config.rope_type == "split" else (1, 3)
     to_audio = "transformer_blocks.*.video_to_audio_attn"
     return {
-        **_ltx(model),
+        **_LTX,
         "rope": _cut_outputs(dim, dims),
         "transformer_blocks.*.audio_to_video_attn": {"query_rotary_emb": [_cut(dim, dims), _cut(dim, dims)]},
         f"{to_audio}.to_k": _joined(),
@@ -96,16 +52,53 @@ def _ltx2(model: nn.Module) -> Plan:
     }
 
 
-PLANS: Mapping[str, Callable[[nn.Module], Plan]] = {
-    "HunyuanVideoTransformer3DModel": _hunyuan_video,
-    "HunyuanVideo15Transformer3DModel": _hunyuan_video,
-    "WanVACETransformer3DModel": _wan_vace,
-    "WanAnimateTransformer3DModel": _wan_animate,
-    "SkyReelsV2Transformer3DModel": _skyreels,
-    "CogVideoXTransformer3DModel": _cogvideox,
-    "LTXVideoTransformer3DModel": _ltx,
+PLANS: Mapping[str, Plan | Callable[[nn.Module], Plan]] = {
+    "HunyuanVideoTransformer3DModel": _HUNYUAN_VIDEO,
+    "HunyuanVideo15Transformer3DModel": _HUNYUAN_VIDEO,
+    "WanVACETransformer3DModel": {
+        "rope": _cut_outputs(1, 4),
+        "vace_blocks.0": {**_VIDEO, "control_hidden_states": _cut(1, 3)},
+        "blocks.0": _VIDEO,
+        "proj_out": _joined(),
+    },
+    "WanAnimateTransformer3DModel": {
+        "rope": _cut_outputs(1, 4),
+        "blocks.0": _VIDEO,
+        # the tokens of a frame attend to its face: on the whole video, since a part of it holds no whole frames
+        "face_adapter.*.pre_norm_q": _joined(),
+        "face_adapter.*": {0: _cut(1, 3, output=True)},
+        "proj_out": _joined(),
+    },
+    "SkyReelsV2Transformer3DModel": {
+        "rope": _cut_outputs(1, 4),
+        "blocks.0": _VIDEO,
+        # with a timestep a frame, every token has a modulation, and the last one is added to the whole video
+        "blocks.*": {"temb": _cut(2, 4)},
+        "norm_out": _joined(),
+    },
+    "CogVideoXTransformer3DModel": {
+        "": {"image_rotary_emb": [_cut(0, 2), _cut(0, 2)]},
+        "transformer_blocks.0": _BOTH,
+        "proj_out": _joined(),
+    },
+    "LTXVideoTransformer3DModel": _LTX,
     "LTX2VideoTransformer3DModel": _ltx2,
 }
+
+
+def _own_plan(model: nn.Module) -> Plan | None:
+    plan = next((PLANS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in PLANS), None)
+    return plan(model) if callable(plan) else plan
+
+
+def cp_plan(model: nn.Module) -> Plan | None:
+    """The plan for a transformer: ours, or else that of its class in diffusers; None where there is neither."""
+    return _own_plan(model) or getattr(model, "_cp_plan", None)
+
+
+def has_own_plan(model: nn.Module) -> bool:
+    """Whether the plan for a transformer is one of ours."""
+    return _own_plan(model) is not None
 
 
 def why_not_cut(model: Any, adapter: Adapter, ranks: int) -> str | None:

@@ -20,60 +20,16 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     _templated_context_parallel_attention,
 )
-from diffusers.models.attention_processor import (
-    CogVideoXAttnProcessor2_0,
-    FusedCogVideoXAttnProcessor2_0,
-    MochiAttnProcessor2_0,
-)
-from diffusers.models.transformers.transformer_cosmos import CosmosAttnProcessor2_0
-from diffusers.models.transformers.transformer_cosmos3 import Cosmos3AttnProcessor
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-from diffusers.models.transformers.transformer_hunyuan_video15 import HunyuanVideo15AttnProcessor2_0
-from diffusers.models.transformers.transformer_ideogram4 import Ideogram4AttnProcessor
-from diffusers.models.transformers.transformer_kandinsky import Kandinsky5AttnProcessor
 from torch.overrides import _get_current_function_mode_stack
 
 from ..ops import TAGS
-from .cogvideox import CogVideoXProcessor, FusedCogVideoXProcessor
 from .hooks import refuse_pickling
-from .hunyuan_video import CutHunyuanVideoProcessor
-from .hunyuan_video15 import CutHunyuanVideo15Processor, HunyuanVideo15Processor
 from .ranks import context_parallel
 from .redirect import REDIRECTED, Redirected
-from .stand_ins import (
-    SR,
-    Cosmos3Processor,
-    CosmosProcessor,
-    Ideogram4Processor,
-    Kandinsky5Processor,
-    Kandinsky6SRProcessor,
-    MochiProcessor,
-)
+from .stand_ins import CUT, STAND_INS
 from .state import LayerState
 
 BACKEND_NAME = "rectified_spaattn"
-
-# Stock processors that attend by themselves, or could not at full size, and ours in their place.
-STAND_INS: dict[Any, Any] = {
-    CogVideoXAttnProcessor2_0: CogVideoXProcessor,
-    FusedCogVideoXAttnProcessor2_0: FusedCogVideoXProcessor,
-    HunyuanVideo15AttnProcessor2_0: HunyuanVideo15Processor,
-    CutHunyuanVideo15Processor: HunyuanVideo15Processor,
-    CutHunyuanVideoProcessor: HunyuanVideoAttnProcessor2_0,
-    CosmosAttnProcessor2_0: CosmosProcessor,
-    Cosmos3AttnProcessor: Cosmos3Processor,
-    Ideogram4AttnProcessor: Ideogram4Processor,
-    Kandinsky5AttnProcessor: Kandinsky5Processor,
-    MochiAttnProcessor2_0: MochiProcessor,
-    **({SR.Kandinsky6SRAttnProcessor: Kandinsky6SRProcessor} if SR else {}),
-}
-# Stock processors that are wrong on a part of the tokens, and ours for a dense model that is cut over processes.
-CUT: dict[Any, Any] = {
-    CogVideoXAttnProcessor2_0: CogVideoXProcessor,
-    FusedCogVideoXAttnProcessor2_0: FusedCogVideoXProcessor,
-    HunyuanVideo15AttnProcessor2_0: CutHunyuanVideo15Processor,
-    HunyuanVideoAttnProcessor2_0: CutHunyuanVideoProcessor,
-}
 
 _layers: "weakref.WeakValueDictionary[int, LayerState]" = weakref.WeakValueDictionary()
 
@@ -143,7 +99,8 @@ def _backend(
     if handle is None:
         raise RuntimeError(
             f"The attention backend {BACKEND_NAME!r} was called by a processor it was not enabled for. "
-            "Use rectified_spaattn.enable(pipe); do not set the backend by its name."
+            "Do not set the backend by its name: disable, transformer.set_attention_backend('native'), and "
+            "rectified_spaattn.enable(pipe)."
         )
     if any(isinstance(mode, AttentionScoreSkipFunctionMode) for mode in _get_current_function_mode_stack()):
         if not torch.compiler.is_compiling():

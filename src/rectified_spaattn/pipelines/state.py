@@ -13,13 +13,13 @@ from ..budgets import Budgets
 from ..config import SparseConfig
 from ..kept_plans import KeptPlans
 from ..layout import TokenLayout
+from ..precisions import Precisions
 from .balance import TOLERATED, RankRecord, dealt_out
 from .branches import MOST, Branches
 from .clock import RunClock
 from .forwards import ForwardState, RunningForwards
 from .ranks import Ranks, streams_of
-from .record import Record
-from .span import RunSpan
+from .record import Record, RunSpan
 
 OUTSIDE = "a call outside of the transformer's forward"
 
@@ -41,6 +41,7 @@ class TransformerState:
     count       forwards of the run; skipped: those in which a cache left out every block
     budgets     what a tolerance learnt in the run
     plans       what calls of the run keep for later steps; branches: the guidance calls that they are told apart by
+    precisions  which calls of the run are in 8 bits
     completed   whether any forward ever came to its end
     span        when the run began and ended, and on which devices
     ranks       what the processes that share the forwards computed
@@ -69,6 +70,7 @@ class TransformerState:
     budgets: Budgets = field(default_factory=Budgets)
     plans: KeptPlans = field(default_factory=KeptPlans)
     branches: Branches = field(default_factory=Branches)
+    precisions: Precisions = field(default_factory=Precisions)
     completed: bool = False
     span: RunSpan = field(default_factory=RunSpan)
     ranks: RankRecord = field(default_factory=RankRecord)
@@ -164,7 +166,7 @@ class TransformerState:
             self.run, self.first_step, self.steps_seen, self.last_step = self.clock.run, None, set(), None
             self.count, self.skipped, self.ranks, self.span = 0, 0, RankRecord(), RunSpan()
             self.forget_plans()
-            self.budgets, self.plans = Budgets(), KeptPlans()
+            self.budgets, self.plans, self.precisions = Budgets(), KeptPlans(), Precisions()
             for layer in self.layers:
                 layer.record = Record()
 
@@ -203,7 +205,8 @@ class TransformerState:
 
     def _deal_out(self, layers: tuple["LayerState", ...], work: torch.Tensor, ranks: int) -> None:
         """Of the heads of every layer, by what they had to do: work [calls, H], place after place."""
-        if self.config.tolerance is not None:  # what it learnt is of the heads that a rank has
+        # what a tolerance learnt, and what is decided on a precision, is of the heads that a rank has
+        if self.config.tolerance is not None or self.config.precision == "auto":
             return
         if not self.balanced and self.ranks.forwards == 1:  # waits for the device, once a run
             self.balanced = self.ranks.imbalance() > TOLERATED
@@ -318,8 +321,8 @@ class LayerState:
                 return self._dense(q, k, v, mask, scale)
         options: dict[str, Any] = {"text_mask": text_mask, "scale": scale, "backend": state.backend}
         moment = forward.moment(self.index, self.heads)
-        out, stats, full = state.budgets.attend(
-            q, k, v, layout, state.config, state.plans, moment, turn=forward.turn, step=forward.step, **options
+        out, stats, full = state.precisions.attend(
+            q, k, v, layout, state.config, state.budgets, state.plans, moment, turn=forward.turn, **options
         )
         density = stats.device_density
         with state.lock:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -11,8 +11,7 @@ import torch
 
 from ..attention import percentiles
 from .balance import RankRecord
-from .record import Record
-from .span import devices_of, seconds_of
+from .record import Record, devices_of, seconds_of
 from .state import TransformerState
 from .watch import ALL_KEPT, Watch, is_replaced, lost_layers, nothing_saved, saves, shortened, uncalled_layers
 
@@ -58,6 +57,7 @@ class RunStats:
     unheld           those of them that kept as many blocks as max_density allows, and were above the tolerance still
     plan_bytes       memory that plans kept for later steps hold now, and the most they held in the run; on each rank
     plan_bytes_peak  its own
+    precisions       sparse calls by the precision of their products with kept blocks; on each rank its own
     """
 
     sparse_calls: int
@@ -78,6 +78,7 @@ class RunStats:
     unheld: int = 0
     plan_bytes: int = 0
     plan_bytes_peak: int = 0
+    precisions: dict[str, int] = field(default_factory=dict)
     devices: tuple[str, ...] = ()
     seconds: float = math.nan
 
@@ -137,6 +138,7 @@ def run_stats(states: Sequence[TransformerState]) -> RunStats:
         unheld=unheld,
         plan_bytes=sum(state.plans.nbytes for state in states),
         plan_bytes_peak=sum(state.plans.peak for state in states),
+        precisions=dict(sum((state.precisions.calls for state in states), Counter())),
         devices=devices_of([state.span for state in states]),
         seconds=seconds_of([state.span for state in states]),
     )
@@ -192,7 +194,8 @@ def run_summary(states: Sequence[TransformerState], watch: Watch) -> str:
     if calls:
         lines.append(f"  computed attention pairs: {run.overall_density:.1%} of full attention in these layers")
     for state in states:
-        lines += state.plans.lines(state.config, f" of {state.name}" if len(states) > 1 else "")
+        of = f" of {state.name}" if len(states) > 1 else ""
+        lines += [*state.plans.lines(state.config, of), *state.precisions.lines(state.config, of)]
     lines += _measured(run, states)
     for state in states:
         lost = lost_layers(state) if state.active else []
@@ -247,7 +250,8 @@ def settings_line(state: TransformerState) -> str:
     wanted = f"sparsity {config.sparsity:g}"
     if config.tolerance is not None:
         wanted = f"tolerance {config.tolerance:g} from {wanted} on, max_density {config.max_density:g}"
+    precision = "" if config.precision == "inputs" else f", precision {config.precision}"
     return (
         f"  {state.name} ({state.kind}): {len(state.layers)} layers,\n    {wanted}, "
-        f"top_p {config.top_p:g}, rectify {config.rectify}, block {config.block_size}, order {config.order}"
+        f"top_p {config.top_p:g}, rectify {config.rectify}, block {config.block_size}, order {config.order}{precision}"
     )

@@ -70,7 +70,7 @@ def columns_of(head_dim: int) -> int:
 
 
 def sort_tokens(inputs: Inputs) -> torch.Tensor:
-    """int64 [B, Hk, nb*b]: the tiled tokens of every key head by content."""
+    """int32 [B, Hk, nb*b]: the tiled tokens of every key head by content."""
     from .arrange import content_order
 
     return content_order(inputs.q, inputs.k, inputs.blocks, inputs.scale)

@@ -1,162 +1,74 @@
-"""Stage 0 of order="content" on a GPU: directions, one projection of every token, one launch a level of the tree."""
+"""Stage 0 of order="content" on a GPU: every token projected on its axes, then the tree, one launch a level, and one
+for all levels below nodes that one program holds.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
-from ...method.arrange import NODE_SAMPLE, ROUNDS, Moments, moments, sample_of, start_directions
+from ...method.arrange import NODE_SAMPLE
 from ...orders import Blocks
 from . import columns_of
+from .directions import Axes, moments, of_sorting
+
+_AT_ONCE = 4096  # tokens of a node that one program cuts down to blocks
 
 
 def content_order(q: torch.Tensor, k: torch.Tensor, blocks: Blocks, scale: float) -> torch.Tensor:
-    """int64 [B, Hk, nb * b], as method.arrange.content_order, but for rounding. blocks: on the tensors' device."""
+    """int32 [B, Hk, nb * b], as method.arrange.content_order, but for rounding. blocks: on the tensors' device."""
     batch, _, heads, _ = k.shape
     if blocks.num_blocks <= 1:
-        return blocks.tiled.expand(batch, heads, -1)
-    both = moments(sample_of(q, blocks.tiled, q.shape[2] // heads), sample_of(k, blocks.tiled), scale)
-    w = directions(both)  # [B * Hk, 2D, r]
-    features = project(q, k, blocks.tiled, w.to(q.dtype), both.mean @ w)
-    return blocks.tiled[k_d_order(features, blocks.block_size).long()].view(batch, heads, -1)
+        return blocks.tiled.int().expand(batch, heads, -1)
+    axes = of_sorting(moments(q, k, blocks.tiled, scale), q.dtype)
+    features = project(q, k, blocks.tiled, axes)
+    return k_d_order(features, blocks.tiled, blocks.block_size).view(batch, heads, -1)
 
 
-def directions(of: Moments) -> torch.Tensor:
-    """W [Z, 2D, r], as method.arrange.directions."""
-    return principal(of.covariance, of.weigh, as_long_as_deviation=True)
-
-
-def principal(covariance: torch.Tensor, weigh: torch.Tensor, as_long_as_deviation: bool = False) -> torch.Tensor:
-    """W [Z, n, r], as method.residual.principal but by iteration. covariance, weigh: [Z, n, n], n of 64 or more."""
-    trees, dim, _ = weigh.shape
-    start = start_directions(dim, torch.float32, weigh.device)
-    rank = start.shape[1]
-    w, seen = torch.empty(2, trees, dim, rank, dtype=torch.float32, device=start.device)
-    _directions_kernel[(trees,)](
-        covariance.contiguous(), weigh.contiguous(), start, w, seen,
-        DIM=dim, COLUMNS=columns_of(dim), RANK=rank, WIDTH=max(16, triton.next_power_of_2(rank)),
-        CHUNK=32 if dim < 512 else 16, ROUNDS=ROUNDS,
-        STRETCH=as_long_as_deviation, num_warps=8,
-    )  # fmt: skip
-    return w
-
-
-def project(
-    q: torch.Tensor, k: torch.Tensor, tiled: torch.Tensor, w: torch.Tensor, shift: torch.Tensor
-) -> torch.Tensor:
+def project(q: torch.Tensor, k: torch.Tensor, tiled: torch.Tensor, axes: Axes) -> torch.Tensor:
     """[q, k] W - shift for the tokens of `tiled`, q the mean query of a key head: bfloat16 [B * Hk, nb * b, r].
 
-    w: [B * Hk, 2D, r], in the inputs' dtype; shift: [B * Hk, 1, r].
+    axes: in the inputs' dtype.
     """
     batch, _, heads, dim = k.shape
-    rank = w.shape[2]
+    rank = axes.w.shape[2]
     features = torch.empty(batch * heads, tiled.numel(), rank, dtype=torch.bfloat16, device=q.device)
     block = 64
     _project_kernel[(triton.cdiv(tiled.numel(), block) * heads, batch)](
-        q, k, tiled, w.contiguous(), shift.float().contiguous(), features,
+        q, k, tiled, *axes, features,
         *q.stride(), *k.stride(), heads, q.shape[2] // heads, tiled.numel(), rank,
         HEAD_DIM=dim, COLUMNS=columns_of(dim), BLOCK=block, WIDTH=max(16, triton.next_power_of_2(rank)), num_warps=4,
     )  # fmt: skip
     return features
 
 
-def k_d_order(features: torch.Tensor, block_size: int) -> torch.Tensor:
-    """int32 [Z, n], as method.arrange.k_d_order. features: bfloat16 [Z, n, r], contiguous, r a power of two."""
+def k_d_order(features: torch.Tensor, tiled: torch.Tensor, block_size: int) -> torch.Tensor:
+    """int32 [Z, n]: the places in `tiled` in the order of method.arrange.k_d_order.
+
+    features: bfloat16 [Z, n, r], contiguous, r a power of two; tiled: int64 [n].
+    """
     trees, count, rank = features.shape
     blocks = count // block_size
     if blocks <= 1:
-        return torch.arange(count, dtype=torch.int32, device=features.device).expand(trees, count)
+        return tiled.int().expand(trees, count)
     size = triton.next_power_of_2(blocks)  # blocks a node
-    order, room = (torch.empty(trees, size * block_size, dtype=torch.int32, device=features.device) for _ in "ab")
-    first = True
-    while size > 1:
+    small = min(size, _AT_ONCE // block_size)
+    order, room = features.new_empty(2, trees, size * block_size, dtype=torch.int32)
+    first, width = True, size * block_size
+    while size > small:
         tokens = size * block_size
-        chunk = 8192 if tokens > 16384 else min(tokens, 2048)  # the few large nodes keep few programs busy
+        chunk = 8192 if tokens > 16384 else 2048  # the few large nodes keep few programs busy
         _halve_kernel[(triton.cdiv(blocks, size), trees)](
-            features, order, room, count, tokens, order.shape[1],
-            FIRST=first, RANK=rank, SAMPLE=NODE_SAMPLE, CHUNK=chunk, num_warps=max(2, min(chunk // 256, 16)),
+            features, order, room, count, tokens, width,
+            FIRST=first, RANK=rank, SAMPLE=NODE_SAMPLE, CHUNK=chunk, num_warps=min(chunk // 256, 16),
         )  # fmt: skip
         order, room, first, size = room, order, False, size // 2
-    return order[:, :count]
-
-
-@triton.jit
-def _times(
-    matrix_ptr, x_ptr,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """A matrix [DIM, DIM] times x [DIM, RANK], both in memory."""
-    i = tl.arange(0, COLUMNS)
-    r = tl.arange(0, WIDTH)
-    # [COLUMNS, WIDTH]
-    product = tl.zeros((COLUMNS, WIDTH), tl.float32)
-    for first in tl.range(0, DIM, CHUNK):
-        j = first + tl.arange(0, CHUNK)
-        # [COLUMNS, CHUNK]: both matrices are symmetric
-        columns = tl.trans(tl.load(matrix_ptr + j[:, None] * DIM + i[None, :], mask=i[None, :] < DIM, other=0.0))
-        x = tl.load(x_ptr + j[:, None] * RANK + r[None, :], mask=r[None, :] < RANK, other=0.0)
-        product = tl.dot(columns, x, product, input_precision="ieee")
-    return product
-
-
-@triton.jit
-def _keep(x_ptr, x, DIM: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr):
-    """Writes x [COLUMNS, WIDTH] where all threads of the program can read it."""
-    i = tl.arange(0, COLUMNS)
-    r = tl.arange(0, WIDTH)
-    tl.debug_barrier()
-    tl.store(x_ptr + i[:, None] * RANK + r[None, :], x, mask=(i[:, None] < DIM) & (r[None, :] < RANK))
-    tl.debug_barrier()
-
-
-@triton.jit
-def _directions_kernel(
-    covariance_ptr, weigh_ptr, start_ptr, w_ptr, seen_ptr,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    ROUNDS: tl.constexpr, STRETCH: tl.constexpr,
-):  # fmt: skip
-    z = tl.program_id(0).to(tl.int64)
-    covariance_ptr += z * DIM * DIM
-    weigh_ptr += z * DIM * DIM
-    w_ptr += z * DIM * RANK
-    seen_ptr += z * DIM * RANK
-    i = tl.arange(0, COLUMNS)
-    r = tl.arange(0, WIDTH)
-    inside = (i[:, None] < DIM) & (r[None, :] < RANK)
-    start = tl.load(start_ptr + i[:, None] * RANK + r[None, :], mask=inside, other=0.0)
-    _keep(w_ptr, start, DIM, COLUMNS, RANK, WIDTH)
-    _keep(seen_ptr, _times(covariance_ptr, w_ptr, DIM, COLUMNS, RANK, WIDTH, CHUNK), DIM, COLUMNS, RANK, WIDTH)
-    for _ in tl.range(0, ROUNDS):
-        # [COLUMNS, WIDTH]
-        w = tl.zeros((COLUMNS, WIDTH), tl.float32)
-        seen = tl.zeros((COLUMNS, WIDTH), tl.float32)
-        for _ in tl.static_range(2):
-            w = _times(weigh_ptr, seen_ptr, DIM, COLUMNS, RANK, WIDTH, CHUNK)
-            _keep(w_ptr, w, DIM, COLUMNS, RANK, WIDTH)
-            seen = _times(covariance_ptr, w_ptr, DIM, COLUMNS, RANK, WIDTH, CHUNK)
-            _keep(seen_ptr, seen, DIM, COLUMNS, RANK, WIDTH)
-        # Gram-Schmidt, such that wᵀ C w = 1; seen is C w throughout
-        for column in tl.static_range(RANK):
-            # [COLUMNS]
-            one = tl.sum(tl.where(r[None, :] == column, w, 0.0), 1)
-            one_seen = tl.sum(tl.where(r[None, :] == column, seen, 0.0), 1)
-            square = tl.sum(one * one_seen, 0)
-            shrink = tl.where(square > 0, tl.rsqrt(tl.maximum(square, 1e-37)), 0.0)
-            one *= shrink
-            one_seen *= shrink
-            # [WIDTH]
-            share = tl.sum(one[:, None] * seen, 0)
-            w = tl.where(r[None, :] == column, one[:, None], tl.where(r[None, :] > column, w - one[:, None] * share, w))
-            seen = tl.where(
-                r[None, :] == column, one_seen[:, None],
-                tl.where(r[None, :] > column, seen - one_seen[:, None] * share, seen),
-            )  # fmt: skip
-        _keep(w_ptr, w, DIM, COLUMNS, RANK, WIDTH)
-        _keep(seen_ptr, seen, DIM, COLUMNS, RANK, WIDTH)
-    if STRETCH:
-        w = tl.load(w_ptr + i[:, None] * RANK + r[None, :], mask=inside, other=0.0)
-        seen = tl.load(seen_ptr + i[:, None] * RANK + r[None, :], mask=inside, other=0.0)
-        spread = tl.sum(seen * _times(weigh_ptr, seen_ptr, DIM, COLUMNS, RANK, WIDTH, CHUNK), 0)
-        _keep(w_ptr, w * tl.sqrt(tl.maximum(spread, 0.0))[None, :], DIM, COLUMNS, RANK, WIDTH)
+    places = features.new_empty(trees, count, dtype=torch.int32)
+    _finish_kernel[(triton.cdiv(blocks, small), trees)](
+        features, order, room, tiled, places, count, width,
+        FIRST=first, LEVELS=small.bit_length() - 1, TOKENS=small * block_size, RANK=rank, SAMPLE=NODE_SAMPLE,
+        num_warps=max(1, small * block_size // 512),
+    )  # fmt: skip
+    return places
 
 
 @triton.jit
@@ -268,3 +180,69 @@ def _halve_kernel(
         tl.store(to_ptr + first + tl.where(left, rank - 1, half + at - rank), token)
         equal_before += tl.sum(equal, 0)
         left_before += tl.sum(left.to(tl.int32), 0)
+
+
+@triton.jit
+def _cut(
+    feature_ptr, token, some, count,
+    NODES: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Where the tokens of some nodes, [NODES, SIZE], go, as _halve_kernel puts them. some: [NODES, sample] of them."""
+    half: tl.constexpr = SIZE // 2
+    there = some < count
+    # [NODES]
+    number = tl.maximum(tl.sum(there.to(tl.float32), 1), 1.0)
+    axis = tl.zeros((NODES,), tl.int32)
+    widest = tl.full((NODES,), -1.0, tl.float32)
+    for each in tl.range(0, RANK):
+        point = tl.load(feature_ptr + some.to(tl.int64) * RANK + each, mask=there, other=0.0).to(tl.float32)
+        apart = tl.where(there, point - (tl.sum(point, 1) / number)[:, None], 0.0)
+        spread = tl.sum(apart * apart, 1)
+        axis = tl.where(spread > widest, each, axis)
+        widest = tl.maximum(spread, widest)
+    # [NODES, SIZE]
+    key = _key(feature_ptr, token, axis[:, None], count, RANK)
+    # the half-th smallest key, from its highest bit down
+    edge = tl.zeros((NODES,), tl.int32)
+    for place in tl.range(0, 16):
+        higher = edge + (1 << (15 - place))
+        edge = tl.where(tl.sum((key < higher[:, None]).to(tl.int32), 1) < half, higher, edge)
+    # of equal keys the first ones go left
+    below = (key < edge[:, None]).to(tl.int32)
+    equal = (key == edge[:, None]).to(tl.int32)
+    wanted = half - tl.sum(below, 1)
+    left = (below != 0) | ((equal != 0) & (tl.cumsum(equal, 1) <= wanted[:, None]))
+    rank = tl.cumsum(left.to(tl.int32), 1)
+    t = tl.arange(0, SIZE)[None, :]
+    return tl.arange(0, NODES)[:, None] * SIZE + tl.where(left, rank - 1, half + t - rank)
+
+
+@triton.jit
+def _finish_kernel(
+    features_ptr, from_ptr, room_ptr, tiled_ptr, places_ptr, count, width,
+    FIRST: tl.constexpr, LEVELS: tl.constexpr, TOKENS: tl.constexpr, RANK: tl.constexpr, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """Cuts one node of one tree, and its halves, LEVELS times in all; writes which places stand where."""
+    z = tl.program_id(1).to(tl.int64)
+    feature_ptr = features_ptr + z * count * RANK
+    first = z * width + tl.program_id(0) * TOKENS
+    places_ptr += z * count + tl.program_id(0) * TOKENS
+    for level in tl.static_range(LEVELS):
+        # [nodes, tokens of a node], [nodes, SAMPLE]
+        node = tl.arange(0, 1 << level)[:, None] * (TOKENS >> level)
+        at = node + tl.arange(0, TOKENS >> level)[None, :]
+        some_at = node + tl.arange(0, SAMPLE)[None, :] * ((TOKENS >> level) // SAMPLE)
+        if level == 0:
+            token = _token(from_ptr, at, first, count, FIRST)
+            some = _token(from_ptr, some_at, first, count, FIRST)
+        else:
+            tl.debug_barrier()
+            token = tl.load(room_ptr + first + at)
+            some = tl.load(room_ptr + first + some_at)
+        to = _cut(feature_ptr, token, some, count, 1 << level, TOKENS >> level, RANK)
+        if level + 1 < LEVELS:
+            tl.debug_barrier()
+            tl.store(room_ptr + first + to, token)
+        else:
+            place = tl.load(tiled_ptr + token, mask=token < count, other=0).to(tl.int32)
+            tl.store(places_ptr + to, place, mask=token < count)

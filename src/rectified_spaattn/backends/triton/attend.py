@@ -11,6 +11,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...method.inputs import Inputs
 from ..calls import triton_version
 from . import Partial, Prepared, arch_of, columns_of, interpreted
+from .select import longest_first
+from .tile import place_of
 
 GLUON_TRITON = ((3, 6), (3, 9))  # first and last
 
@@ -45,7 +47,7 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
     turns = None
     if partial is None and inputs.config.rule.choice == "error":  # rows differ in length: the longest start first
-        turns = lists.counts.argsort(dim=-1, descending=True, stable=True).int()
+        turns = longest_first(lists.counts)
     arch = arch_of(out.device)
     if partial is None and why_not_gluon(arch, b, head_dim) is None:
         from . import hopper
@@ -62,9 +64,9 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
         rows_of(tiled.q, tiling.block_m), *(rows_of(x, tiling.block_n) for x in keys),
         *((None, None) if slope is None else _for_slope(tiled.q, slope, tiling)),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tail and tail.bias,
-        tiled.places, turns, r, c,
+        tiled.order, inputs.blocks.places, turns, r, c,
         out, lse, *before, *before[0].stride()[:3], *out.stride()[:3],
-        heads, inputs.group, num_blocks, rows, rows if tiled.places.ndim == 3 else 0, pool[0].shape[2],
+        heads, inputs.group, num_blocks, rows, pool[0].shape[2],
         inputs.scale / math.log(2),
         BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim),
         PART=math.gcd(tiling.block_n, head_dim),
@@ -148,11 +150,11 @@ def _absorb_biased(
 @triton.jit
 def _attend_kernel(
     q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, q_part_desc, slope_desc,
-    count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, places_ptr, turn_ptr, r_ptr, c_ptr,
+    count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, order_ptr, places_ptr, turn_ptr, r_ptr, c_ptr,
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     partial_sb, partial_sh, partial_ss,
     out_sb, out_ss, out_sh,
-    heads, group, num_blocks, rows, places_stride, pool_rows, scale,
+    heads, group, num_blocks, rows, pool_rows, scale,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     PART: tl.constexpr, RESUME: tl.constexpr, LISTED: tl.constexpr,
     TAIL: tl.constexpr, TAIL_STAGES: tl.constexpr, TURNS: tl.constexpr, SLOPE: tl.constexpr,
@@ -224,7 +226,7 @@ def _attend_kernel(
         # [COLUMNS]
         c = tl.load(c_ptr + planned * HEAD_DIM + d, mask=there, other=0.0)
         result = result * tl.load(r_ptr + planned) + c[None, :]
-    place = tl.load(places_ptr + key_head.to(tl.int64) * places_stride + i).to(tl.int64)
+    place = place_of(order_ptr, places_ptr, key_head.to(tl.int64), i, num_blocks * BLOCK)
     to = out_ptr + batch * out_sb + h * out_sh
     mask = (place[:, None] >= 0) & there[None, :]
     tl.store(to + place[:, None] * out_ss + d[None, :], result.to(q.dtype), mask=mask)

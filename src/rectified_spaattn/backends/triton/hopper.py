@@ -44,11 +44,12 @@ def launch(
         _rows_of(tiled.q, _HALF.value), *(_rows_of(x, _STEP.value) for x in keys),
         _rows_of(tiled.q if slope is None else slope, head_dim),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tiled.tail_bias if tail is None else tail.bias,
-        tiled.places, lists.counts if turns is None else turns, r, c,
+        inputs.blocks.places if tiled.order is None else tiled.order, inputs.blocks.places,
+        lists.counts if turns is None else turns, r, c,
         out, lse, *out.stride()[:3],
-        heads, inputs.group, inputs.blocks.num_blocks, rows // BLOCK, rows if tiled.places.ndim == 3 else 0,
-        pool[0].shape[2], inputs.scale / math.log(2),
-        STAGES=stages, TAIL=tail is not None, TURNS=turns is not None, SLOPE=slope is not None,
+        heads, inputs.group, inputs.blocks.num_blocks, rows // BLOCK, pool[0].shape[2], inputs.scale / math.log(2),
+        STAGES=stages, TAIL=tail is not None, ORDER=tiled.order is not None, TURNS=turns is not None,
+        SLOPE=slope is not None,
         num_warps=4, maxnreg=168,
     )  # fmt: skip
 
@@ -138,12 +139,14 @@ def _biased(score, tail_bias, pool_bias, j, isolated, tail, num_blocks, unit):
 
 
 @gluon.jit
-def _multiply(common, PART: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, SLOPE: gl.constexpr):
+def _multiply(
+    common, PART: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, ORDER: gl.constexpr, SLOPE: gl.constexpr
+):
     """Four warps: 64 queries over all tiles that are sent. Scores of a step are multiplied while those of the step
     before become weights: PART says which group has the first turn.
     """
     (
-        out_ptr, lse_ptr, q_tile, q_full, ring, turn, tail_bias, pool_bias, places_ptr, r_ptr, c_ptr,
+        out_ptr, lse_ptr, q_tile, q_full, ring, turn, tail_bias, pool_bias, order_ptr, places_ptr, r_ptr, c_ptr,
         listed, isolated, pooled, n, num_blocks, tail, out_ss, scale,
     ) = common  # fmt: skip
     k_ring, v_ring, k_full, v_full, k_empty, v_empty = ring
@@ -218,10 +221,15 @@ def _multiply(common, PART: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constex
         result = result * r + gl.load(c_ptr + d, mask=n < num_blocks, other=0.0)[None, :]
     q.store(result.to(dtype))
     by_row: gl.constexpr = gl.BlockedLayout([1, 8], [256 // head_dim, head_dim // 8], [4, 1], [1, 0])
-    i = PART * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, by_row))
+    i = (2 * n + PART) * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, by_row))
+    # [_HALF]: where in the sequence
+    place = gl.load(places_ptr + i).to(gl.int64)
+    if ORDER:
+        tiled = i < num_blocks * (2 * _HALF)
+        place = gl.where(tiled, gl.load(order_ptr + i, mask=tiled, other=0).to(gl.int64), place)
     d_out = gl.arange(0, head_dim, gl.SliceLayout(0, by_row))
-    place = gl.load(places_ptr + i)[:, None].to(gl.int64)
-    gl.store(out_ptr + place * out_ss + d_out[None, :], q.load(by_row), mask=place >= 0)
+    to = out_ptr + place[:, None] * out_ss + d_out[None, :]
+    gl.store(to, q.load(by_row), mask=place[:, None] >= 0)
     own = PART * _HALF + gl.arange(0, _HALF, of_row)
     gl.store(lse_ptr + own, (top + gl.log2(total)) * (1.0 / _LOG2_E))
 
@@ -229,10 +237,10 @@ def _multiply(common, PART: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constex
 @gluon.jit
 def _attend_kernel(
     q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, slope_desc,
-    count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, places_ptr, turn_ptr, r_ptr, c_ptr,
+    count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, order_ptr, places_ptr, turn_ptr, r_ptr, c_ptr,
     out_ptr, lse_ptr, out_sb, out_ss, out_sh,
-    heads, group, num_blocks, query_blocks, places_stride, pool_rows, scale,
-    STAGES: gl.constexpr, TAIL: gl.constexpr, TURNS: gl.constexpr, SLOPE: gl.constexpr,
+    heads, group, num_blocks, query_blocks, pool_rows, scale,
+    STAGES: gl.constexpr, TAIL: gl.constexpr, ORDER: gl.constexpr, TURNS: gl.constexpr, SLOPE: gl.constexpr,
 ):  # fmt: skip
     block: gl.constexpr = 2 * _HALF
     head_dim: gl.constexpr = q_desc.block_type.shape[1]
@@ -279,18 +287,18 @@ def _attend_kernel(
     pool_bias = pool_bias_ptr
     if TAIL:
         pool_bias += planned * num_blocks
-    places = places_ptr + key_head.to(gl.int64) * places_stride + n * block
+    order = order_ptr + key_head.to(gl.int64) * (num_blocks * block)
     out = out_ptr + batch * out_sb + h * out_sh
     lse = lse_ptr + at.to(gl.int64) * block
     ring = (k_ring, v_ring, k_full, v_full, k_empty, v_empty)
     common = (
-        out, lse, q_tile, q_full, ring, turn, tail_bias, pool_bias, places, r_ptr + planned, c_ptr + planned * head_dim,
-        listed, isolated, pooled, n, num_blocks, tail, out_ss, scale,
+        out, lse, q_tile, q_full, ring, turn, tail_bias, pool_bias, order, places_ptr,
+        r_ptr + planned, c_ptr + planned * head_dim, listed, isolated, pooled, n, num_blocks, tail, out_ss, scale,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_multiply, (common, 0, STAGES, TAIL, SLOPE)),
-            (_multiply, (common, 1, STAGES, TAIL, SLOPE)),
+            (_multiply, (common, 0, STAGES, TAIL, ORDER, SLOPE)),
+            (_multiply, (common, 1, STAGES, TAIL, ORDER, SLOPE)),
             (_load, (
                 q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, slope_desc, q_tile, q_full,
                 ring, index_row, at * block, key_head * num_blocks, key_head * tail, key_head * pool_rows,

@@ -25,18 +25,17 @@ def slope(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor) ->
     _mass_kernel[(triton.cdiv(nb, 64), batch * heads)](
         choices.probability, bias, mass, nb, math.log(block), BLOCK=64, num_warps=4
     )
-    # the root of a weight goes to keys and values each, 1 on average: float16 holds them all
-    root = (mass * nb / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)).sqrt_()
     parts = min(nb, triton.cdiv(PROGRAMS, batch * heads))
     partial = torch.empty(batch, heads, parts, head_dim, head_dim, dtype=torch.float32, device=bias.device)
     columns = columns_of(head_dim)
     at_once = min(columns, 128)
     _slope_kernel[(parts, batch * heads, columns // at_once)](
-        tiled.k, tiled.v, tiled.pooled.k, tiled.pooled.v, root, partial, nb, tiled.pooled.k[0].numel(), inputs.group,
+        tiled.k, tiled.v, tiled.pooled.k, tiled.pooled.v, mass, partial, nb, tiled.pooled.k[0].numel(), inputs.group,
+        inputs.scale / (nb * block), WIDTH=triton.next_power_of_2(nb),
         BLOCK=block, ROWS=64 if columns <= 128 else 32, HEAD_DIM=head_dim, COLUMNS=columns, AT_ONCE=at_once,
         num_warps=8,
     )  # fmt: skip
-    return (partial.sum(2) * (inputs.scale / (nb * block))).to(tiled.k.dtype)
+    return partial.sum(2).to(tiled.k.dtype)
 
 
 @triton.jit
@@ -58,11 +57,15 @@ def _mass_kernel(probability_ptr, bias_ptr, mass_ptr, num_blocks, log_b, BLOCK: 
 
 @triton.jit
 def _slope_kernel(
-    k_ptr, v_ptr, k_mean_ptr, v_mean_ptr, root_ptr, partial_ptr, num_blocks, half, group,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    k_ptr, v_ptr, k_mean_ptr, v_mean_ptr, mass_ptr, partial_ptr, num_blocks, half, group, scale,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
+    mass_ptr += head * num_blocks
+    # [WIDTH]
+    every = tl.arange(0, WIDTH)
+    whole = tl.sum(tl.load(mass_ptr + every, mask=every < num_blocks, other=0.0), 0)
     i = tl.arange(0, ROWS)
     d = tl.arange(0, COLUMNS)
     e = tl.program_id(2) * AT_ONCE + tl.arange(0, AT_ONCE)
@@ -73,7 +76,8 @@ def _slope_kernel(
     first = tl.program_id(0) * each
     for step in tl.range(0, tl.minimum(each, num_blocks - first) * steps):
         m = first + step // steps
-        root = tl.load(root_ptr + head * num_blocks + m)
+        # the root of a weight goes to keys and values each, 1 on average: float16 holds them all
+        root = tl.sqrt(tl.where(whole == 0, 0.0, tl.load(mass_ptr + m) / whole) * num_blocks)
         block = head // group * num_blocks + m
         # [ROWS, COLUMNS] and [ROWS, AT_ONCE]
         at = (block * BLOCK + step % steps * ROWS + i)[:, None] * HEAD_DIM
@@ -82,7 +86,7 @@ def _slope_kernel(
         total = tl.dot(tl.trans(k), v, total, input_precision="ieee")
     part = head * tl.num_programs(0) + tl.program_id(0)
     to = partial_ptr + (part * HEAD_DIM + d[:, None]) * HEAD_DIM + e[None, :]
-    tl.store(to, total, mask=(d[:, None] < HEAD_DIM) & (e[None, :] < HEAD_DIM))
+    tl.store(to, total * scale, mask=(d[:, None] < HEAD_DIM) & (e[None, :] < HEAD_DIM))
 
 
 @triton.jit

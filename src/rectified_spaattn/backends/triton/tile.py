@@ -8,9 +8,10 @@ import triton.language as tl
 
 from ...method.inputs import Inputs
 from ...method.pool import Pooled
-from ...method.residual import Responses, directions
+from ...method.residual import Responses
 from . import columns_of
-from .arrange import principal
+from .directions import moments, of_errors
+from .halves import store_halves
 
 
 class Tiled(NamedTuple):
@@ -26,8 +27,8 @@ class Tiled(NamedTuple):
     responses       where blocks are chosen by error: each [2, B, H or Hk, nb, r, r], as the sum of two like `pooled`
     tail_bias       float32 [B, rows - nb*b], what to add to an isolated key's logit: 0, or -inf where it is not valid
     tail_end        int32 [B], isolated keys from here on are not valid
-    places          int32 [rows] or, where heads differ, [B, Hk, rows]: where in the sequence a row of q comes from, -1
-                    for the zeros
+    order           int [B, Hk, nb*b], contiguous: where in the sequence the tiled rows of a head come from, where heads
+                    differ; None: from blocks.places, as all other rows
     """
 
     q: torch.Tensor
@@ -38,7 +39,7 @@ class Tiled(NamedTuple):
     pooled: Pooled
     tail_bias: torch.Tensor
     tail_end: torch.Tensor
-    places: torch.Tensor
+    order: torch.Tensor | None
     k_pool: torch.Tensor | None = None
     v_pool: torch.Tensor | None = None
     responses: Responses | None = None
@@ -49,16 +50,11 @@ def tile(inputs: Inputs) -> Tiled:
     q, k, v, blocks, rule = inputs.q, inputs.k, inputs.v, inputs.blocks, inputs.config.rule
     batch, _, heads, head_dim = q.shape
     key_heads = k.shape[2]
-    b, nb, places = blocks.block_size, blocks.num_blocks, blocks.places
-    rows, tiled = places.numel(), blocks.tiled.numel()
-    if inputs.token_order is not None:
-        places = torch.cat([inputs.token_order.int(), places[tiled:].expand(batch, key_heads, -1)], dim=2)
+    b, nb = blocks.block_size, blocks.num_blocks
+    rows, tiled = blocks.places.numel(), blocks.tiled.numel()
+    order = None if inputs.token_order is None else inputs.token_order.contiguous()
     tail_bias = torch.empty(batch, rows - tiled, dtype=torch.float32, device=q.device)
     tail_end = torch.empty(batch, dtype=torch.int32, device=q.device)
-    _tail_kernel[(batch,)](
-        inputs.text_mask, tail_bias, tail_end, *inputs.text_mask.stride(),
-        blocks.leftover, blocks.text, rows - tiled, BLOCK=b,
-    )  # fmt: skip
     q_out = q.new_empty(batch, heads, rows, head_dim)
     sizes = (tiled, tiled, rows - tiled, rows - tiled)
     k_out, v_out, k_tail, v_tail = (q.new_empty(batch, key_heads, n, head_dim) for n in sizes)
@@ -73,41 +69,25 @@ def tile(inputs: Inputs) -> Tiled:
         }
     )
     in_pool = (batch, key_heads, nb + -nb % 128, head_dim)
-    k_pool, v_pool = (q.new_zeros(in_pool), q.new_zeros(in_pool)) if rule.tail else (None, None)
+    k_pool, v_pool = (q.new_empty(in_pool), q.new_empty(in_pool)) if rule.tail else (None, None)
     responses, rank = None, 0
     for_responses: tuple[torch.Tensor | None, ...] = (None, None, None, None)
     if nb and rule.choice == "error" and inputs.block_mask is None:
-        seen = directions(q, k, blocks.tiled, inputs.scale, principal)
+        seen = of_errors(moments(q, k, blocks.tiled, inputs.scale), key_heads, inputs.scale, q.dtype)
         rank = seen.k.shape[3]
         of = (heads, key_heads)
         responses = Responses(*(q.new_empty(2, batch, each, nb, rank, rank, dtype=half) for each in of))
-        for_responses = (*(x.to(q.dtype).contiguous() for x in seen), *responses)
+        for_responses = (*seen, *responses)
     _tile_kernel[(rows // b * heads, batch, 2 if rank else 3)](
         q, k, v, q_out, k_out, v_out, k_tail, v_tail,
-        pooled.q, pooled.k, pooled.v, pooled.dq, pooled.dk, pooled.k_var, k_pool, v_pool, places, tail_bias,
-        *for_responses,
-        rows if places.ndim == 3 else 0, *q.stride(), *k.stride(), *v.stride(),
-        heads, inputs.group, nb, rows, batch * heads * nb * head_dim, in_pool[2],
+        pooled.q, pooled.k, pooled.v, pooled.dq, pooled.dk, pooled.k_var, k_pool, v_pool, order, blocks.places,
+        inputs.text_mask, tail_bias, tail_end, *for_responses,
+        *q.stride(), *k.stride(), *v.stride(), *inputs.text_mask.stride(),
+        heads, inputs.group, nb, rows, batch * heads * nb * head_dim, in_pool[2], blocks.leftover, blocks.text,
         BLOCK=b, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim), GAIN=gain, TAIL=rule.tail, RANK=rank, WIDTH=16,
         num_warps=4 if head_dim <= 128 else 8,
     )  # fmt: skip
-    return Tiled(q_out, k_out, v_out, k_tail, v_tail, pooled, tail_bias, tail_end, places, k_pool, v_pool, responses)
-
-
-@triton.jit
-def _tail_kernel(valid_ptr, bias_ptr, end_ptr, valid_sb, valid_st, leftover, text, tail, BLOCK: tl.constexpr):
-    batch = tl.program_id(0).to(tl.int64)
-    end = 0
-    for start in tl.range(0, tail, BLOCK):
-        # [BLOCK]
-        i = start + tl.arange(0, BLOCK)
-        word = i - leftover
-        is_text = (word >= 0) & (word < text)
-        valid = tl.load(valid_ptr + batch * valid_sb + word * valid_st, mask=is_text, other=0) != 0
-        valid |= i < leftover
-        tl.store(bias_ptr + batch * tail + i, tl.where(valid, 0.0, float("-inf")))
-        end = tl.maximum(end, tl.max(tl.where(valid, i + 1, 0), 0))
-    tl.store(end_ptr + batch, end)
+    return Tiled(q_out, k_out, v_out, k_tail, v_tail, pooled, tail_bias, tail_end, order, k_pool, v_pool, responses)
 
 
 @triton.jit
@@ -115,11 +95,12 @@ def _tile_kernel(
     q_ptr, k_ptr, v_ptr,
     q_out, k_out, v_out, k_tail, v_tail,
     q_mean, k_mean, v_mean, q_deviation, k_deviation, k_variance, k_pool, v_pool,
-    places_ptr, bias_ptr, to_q_ptr, to_k_ptr, q_response, kv_response,
-    places_stride, q_sb, q_ss, q_sh, q_sd,
+    order_ptr, places_ptr, valid_ptr, bias_ptr, end_ptr, to_q_ptr, to_k_ptr, q_response, kv_response,
+    q_sb, q_ss, q_sh, q_sd,
     k_sb, k_ss, k_sh, k_sd,
     v_sb, v_ss, v_sh, v_sd,
-    heads, group, num_blocks, rows, half, pool_rows,
+    valid_sb, valid_st,
+    heads, group, num_blocks, rows, half, pool_rows, leftover, text,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr,
     RANK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -133,15 +114,22 @@ def _tile_kernel(
     if which > 0:
         at = batch * (heads // group) + h
         half = half // group
-    places_ptr += at * places_stride
+    valid_ptr += batch * valid_sb
+    if (which == 1) & (h == 0):
+        _tell_valid(bias_ptr, end_ptr, valid_ptr, batch, n, num_blocks, rows, valid_st, leftover, text, BLOCK)
+    # [BLOCK]
+    i = n * BLOCK + tl.arange(0, BLOCK)
+    place = place_of(order_ptr, places_ptr, at, i, num_blocks * BLOCK)
+    if which > 0:
+        place = tl.where(_valid(valid_ptr, i - num_blocks * BLOCK, valid_st, leftover, text), place, -1)
     half_responses = half // HEAD_DIM * RANK * RANK
     from_v = v_ptr + batch * v_sb + h * v_sh
     rows_v = v_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
     if which == 0:
         from_q = q_ptr + batch * q_sb + h * q_sh
         rows_out = q_out + (own * rows + n * BLOCK) * HEAD_DIM
-        q, _ = _tile(from_q, q_ss, q_sd, rows_out, q_out, q_mean, q_deviation, None, None, places_ptr, bias_ptr,
-                     own, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
+        q, _ = _tile(from_q, q_ss, q_sd, rows_out, q_out, q_mean, q_deviation, None, None, place,
+                     own, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
                      KEYS=False, DEVIATION=GAIN, VARIANCE=False, POOL=False)  # fmt: skip
         if RANK > 0 and n < num_blocks:
             # [BLOCK, WIDTH]
@@ -152,15 +140,15 @@ def _tile_kernel(
     elif which == 1:
         from_k = k_ptr + batch * k_sb + h * k_sh
         rows_out = k_out + (at * num_blocks + n) * BLOCK * HEAD_DIM
-        k, apart = _tile(from_k, k_ss, k_sd, rows_out, k_tail, k_mean, k_deviation, k_variance, k_pool, places_ptr,
-                         bias_ptr, at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
+        k, apart = _tile(from_k, k_ss, k_sd, rows_out, k_tail, k_mean, k_deviation, k_variance, k_pool, place,
+                         at, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
                          KEYS=True, DEVIATION=GAIN, VARIANCE=TAIL, POOL=TAIL)  # fmt: skip
         if RANK > 0:
             # [WIDTH, BLOCK]
             to_k = _directions(to_k_ptr, at, HEAD_DIM, COLUMNS, RANK, WIDTH)
             seen = tl.dot(apart.to(k.dtype), to_k, input_precision="ieee").to(k.dtype)
-            _, apart_v = _tile(from_v, v_ss, v_sd, rows_v, v_tail, v_mean, None, None, v_pool, places_ptr, bias_ptr,
-                               at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
+            _, apart_v = _tile(from_v, v_ss, v_sd, rows_v, v_tail, v_mean, None, None, v_pool, place,
+                               at, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
                                KEYS=True, DEVIATION=False, VARIANCE=False, POOL=TAIL)  # fmt: skip
             if n < num_blocks:
                 # [WIDTH, HEAD_DIM]
@@ -169,9 +157,47 @@ def _tile_kernel(
                 responds = (at * num_blocks + n) * RANK * RANK
                 _store_response(kv_response + responds, half_responses, follow, tl.trans(follow), 1, RANK, WIDTH)
     elif RANK == 0:
-        _tile(from_v, v_ss, v_sd, rows_v, v_tail, v_mean, None, None, v_pool, places_ptr, bias_ptr,
-              at, batch, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
+        _tile(from_v, v_ss, v_sd, rows_v, v_tail, v_mean, None, None, v_pool, place,
+              at, n, num_blocks, rows, half, pool_rows, BLOCK, HEAD_DIM, COLUMNS,
               KEYS=True, DEVIATION=False, VARIANCE=False, POOL=TAIL)  # fmt: skip
+
+
+@triton.jit
+def place_of(order_ptr, places_ptr, key_head, i, tiled):
+    """Where in the sequence row i of a head comes from, -1 where from nowhere. i: [rows], int64 or int32."""
+    place = tl.load(places_ptr + i).to(tl.int64)
+    if order_ptr is not None:
+        own = tl.load(order_ptr + key_head * tiled + i, mask=i < tiled, other=0).to(tl.int64)
+        place = tl.where(i < tiled, own, place)
+    return place
+
+
+@triton.jit
+def _valid(valid_ptr, i, valid_st, leftover, text):
+    """Whether isolated keys are valid; tiled ones, below 0, are."""
+    word = i - leftover
+    is_text = (word >= 0) & (word < text)
+    return (i < leftover) | (tl.load(valid_ptr + word * valid_st, mask=is_text, other=0) != 0)
+
+
+@triton.jit
+def _tell_valid(
+    bias_ptr, end_ptr, valid_ptr, batch, n, num_blocks, rows, valid_st, leftover, text, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The bias of the isolated keys of a block and, with the last block, where valid ones end."""
+    tail = rows - num_blocks * BLOCK
+    # [BLOCK]
+    i = tl.arange(0, BLOCK)
+    if n >= num_blocks:
+        own = (n - num_blocks) * BLOCK + i
+        bias = tl.where(_valid(valid_ptr, own, valid_st, leftover, text), 0.0, float("-inf"))
+        tl.store(bias_ptr + batch * tail + own, bias)
+    if n == rows // BLOCK - 1:
+        end = 0
+        for start in tl.range(0, tail, BLOCK):
+            valid = _valid(valid_ptr, start + i, valid_st, leftover, text)
+            end = tl.maximum(end, tl.max(tl.where(valid, start + i + 1, 0), 0))
+        tl.store(end_ptr + batch, end)
 
 
 @triton.jit
@@ -189,34 +215,28 @@ def _store_response(to_ptr, half, a, b, count, RANK: tl.constexpr, WIDTH: tl.con
     product = tl.dot(a, b, input_precision="ieee") / count
     r = tl.arange(0, WIDTH)
     to = to_ptr + r[:, None] * RANK + r[None, :]
-    _store_halves(to, half, product, (r[:, None] < RANK) & (r[None, :] < RANK))
+    store_halves(to, half, product, (r[:, None] < RANK) & (r[None, :] < RANK))
 
 
 @triton.jit
 def _tile(
-    from_ptr, stride_s, stride_d, to_ptr, tail_ptr, mean_ptr, deviation_ptr, variance_ptr, pool_ptr,
-    places_ptr, bias_ptr,
-    head, batch, n, num_blocks, rows, half, pool_rows,
+    from_ptr, stride_s, stride_d, to_ptr, tail_ptr, mean_ptr, deviation_ptr, variance_ptr, pool_ptr, place,
+    head, n, num_blocks, rows, half, pool_rows,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     KEYS: tl.constexpr, DEVIATION: tl.constexpr, VARIANCE: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """One block of one tensor: its tokens, and how far they are from their mean in float32. KEYS: isolated tokens go to
-    a tensor of their own, zeros in place of invalid ones.
+    """One block of one tensor: its tokens, zeros where a place is negative, and how far they are from their mean in
+    float32. KEYS: isolated tokens go to a tensor of their own.
     """
     i = tl.arange(0, BLOCK)
     d = tl.arange(0, COLUMNS)
     there = d < HEAD_DIM
-    # [BLOCK]
-    place = tl.load(places_ptr + n * BLOCK + i).to(tl.int64)
-    wanted = place >= 0
     tail = n - num_blocks
     if KEYS and tail >= 0:
-        tail_rows = rows - num_blocks * BLOCK
-        wanted &= tl.load(bias_ptr + batch * tail_rows + tail * BLOCK + i) == 0
-        to_ptr = tail_ptr + (head * tail_rows + tail * BLOCK) * HEAD_DIM
+        to_ptr = tail_ptr + (head * (rows - num_blocks * BLOCK) + tail * BLOCK) * HEAD_DIM
     # [BLOCK, COLUMNS]
     at = place[:, None] * stride_s + d[None, :].to(tl.int64) * stride_d
-    x = tl.load(from_ptr + at, mask=wanted[:, None] & there[None, :], other=0.0)
+    x = tl.load(from_ptr + at, mask=(place >= 0)[:, None] & there[None, :], other=0.0)
     tl.store(to_ptr + i[:, None] * HEAD_DIM + d[None, :], x, mask=there[None, :])
     wide = x.to(tl.float32)
     # [COLUMNS]
@@ -224,18 +244,16 @@ def _tile(
     apart = wide - mean[None, :]
     if tail < 0:
         pooled = (head * num_blocks + n) * HEAD_DIM + d
-        _store_halves(mean_ptr + pooled, half, mean, there)
+        store_halves(mean_ptr + pooled, half, mean, there)
         if DEVIATION:
-            _store_halves(deviation_ptr + pooled, half, tl.sum(tl.abs(apart), 0) / BLOCK, there)
+            store_halves(deviation_ptr + pooled, half, tl.sum(tl.abs(apart), 0) / BLOCK, there)
         if VARIANCE:
-            _store_halves(variance_ptr + pooled, half, tl.sum(apart * apart, 0) / BLOCK, there)
+            store_halves(variance_ptr + pooled, half, tl.sum(apart * apart, 0) / BLOCK, there)
         if POOL:
-            tl.store(pool_ptr + (head * pool_rows + n) * HEAD_DIM + d, mean.to(x.dtype), mask=there)
+            to_pool = pool_ptr + head * pool_rows * HEAD_DIM
+            tl.store(to_pool + n * HEAD_DIM + d, mean.to(x.dtype), mask=there)
+            if tail == -1:  # what is multiplied by nothing must be a number
+                behind = num_blocks + tl.arange(0, 128)
+                to = to_pool + behind[:, None] * HEAD_DIM + d[None, :]
+                tl.store(to, tl.zeros((128, COLUMNS), x.dtype), mask=(behind < pool_rows)[:, None] & there[None, :])
     return x, apart
-
-
-@triton.jit
-def _store_halves(to_ptr, half, x, mask):
-    high = x.to(to_ptr.dtype.element_ty)
-    tl.store(to_ptr, high, mask=mask)
-    tl.store(to_ptr + half, (x - high.to(tl.float32)).to(high.dtype), mask=mask)

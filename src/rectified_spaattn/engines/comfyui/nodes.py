@@ -40,7 +40,7 @@ def config_of(
     if preset != CUSTOM:
         return _preset_names()[preset].replace(tolerance=tolerance or None, replan=replan)
     words = dense_blocks.replace(",", " ").split()
-    if not all(word.isdigit() for word in words):
+    if not all(word.isdecimal() for word in words):
         raise ValueError(f"dense_blocks: got {dense_blocks!r}; allowed: block numbers from 0, such as '0, 1', or none.")
     config = SparseConfig.paper() if mode == PAPER else SparseConfig(rectify=mode)  # type: ignore[arg-type]
     return config.replace(
@@ -53,6 +53,13 @@ def config_of(
     )
 
 
+def _input(
+    kind: str | list[str], default: Any, tooltip: str, **limits: float
+) -> tuple[str | list[str], dict[str, Any]]:
+    """One input as ComfyUI takes it. kind: a type, or the words to choose from."""
+    return kind, {"default": default, "tooltip": tooltip, **limits}
+
+
 class RectifiedAttention:
     """Model in, model out: its video self-attention runs block-sparse and rectified."""
 
@@ -63,73 +70,52 @@ class RectifiedAttention:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        percent = {"min": 0.0, "max": 99.0, "step": 1.0}
-        return {
-            "required": {
-                "model": ("MODEL",),
-                "sparsity": (
-                    "FLOAT",
-                    {
-                        "default": SparseConfig().sparsity,
-                        "min": 0.0,
-                        "max": 0.99,
-                        "step": 0.01,
-                        "tooltip": "Fraction of the attention blocks that may be dropped. 0 is full attention.",
-                    },
-                ),
-                "mode": (
-                    list(MODES),
-                    {
-                        "default": SparseConfig().rectify,
-                        "tooltip": "row+slope: the default. row: a little faster, further from full attention. paper: "
-                        "arXiv 2511.19835 on blocks in space. none: plain block-sparse.",
-                    },
-                ),
-                "dense_first": (
-                    "FLOAT",
-                    {
-                        "default": 10.0,
-                        "tooltip": "Percent of the sampler's first steps with full attention.",
-                        **percent,
-                    },
-                ),
-                "dense_last": (
-                    "FLOAT",
-                    {"default": 0.0, "tooltip": "Percent of the sampler's last steps with full attention.", **percent},
-                ),
-                "dense_blocks": (
-                    "STRING",
-                    {"default": "", "tooltip": "Numbers of the blocks that keep full attention, such as 0, 1."},
-                ),
-                "preset": (
-                    [CUSTOM, *_preset_names()],
-                    {"default": CUSTOM, "tooltip": "custom: the inputs above. Any other replaces all of them."},
-                ),
-            },
-            "optional": {
-                "tolerance": (
-                    "FLOAT",
-                    {
-                        "default": 0.0,
-                        "min": 0.0,
-                        "max": 0.5,
-                        "step": 0.01,
-                        "tooltip": "Above 0: every head keeps as many blocks as hold its measured error at this level, "
-                        "such as 0.05, in place of one sparsity for all.",
-                    },
-                ),
-                "replan": (
-                    "INT",
-                    {
-                        "default": SparseConfig().replan,
-                        "min": 1,
-                        "max": 100,
-                        "tooltip": "Above 1: tokens are sorted anew every so many sampler steps, not in every one. "
-                        "Faster, a little further from full attention, and takes GPU memory.",
-                    },
-                ),
-            },
+        default, percent = SparseConfig(), {"min": 0.0, "max": 99.0, "step": 1.0}
+        required = {
+            "model": ("MODEL",),
+            "sparsity": _input(
+                "FLOAT",
+                default.sparsity,
+                "Fraction of the attention blocks that may be dropped. 0 is full attention.",
+                min=0.0,
+                max=0.99,
+                step=0.01,
+            ),
+            "mode": _input(
+                list(MODES),
+                default.rectify,
+                "row+slope: the default. row: a little faster, further from full attention. paper: arXiv 2511.19835 on "
+                "blocks in space. none: plain block-sparse.",
+            ),
+            "dense_first": _input(
+                "FLOAT", 10.0, "Percent of the sampler's first steps with full attention.", **percent
+            ),
+            "dense_last": _input("FLOAT", 0.0, "Percent of the sampler's last steps with full attention.", **percent),
+            "dense_blocks": _input("STRING", "", "Numbers of the blocks that keep full attention, such as 0, 1."),
+            "preset": _input(
+                [CUSTOM, *_preset_names()], CUSTOM, "custom: the inputs above. Any other replaces all of them."
+            ),
         }
+        optional = {
+            "tolerance": _input(
+                "FLOAT",
+                0.0,
+                "Above 0: every head keeps as many blocks as hold its measured error at this level, such as 0.05, in "
+                "place of one sparsity for all.",
+                min=0.0,
+                max=0.5,
+                step=0.01,
+            ),
+            "replan": _input(
+                "INT",
+                default.replan,
+                "Above 1: tokens are sorted anew every so many sampler steps, not in every one. Faster, a little "
+                "further from full attention, and takes GPU memory.",
+                min=1,
+                max=100,
+            ),
+        }
+        return {"required": required, "optional": optional}
 
     def patch(self, model: Any, **inputs: Any) -> tuple[Any]:
         return (patch(model, config_of(**inputs)),)

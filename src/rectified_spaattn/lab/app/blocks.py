@@ -1,6 +1,6 @@
 """The page: controls, and what happens when they are used. The one file that knows gradio."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -111,36 +111,33 @@ def _text(prompt: str | None) -> tuple[list[Any], Callable[..., str]]:
     return [gr.Textbox(prompt or "", label="prompt", lines=3)], lambda text: text
 
 
+def _words(label: str, words: Sequence[str], value: str) -> gr.Dropdown:
+    return gr.Dropdown(list(words), value=value, label=label, min_width=120)
+
+
 def _scene() -> tuple[list[Any], Callable[..., str]]:
     """Dropdowns of the demo model's words, and what makes a caption of their values."""
     motions = [(text.format(go="moves", other="the second object"), key) for key, text in MOTIONS.items()]
     with gr.Row():
         main = [
-            gr.Dropdown(list(words), value=value, label=label, min_width=120)
-            for label, words, value in (
-                ("colour", COLOURS, "red"),
-                ("material", MATERIALS, "metal"),
-                ("shape", SHAPES, "sphere"),
-            )
+            _words("colour", COLOURS, "red"),
+            _words("material", MATERIALS, "metal"),
+            _words("shape", SHAPES, "sphere"),
         ]
     motion = gr.Dropdown(motions, value="right", label="what it does")
     with gr.Row():
         other = [
-            gr.Dropdown(list(words), value=value, label=label, min_width=120)
-            for label, words, value in (
-                ("second object", (NOTHING, *COLOURS), "blue"),
-                ("its material", MATERIALS, "striped"),
-                ("its shape", SHAPES, "cube"),
-            )
+            _words("second object", (NOTHING, *COLOURS), "blue"),
+            _words("its material", MATERIALS, "striped"),
+            _words("its shape", SHAPES, "cube"),
         ]
     with gr.Row():
-        floor = gr.Dropdown(list(FLOORS), value="checkered", label="floor", min_width=120)
-        camera = gr.Dropdown([NOTHING, *CAMERAS], value=NOTHING, label="camera", min_width=120)
-    sunset = gr.Checkbox(False, label="at sunset")
+        ground = [_words("floor", FLOORS, "checkered"), _words("camera", (NOTHING, *CAMERAS), NOTHING)]
+    evening = gr.Checkbox(False, label="at sunset")
 
     def spoken(*values: Any) -> str:
-        colour, material, shape, moves, second, its_material, its_shape, ground, view, evening = values
+        colour, material, shape, moves, second, its_material, its_shape, floor, camera, sunset = values
         there = None if second == NOTHING else Solid(second, its_material, its_shape)
-        return scene(Solid(colour, material, shape), moves, ground, view, there, evening)
+        return scene(Solid(colour, material, shape), moves, floor, camera, there, sunset)
 
-    return [*main, motion, *other, floor, camera, sunset], spoken
+    return [*main, motion, *other, *ground, evening], spoken

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...config import SparseConfig, check_choice
 from ..demo_model.words import MOTIONS, PAIRED, Solid, caption, places
+from ..option import given
 from ..pages.styles import STYLES
 
 PLAIN, PAPER, OURS = (STYLES[name].label for name in ("none", "ipar+gapr", "row+slope"))
@@ -39,8 +40,7 @@ class Choice:
     @property
     def overrides(self) -> dict[str, Any]:
         """What changes a preset."""
-        given = {"sparsity": self.sparsity, "tolerance": self.tolerance}
-        return {name: value for name, value in given.items() if value is not None}
+        return given(self, "sparsity", "tolerance")
 
 
 def scene(

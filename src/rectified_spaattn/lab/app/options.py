@@ -11,7 +11,7 @@ class AppOptions(ModelOptions):
     """A model and where its page is served. Raises ValueError or TypeError for values out of range."""
 
     prompt: str | None = option("What stands in the prompt at first, for a model of your own.", None)
-    fps: int | None = option("Frames a second.", None, unset="8 for demo, else 16")
+    fps: int | None = option("Frames a second.", None, least=1, unset="8 for demo, else 16")
     port: int = option("Of 127.0.0.1, which alone is listened to.", 7860)
     open: bool = option("Open the page in the browser.", False)
 

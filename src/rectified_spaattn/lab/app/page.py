@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..pages.html import filled
 from .studio import Column, figures, video_uri, wall
 
 HERE = Path(__file__).parent
@@ -10,12 +11,8 @@ HERE = Path(__file__).parent
 
 def result_html(columns: Sequence[Column], fps: int) -> str:
     """The clips beside each other, their differences, the wipe, and the figures."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    values: dict[str, object] = {"columns": [figures(each) for each in columns], "uri": video_uri(wall(columns), fps)}
-    values["caption"] = columns[0].clip.pair.caption()
-    return environment.get_template("result.html").render(**values)
+    shown, caption = [figures(each) for each in columns], columns[0].clip.pair.caption()
+    return filled("result.html", HERE, columns=shown, uri=video_uri(wall(columns), fps), caption=caption)
 
 
 def head() -> str:

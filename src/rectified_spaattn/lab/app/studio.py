@@ -1,6 +1,5 @@
 """Makes the clips of a choice, and keeps what it made: full attention runs once a prompt and seed."""
 
-import base64
 import math
 import tempfile
 from collections import OrderedDict
@@ -16,8 +15,9 @@ from ..clips.clip import Clip, Mode, Pair, generate
 from ..clips.evaluate import base_configs
 from ..clips.metrics import psnr, ssim
 from ..clips.models import Source, call_arguments, load, source_of, with_pictures
+from ..pages.html import data_uri
 from ..pages.styles import FULL
-from ..pages.video import FPS, difference, enlarge, write_frames
+from ..pages.video import FPS, check_encoder, difference, enlarge, write_frames
 from .choice import PLAIN, Choice, configs_of, plain_configs, same_pairs
 from .options import AppOptions
 
@@ -80,6 +80,8 @@ class Studio:
 def studio(options: AppOptions, device: torch.device) -> Studio:
     """The model, loaded. Raises ClipError or ValueError where it cannot be had."""
     source = source_of(options)
+    if source.makes_video:
+        check_encoder()
     arguments = with_pictures(call_arguments(source, options))
     arguments.pop("prompt", None)
     pipe = load(source, options, device)
@@ -118,11 +120,10 @@ def wall(columns: Sequence[Column], width: int = _WIDEST) -> torch.Tensor:
 
 def video_uri(frames: torch.Tensor, fps: int) -> str:
     """An mp4, or a picture of one frame, as a data: URI. frames: uint8 [T, H, W, 3]."""
-    suffix, kind = (".png", "image/png") if len(frames) == 1 else (".mp4", "video/mp4")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"wall{suffix}"
+        path = Path(folder) / ("wall.png" if len(frames) == 1 else "wall.mp4")
         write_frames(path, frames.numpy(), fps)
-        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        return data_uri(path)
 
 
 def figures(column: Column) -> dict[str, str]:

@@ -152,7 +152,11 @@ def model_of(name: str) -> tuple[Model, Any]:
         demo = replace(_with_config(base, DEMO, config), shape=_with_heads(small, config), stride=(1, 4, 4), steps=12)
         return demo, None
     if not Path(name).is_dir() and "/" not in name:
-        raise BenchError(f"model: got {name!r}; allowed: {_allowed()}.{nearest(name, [*MODELS, DEMO])}")
+        known = [*MODELS, DEMO]
+        raise BenchError(
+            f"model: got {name!r}; allowed: {', '.join(known)}, or the folder or repository of a diffusers pipeline."
+            f"{nearest(name, known)}"
+        )
     try:
         config, index = _read(name)
     except ClipError as error:
@@ -166,10 +170,6 @@ def model_of(name: str) -> tuple[Model, Any]:
     pipeline = SimpleNamespace(config=SimpleNamespace(**index), **transformers)
     model = _with_config(base, Path(name).name, config)
     return replace(model, shape=_with_heads(base.shape, config)), pipeline
-
-
-def _allowed() -> str:
-    return f"{', '.join([*MODELS, DEMO])}, or the folder or repository of a diffusers pipeline"
 
 
 def _read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -203,7 +203,7 @@ def _config_of(model: Model, pipeline: Any, settings: AdviseSettings) -> tuple[S
     name = settings.preset or model.preset
     if settings.preset is None and pipeline is not None:
         transformer = _on_meta(model, 1)
-        name = adapter_for(transformer).preset(transformer, pipeline)
+        name = adapter_for(transformer).preset_of(transformer, pipeline)
     return preset_of(name)[0].replace(**settings.overrides()), name
 
 

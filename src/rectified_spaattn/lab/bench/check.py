@@ -4,7 +4,7 @@ The error budget comes from what scaled_dot_product_attention does on the same n
 error, and rounding: one more in the dtype for R * sparse + C, and a few in float32, in which plans are made.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,6 +21,7 @@ from .shapes import BenchError, Case, Tensors, Variant
 _SAMPLED_BLOCKS = 8
 _SAME_CHOICES = 0.99  # gains that equal their error up to rounding may fall on either side
 _R_TOLERANCE = 1e-2
+_EIGHT_BITS = 2.0**-4  # what rounding to float8 (e4m3) changes at most, as a share of a number
 
 
 class Check(NamedTuple):
@@ -113,6 +114,18 @@ def check_sample(case: Case, variant: Variant, qkv: Tensors, generator: torch.Ge
         error = (call.out[0, isolated, h].double() - exact, own - exact, exact)
         checks.append(_worst(name, "isolated queries", [error], case.dtype))
     return [require(each) for each in checks], stats.density
+
+
+def check_eight_bits(
+    case: Case, variant: Variant, qkv: Tensors, generator: torch.Generator
+) -> tuple[list[Check], float]:
+    """As check_sample, of a call in 8 bits: against that in the inputs' precision with the same order and blocks."""
+    config, layout, name = case.config_of(variant), case.layout(), str(variant)
+    out, stats = rectified_attention(*qkv, layout, config, backend=variant.name, return_stats=True)
+    same: dict[str, Any] = {"block_mask": stats.block_mask, "token_order": stats.token_order}
+    plain = rectified_attention(*qkv, layout, config.replace(precision="inputs"), backend=variant.name, **same)
+    error = _largest(out - plain) / _largest(plain)
+    return [require(Check(name, "that in the inputs' precision", error, _EIGHT_BITS))], stats.density
 
 
 # the error, SDPA's own error and the exact output of some queries, each [queries, D]

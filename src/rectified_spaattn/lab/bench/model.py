@@ -18,8 +18,8 @@ from .processes import cut, slowest
 from .rows import ForwardRow, ScheduleRow
 from .settings import ModelSettings, runnable
 from .shapes import REMOVED, BenchError, Case, Variant, Watch
-from .timing import Timed, durations
-from .weights import build, compile_blocks, enable, inputs_for, output, shallow_copy
+from .timing import Timed, durations, extra_memory
+from .weights import build, compile_blocks, enable, inputs_for, output, shallow_copy, weight_bytes
 
 _PAPER_SPARSITY, _HIGH_SPARSITY = 0.797, 0.8895
 _UNASKED = {"cuda": ("cudnn", "fa4"), "cpu": ("sdpa",)}  # baselines timed where none is named
@@ -71,7 +71,10 @@ def measure(name: str, settings: ModelSettings, watch: Watch) -> ModelResult:
         ends = (Key(variants[0], "eager", model.units), Key(variants[-2], hows[-1], model.units))
         calls = {key: Timed(make(key), 1) for key in ends}
         whole = slowest(durations(calls, 1, device, partial(watch, f"{name}: all layers, once"), warm_up=0), device)
-    rows = forward_rows(model, settings.size, case, seconds, whole, density)
+    beside = {key: extra_memory(forward, device) for key, forward in forwards.items() if key.units == depth}
+    bytes_held = weight_bytes(weights, model, depth)
+    memory = {key: None if extra is None else bytes_held + extra for key, extra in beside.items()}
+    rows = forward_rows(model, settings.size, case, seconds, whole, density, memory)
     return ModelResult(checks, rows, schedule_rows(model, settings.schedule_of(model), rows), not_run)
 
 

@@ -26,11 +26,18 @@ Times = dict[Key, list[float]]  # seconds, round by round
 
 
 def forward_rows(
-    model: Model, size: str, case: Case, seconds: Times, whole: Times, density: Mapping[Variant, float]
+    model: Model,
+    size: str,
+    case: Case,
+    seconds: Times,
+    whole: Times,
+    density: Mapping[Variant, float],
+    memory: Mapping[Key, int | None],
 ) -> list[ForwardRow]:
     """One row a variant, eager and compiled.
 
-    seconds: of two depths each; whole: of all layers, one round, for some or none; density: of the sparse variants.
+    seconds: of two depths each; whole: of all layers, one round, for some or none; density: of the sparse variants;
+    memory: bytes of the whole model by the key of the deeper one.
     """
     low, high = sorted({key.units for key in seconds})
     scaled = {
@@ -69,6 +76,7 @@ def forward_rows(
                 dense=against,
                 dense_s=dense,
                 ratio=dense / median(times),
+                memory_bytes=memory.get(Key(variant, how, high)),
             )
         )
     return rows

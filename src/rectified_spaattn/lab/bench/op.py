@@ -7,12 +7,12 @@ import torch
 
 from ...attention import rectified_attention
 from ...backends import BACKENDS
-from .baselines import BASELINES, compared_with
-from .check import Check, check_dense, check_sample, check_small
-from .peers import PEERS, Prepared, dense, relative_error
+from .baselines import BASELINES, compared_with, sdpa
+from .check import Check, check_dense, check_eight_bits, check_sample, check_small
+from .peers import PEERS, Prepared, relative_error
 from .rows import Row, StageRow, case_columns, config_columns
 from .settings import FEWEST_REPEATS, TIMED_BACKENDS, OpSettings, runnable
-from .shapes import Case, Tensors, Variant, Watch
+from .shapes import BenchError, Case, Tensors, Variant, Watch
 from .stages import stages_of
 from .timing import Timed, durations, extra_memory, input_sets, time_columns
 
@@ -40,7 +40,8 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
     backends, no_backends = runnable("backend", settings.backend, reasons, shape.name)
     if settings.peer:
         runnable("peer", settings.peer, {name: peer.why_not(case) for name, peer in PEERS.items()}, shape.name)
-    sparse = [Variant("sparse", name, sparsity) for name in backends for sparsity in sorted(settings.sparsity)]
+    able, unable = _precisions(case, settings, backends)
+    sparse = [each._replace(sparsity=sparsity) for each in able for sparsity in sorted(settings.sparsity)]
     peers = [each for name in settings.peer for each in PEERS[name].variants(name, settings.sparsity)]
     variants = [*(Variant("dense", name) for name in baselines), *sparse, *peers]
     checks, densities, stages = [], {}, []
@@ -51,7 +52,8 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
     sets, sampling = case.inputs(1, input_sets(size, device)), torch.Generator().manual_seed(0)
     for number, each in enumerate(sparse):
         watch(f"{shape.name}: checking {each} at full size", number, len(sparse))
-        more, densities[each] = check_sample(case, each, sets[0], sampling)
+        check = check_sample if each.precision == "inputs" else check_eight_bits
+        more, densities[each] = check(case, each, sets[0], sampling)
         checks += more
     errors = _errors(case, sparse, peers, watch)
     prepared = {each: PEERS[each.name].prepare(case, each, sets[0]) for each in peers}
@@ -85,16 +87,32 @@ def measure(case: Case, settings: OpSettings, watch: Watch) -> OpResult:
                 error=errors.get(each),
             )
         )
-    for kind, unable in (("dense", no_baselines), ("sparse", no_backends)):
-        for name, why in unable.items():
-            rows.append(Row(shape=shape.name, **case_columns(case, Variant(kind, name)), not_run=why))
+    unable |= {Variant("dense", name): why for name, why in no_baselines.items()}
+    unable |= {Variant("sparse", name): why for name, why in no_backends.items()}
+    rows += [Row(shape=shape.name, **case_columns(case, each), not_run=why) for each, why in unable.items()]
     return OpResult(checks, rows, stages)
+
+
+def _precisions(case: Case, settings: OpSettings, backends: list[str]) -> tuple[list[Variant], dict[Variant, str]]:
+    """The backends in every precision that they have, and why not in others. Raises BenchError where none has one."""
+    reasons = {
+        Variant("sparse", name, precision=precision): BACKENDS[name].why_not(case.call(precision))
+        for name in backends
+        for precision in settings.precision
+    }
+    for precision in settings.precision:
+        here = {each.name: reason for each, reason in reasons.items() if each.precision == precision}
+        if None not in here.values():
+            listed = "; ".join(f"{name}: {reason}" for name, reason in here.items())
+            raise BenchError(f"precision {precision}: {listed}; allowed: what one of the backends can run.")
+    unable = {each: reason for each, reason in reasons.items() if reason is not None}
+    return [each for each in reasons if each not in unable], unable
 
 
 def _errors(case: Case, sparse: list[Variant], peers: list[Variant], watch: Watch) -> dict[Variant, float | None]:
     """Of calls on smooth inputs, against dense attention."""
     qkv = case.smooth_inputs(1)
-    full, layout, errors = dense(qkv), case.layout(), dict[Variant, float | None]()
+    full, layout, errors = sdpa(*qkv), case.layout(), dict[Variant, float | None]()
     for number, each in enumerate((*sparse, *peers)):
         watch(f"{case.shape.name}: error of {each}", number, len(sparse) + len(peers))
         if each.kind == "peer":
@@ -124,10 +142,10 @@ def _stage_rows(
     name, config = case.shape.name, case.config_of(variant)
     stages = stages_of(variant.name, case._replace(config=config), qkv)
     calls = {stage: Timed(lambda _, run=run: run(), repeats) for stage, run in stages.items()}  # type: ignore[misc]
-    times = durations(calls, 1, case.device, partial(watch, f"{name}: stages of {variant.name}"))
+    times = durations(calls, 1, case.device, partial(watch, f"{name}: stages of {variant.title}"))
     columns = {stage: time_columns("ms", [1000 * each for each in seconds]) for stage, seconds in times.items()}
     total = sum(each["ms"] for each in columns.values())
-    common = {"shape": name, "backend": variant.name, "sparsity": variant.sparsity, **config_columns(config)}
+    common = {"shape": name, "backend": variant.title, "sparsity": variant.sparsity, **config_columns(config)}
     return [
         StageRow(**common, **each, stage=stage, share=each["ms"] / total, whole_ms=whole_ms)
         for stage, each in columns.items()

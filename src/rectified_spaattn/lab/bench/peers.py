@@ -14,7 +14,7 @@ import torch
 from ...attention import rectified_attention
 from ...method.density import density
 from ...method.select import top_k_of
-from .baselines import no_gpu_for, sdpa
+from .baselines import no_gpu_for
 from .shapes import PEER_NAMES, BenchError, Case, Tensors, Variant
 
 _VSA_BLOCK = 64
@@ -208,11 +208,6 @@ def _moved(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """x [1, S, H or Hk, D] with the tokens of every head in its order, int64 [H, S]."""
     order = order[:: len(order) // x.shape[2]]
     return x.gather(1, order.T[None, ..., None].expand_as(x))
-
-
-def dense(qkv: Tensors) -> torch.Tensor:
-    """What errors are measured against: [1, S, H, D]."""
-    return sdpa(*qkv)
 
 
 _ROWS = (

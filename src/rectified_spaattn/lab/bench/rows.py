@@ -42,13 +42,14 @@ class _CaseRow(_ConfigRow):
     dtype: str
     kind: str
     name: str
+    precision: str = "inputs"
     density: float | None = None
 
     @property
     def label(self) -> str:
         """What ran, in words."""
         words = {"dense": f"dense {self.name}", "peer": f"peer {self.name}", "removed": "attention removed"}
-        return words.get(self.kind, self.name)
+        return words.get(self.kind, Variant(self.kind, self.name, precision=self.precision).title)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,7 @@ class ForwardRow(_CaseRow, ModelRow):
     unit_s, constant_s  seconds of one unit of layers, and of everything but the layers, from the medians
     measured_s   one forward of all layers, None where it was not run
     dense_s      eager median of the baseline; ratio = dense_s / seconds
+    memory_bytes weights of all layers, and what a forward takes beside them at its peak; None on a CPU
     """
 
     batch: int
@@ -153,6 +155,11 @@ class ForwardRow(_CaseRow, ModelRow):
     measured_s: float | None
     dense_s: float
     ratio: float
+    memory_bytes: int | None = None
+
+    @property
+    def memory_gib(self) -> float | None:
+        return None if self.memory_bytes is None else self.memory_bytes / 2**30
 
     @property
     def off_by(self) -> float | None:

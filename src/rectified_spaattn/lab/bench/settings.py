@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from ...config import BACKEND_NAMES, SparseConfig
+from ...config import BACKEND_NAMES, Precision, SparseConfig
 from ...presets import preset
 from ..machine import DEVICES, check_device, device_of
-from ..option import ConfigOptions, check_choices, option
+from ..option import ConfigOptions, check_options, given, option
 from .architecture import Model
 from .baselines import BASELINES
 from .models import MODELS, SIZES
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .rows import Schedule
 
 FEWEST_REPEATS = 2  # for quartiles
+PRECISIONS = tuple(name for name in get_args(Precision) if name != "auto")
 TIMED_BACKENDS = tuple(name for name in BACKEND_NAMES if name != "reference")  # the oracle is not timed
 
 
@@ -34,15 +35,16 @@ class BenchSettings(ConfigOptions):
         "Dense attention to compare with; may be repeated.", (), choices=tuple(BASELINES)
     )
     dtype: str = option("Of the inputs.", "bfloat16", choices=tuple(DTYPES))
-    repeats: int = option("Rounds that count; every round runs every call once.", 10)
+    repeats: int = option("Rounds that count; every round runs every call once.", 10, least=FEWEST_REPEATS)
     device: str = option("Where to run.", "auto", choices=DEVICES)
     csv_dir: Path | None = option("Folder for the rows as CSV files.", None)
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_options(self)
         check_device(self.device)
-        if self.repeats < FEWEST_REPEATS:
-            raise ValueError(f"repeats: got {self.repeats}; allowed: {FEWEST_REPEATS} or more.")
+        for name, values in vars(self).items():
+            if isinstance(values, tuple) and len(set(values)) != len(values):
+                raise ValueError(f"{name}: got {list(values)}; allowed: values that differ.")
         for sparsity in self.sparsity:
             self.config(sparsity=sparsity)
         self.config()
@@ -71,6 +73,7 @@ class OpSettings(BenchSettings):
     """One run. Raises ValueError or TypeError for values out of range.
 
     baseline, backend: empty for every one that can run; one that is named and cannot is an error. peer: empty for none.
+    precision: each on the backends that have it; one that none of them has is an error.
     """
 
     shape: tuple[str, ...] = option("May be repeated.", (), choices=tuple(SHAPES), unset="hunyuan-video")
@@ -78,6 +81,9 @@ class OpSettings(BenchSettings):
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.5, 0.7, 0.8, 0.8895, 0.95))
     kv_heads: int | None = option("Heads of keys and values, which those of queries share.", None, unset="all")
     backend: tuple[str, ...] = option("May be repeated.", (), choices=TIMED_BACKENDS, unset="all that can run")
+    precision: tuple[str, ...] = option(
+        "Of the products with kept blocks; may be repeated.", ("inputs",), choices=PRECISIONS
+    )
     peer: tuple[str, ...] = option("Others' kernels that are installed; may be repeated.", (), choices=PEER_NAMES)
 
     def __post_init__(self) -> None:
@@ -118,7 +124,7 @@ class ModelSettings(BenchSettings):
         "May be repeated.", (), choices=tuple(BASELINES), unset="cudnn, fa4 where installed; sdpa on a CPU"
     )
     backend: str = option("Backend of sparse attention, or auto.", "auto")
-    repeats: int = option("Rounds that count, after one that warms up.", 3)
+    repeats: int = option("Rounds that count, after one that warms up.", 3, least=FEWEST_REPEATS)
     full: bool = option("Also run all layers once: eager dense, and the sparsest, compiled where it is.", False)
     compile: bool = option("Also time compile_repeated_blocks(fullgraph=True).", True, flag="--compile/--no-compile")
     compiler: str = option("Backend of torch.compile.", "inductor")
@@ -170,7 +176,7 @@ class DoctorSettings(ConfigOptions):
             raise ValueError(f"block_size: got {block_size}; allowed: {video // 2 // 16 * 16} or less here.")
 
     def config(self, **more: Any) -> SparseConfig:
-        return super().config(**({} if self.sparsity is None else {"sparsity": self.sparsity}), **more)
+        return super().config(**given(self, "sparsity"), **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,20 +188,18 @@ class AdviseSettings(ConfigOptions):
     )
     height: int | None = option("Pixels.", None, unset="as the model was published")
     width: int | None = option("Pixels.", None, unset="as the model was published")
-    frames: int | None = option("Frames of a video.", None, unset="as the model was published")
+    frames: int | None = option("Frames of a video.", None, least=1, unset="as the model was published")
     sparsity: float | None = option("Share of blocks to drop.", None, unset="the preset's")
     device: str = option("Where to measure: a GPU alone.", "auto", choices=DEVICES)
 
     def __post_init__(self) -> None:
-        self.config(**self.overrides())
-        if self.frames is not None and self.frames < 1:
-            raise ValueError(f"frames: got {self.frames}; allowed: 1 or more.")
         check_device(self.device)
+        check_options(self)
+        self.config(**self.overrides())
 
     def overrides(self) -> dict[str, Any]:
         """What changes the preset."""
-        given = {name: getattr(self, name) for name in ("sparsity", "rectify", "order", "block_size")}
-        return {name: value for name, value in given.items() if value is not None}
+        return given(self, "sparsity", "rectify", "order", "block_size")
 
 
 def runnable(

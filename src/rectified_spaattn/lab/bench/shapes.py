@@ -96,7 +96,8 @@ class Case(NamedTuple):
         return self._replace(shape=self.shape.small())
 
     def config_of(self, variant: "Variant") -> SparseConfig:
-        return self.config if variant.sparsity is None else self.config.replace(sparsity=variant.sparsity)
+        config = self.config.replace(precision=variant.precision)
+        return config if variant.sparsity is None else config.replace(sparsity=variant.sparsity)
 
     def layout(self) -> "TokenLayout":
         from ...layout import TokenLayout
@@ -109,11 +110,11 @@ class Case(NamedTuple):
 
         return blocks_of(self.layout(), self.config).on(self.device)
 
-    def call(self) -> "Call":
+    def call(self, precision: str = "inputs") -> "Call":
         from ...backends import Call
 
         size = self.config.block_size
-        return Call(self.device, self.dtype, self.shape.head_dim, size, self.shape.video // size, self.config.precision)
+        return Call(self.device, self.dtype, self.shape.head_dim, size, self.shape.video // size, precision)
 
     def inputs(self, seed: int, sets: int = 1) -> list[Tensors]:
         """Sets of q [1, S, H, D] and k, v [1, S, kv_heads, D] of independent normal numbers."""
@@ -152,14 +153,21 @@ class Variant(NamedTuple):
     """One kind of attention that is timed.
 
     kind: "dense", "sparse", "peer" or "removed" (a copy of v in its place); name: of the baseline, backend or peer.
+    precision: as in SparseConfig.
     """
 
     kind: str
     name: str
     sparsity: float | None = None
+    precision: str = "inputs"
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.name}" + ("" if self.sparsity is None else f" {self.sparsity!r}")
+        return f"{self.kind} {self.title}" + ("" if self.sparsity is None else f" {self.sparsity!r}")
+
+    @property
+    def title(self) -> str:
+        """The name, and the precision where it is not that of the inputs."""
+        return self.name if self.precision == "inputs" else f"{self.name}, {self.precision}"
 
 
 REMOVED = Variant("removed", "none")

@@ -48,6 +48,15 @@ def shallow_copy(transformer: nn.Module, model: Model, units: int) -> Any:
     return twin
 
 
+def weight_bytes(transformer: nn.Module, model: Model, units: int) -> int:
+    """Of the whole model, scaled from the first unit and the first `units`, 2 or more."""
+    few, more = (
+        sum(parameter.nbytes for parameter in shallow_copy(transformer, model, count).parameters())
+        for count in (1, units)
+    )
+    return few + (more - few) * (model.units - 1) // (units - 1)
+
+
 def _block_lists(transformer: nn.Module) -> list[str]:
     """Where a transformer keeps its layers, in the order of `unit`."""
     from ...pipelines.adapters import adapter_for

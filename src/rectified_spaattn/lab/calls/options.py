@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...config import ORDERS, RECTIFY, SparseConfig, check_choice
 from ..clips.options import ModelOptions
 from ..demo_model.prompts import PROMPTS
-from ..option import option
+from ..option import given, option
 
 _SHOWN = tuple(name for name in RECTIFY if name != "none")
-_CONFIG = ("rectify", "block_size", "order", "top_p", "neighbours")
-_THE_PRESETS = {"unset": "the preset's"}
+_THE_PRESETS: dict[str, Any] = {"unset": "the preset's"}
+_THE_MIDDLE: dict[str, Any] = {"least": 0, "unset": "the middle one"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +21,9 @@ class InspectOptions(ModelOptions):
     Raises ValueError or TypeError for values out of range.
     """
 
-    layer: int | None = option("Self-attention layer, from 0.", None, unset="the middle one")
-    head: int | None = option("Head, from 0.", None, unset="the middle one")
-    step: int | None = option("Denoising step, from 0.", None, unset="the middle one")
+    layer: int | None = option("Self-attention layer, from 0.", None, **_THE_MIDDLE)
+    head: int | None = option("Head, from 0.", None, **_THE_MIDDLE)
+    step: int | None = option("Denoising step, from 0.", None, **_THE_MIDDLE)
     prompt: str = option("What the model is asked for.", PROMPTS[0])
     seed: int = option("Seed of the noise.", 0)
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.8, 0.9))
@@ -38,10 +39,6 @@ class InspectOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("layer", "head", "step"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name}: got {value}; allowed: 0 or more.")
         if self.config is not None and not self.config.is_file():
             raise ValueError(f"config: got {self.config}; allowed: a YAML file, and there is none at that path.")
         for sparsity in self.sparsity:
@@ -57,7 +54,6 @@ class InspectOptions(ModelOptions):
         Raises ValueError where that is a mode with nothing to show beside it.
         """
         start = base if self.config is None else SparseConfig.from_yaml(self.config)
-        values = {name: getattr(self, name) for name in _CONFIG}
-        config = start.replace(**{name: value for name, value in values.items() if value is not None})
+        config = start.replace(**given(self, "rectify", "block_size", "order", "top_p", "neighbours"))
         check_choice("rectify", config.rectify, _SHOWN)
         return config

@@ -1,5 +1,7 @@
 """One clip: a pipeline run under one mode of attention, watched step by step, and left as it was."""
 
+import inspect
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,7 +123,7 @@ def enabled(pipe: Any, mode: Mode, backend: str = "auto") -> Iterator[tuple[Hand
                 for name, config in sparse.configs().items():  # now, not after half the layers ran
                     model = getattr(pipe, name)
                     call = Call(pipe._execution_device, model.dtype, model.config.attention_head_dim, config.block_size)
-                    choose(backend, call._replace(precision=config.precision))
+                    choose(backend, call._replace(precision=config.least_precision))
             if mode.teacache:
                 teacache = stack.enter_context(enable_teacache(pipe, threshold=mode.threshold))
         except (TypeError, ValueError, RuntimeError) as error:
@@ -140,8 +142,8 @@ def generate(
 ) -> list[Clip]:
     """A clip of every pair, all in one call of a diffusers pipeline, which is left as it was; their figures are shared.
 
-    pipe: a pipeline that takes prompt, generator, output_type="pt" and callback_on_step_end, and returns `.frames`
-    [B, T, 3, H, W] or `.images` [B, 3, H, W] in [0, 1]. arguments: further ones of its call.
+    pipe: a pipeline that takes prompt, generator and output_type="pt", and returns `.frames` [B, T, 3, H, W] or
+    `.images` [B, 3, H, W] in [0, 1]. arguments: further ones of its call.
     The noise comes from a CPU generator, so a seed means the same noise on every device.
     Raises ClipError where a value is refused, the GPU's memory runs out or a clip is not finite.
     """
@@ -151,13 +153,13 @@ def generate(
         torch.cuda.reset_peak_memory_stats(device)
     with enabled(pipe, mode, backend) as (sparse, teacache):
         watch = _Watch(device, sparse, on_step)
-        with _explained(pipe):
+        with _explained(pipe), _watched(pipe, watch) as callback:
             output = pipe(
                 prompt=[pair.prompt for pair in pairs] if len(pairs) > 1 else pairs[0].prompt,
                 **{name: value for name, value in arguments.items() if name != "prompt"},
                 generator=noise if len(pairs) > 1 else noise[0],
                 output_type="pt",
-                callback_on_step_end=watch,
+                **callback,
             )
             videos = output.frames if hasattr(output, "frames") else output.images[:, None]
             seconds = watch.elapsed() / len(pairs)
@@ -240,6 +242,35 @@ def _explained(pipe: Any) -> Iterator[None]:
             f"The GPU's memory ran out: {str(error).splitlines()[0]}\n"
             "Use --offload model (or group, which needs least), a smaller --height and --width, or fewer --frames."
         ) from error
+
+
+@contextmanager
+def _watched(pipe: Any, watch: "_Watch") -> Iterator[dict[str, Any]]:
+    """Inside, the watch sees every step of the pipeline; gives the arguments of the call that make it so.
+
+    What takes no callback at the end of a step (HunyuanVideo 1.5) still moves its progress bar there.
+    """
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        yield {"callback_on_step_end": watch}
+        return
+    stock = pipe.progress_bar
+
+    def progress_bar(*iterable: Any, **total: Any) -> Any:
+        bar, steps = stock(*iterable, **total), itertools.count()
+        move = bar.update
+
+        def update(*moved: Any) -> Any:
+            watch(pipe, next(steps), None, {})
+            return move(*moved)
+
+        bar.update = update
+        return bar
+
+    pipe.progress_bar = progress_bar
+    try:
+        yield {}
+    finally:
+        del pipe.progress_bar
 
 
 class _Watch:

@@ -128,7 +128,7 @@ def with_sparse_modes(evaluation: Evaluation, options: EvaluateOptions, pipe: An
     """With the modes of the grid and of the files. Raises TypeError or ValueError as SparseConfig does."""
     modes, grid = list(evaluation.modes), options.grid()
     if any(grid.values()) or not (options.config or options.preset):
-        if evaluation.source.is_demo and not grid["sparsity"]:
+        if evaluation.source.is_demo and not (grid["sparsity"] or grid["tolerance"]):
             grid["sparsity"] = (0.8, 0.9)
         plain, ours = {"rectify": ("none",), "order": (IN_SPACE,)}, {"rectify": (SparseConfig().rectify,)}
         base = base_configs(evaluation.source, pipe)

@@ -20,7 +20,7 @@ from .options import CALL, DEMO, PICTURES, ClipError, ModelOptions
 INSTALL = 'pip install ".[generate]" in a checkout of rectified-spaattn'
 _DEMO_PIPELINE = "DemoVideoPipeline"
 _NEEDS_FTFY = ("Wan", "SkyReels")
-_NEEDED = ("prompt", "generator", "output_type", "callback_on_step_end")
+_NEEDED = ("prompt", "generator", "output_type")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ def reference_modes(floor_kernel: str) -> list[Mode]:
 def grid_modes(
     base: Sequence[SparseConfig], grid: Mapping[str, Sequence[Any]], overrides: Mapping[str, Any]
 ) -> list[Mode]:
-    """Every combination of the values of sparsity, rectify, block_size and order.
+    """Every combination of the values of sparsity, tolerance, rectify, block_size and order.
 
     base: one config, or one a transformer. grid: an empty list keeps the base's own. overrides: other fields, for all.
     Raises TypeError or ValueError as SparseConfig does.
@@ -35,7 +35,8 @@ def grid_modes(
         combination = {name: value for name, value in zip(lists, values, strict=True) if grid[name]}
         configs = tuple(each.replace(**overrides, **combination) for each in base)
         config = configs[0]
-        parts = [config.rectify, f"{100 * config.sparsity:g}"]
+        kept = f"{100 * config.sparsity:g}" if config.tolerance is None else f"error-{config.tolerance:g}"
+        parts = [config.rectify, kept]
         labels = [label_of(config)]
         if len(lists["block_size"]) > 1:
             parts.append(f"b{config.block_size}")

@@ -5,11 +5,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ...config import BACKEND_NAMES, ORDERS, RECTIFY, SparseConfig, check_choice, parse_yaml
+from ...config import BACKEND_NAMES, ORDERS, RECTIFY, SparseConfig, parse_yaml
 from ...presets import PRESET_NAMES
 from ...presets import preset as preset_of
 from ..machine import DEVICES, check_device
-from ..option import option
+from ..option import check_options, given, option
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 OFFLOADS = ("none", "model", "group")
@@ -40,7 +40,7 @@ _TAKEN = {argument: f"the option --{name.replace('_', '-')}" for name, argument 
     "num_videos_per_prompt": "nothing: one a run",
     "num_images_per_prompt": "nothing: one a run",
 }
-_THE_PIPELINES = {"unset": "the pipeline's"}
+_THE_PIPELINES: dict[str, Any] = {"least": 1, "unset": "the pipeline's"}
 
 
 class ClipError(RuntimeError):
@@ -64,7 +64,7 @@ class ModelOptions:
     width: int | None = option("Pixels.", None, **_THE_PIPELINES)
     frames: int | None = option("Frames of a video.", None, **_THE_PIPELINES)
     steps: int | None = option("Denoising steps.", None, **_THE_PIPELINES)
-    guidance: float | None = option("guidance_scale.", None, **_THE_PIPELINES)
+    guidance: float | None = option("guidance_scale.", None, unset="the pipeline's")
     argument: tuple[str, ...] = option("KEY=VALUE for the pipeline's call, the value in YAML; may be repeated.", ())
     scheduler: tuple[str, ...] = option(
         "KEY=VALUE for the scheduler's configuration, such as flow_shift=5.0; class=NAME for another one; may be "
@@ -77,14 +77,11 @@ class ModelOptions:
     device: str = option("Where to run.", "auto", choices=DEVICES)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "height", "width", "frames", "fps", "seeds"):
-            value = getattr(self, name, None)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}; allowed: 1 or more.")
-        check_choice("dtype", self.dtype, DTYPES)
-        check_choice("offload", self.offload, OFFLOADS)
-        check_choice("backend", self.backend, ("auto", *BACKEND_NAMES))
+        seed = getattr(self, "seed", 0)
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed: got {seed}; allowed: what PyTorch takes, -2**63 to 2**64 - 1.")
         check_device(self.device)
+        check_options(self)
         self.arguments()
         self.scheduler_changes()
 
@@ -129,7 +126,7 @@ class GenerateOptions(ModelOptions):
     compile: bool = option("Compile the transformer's blocks.", False)
     compare: bool = option("Run full attention from the same seed as well, and write both.", False)
     seed: int = option("Seed of the noise.", 0)
-    fps: int = option("Frames a second in the file.", 16)
+    fps: int = option("Frames a second in the file.", 16, least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,8 +151,7 @@ class GenerateOptions(ModelOptions):
 
     def overrides(self) -> dict[str, Any]:
         """What changes the preset."""
-        given = {"sparsity": self.sparsity, "tolerance": self.tolerance}
-        return {name: value for name, value in given.items() if value is not None}
+        return given(self, "sparsity", "tolerance")
 
     def command_line(self, **changes: Any) -> str:
         """The command that asks for the same again, `changes` apart: what was left out stays out."""
@@ -180,16 +176,17 @@ class EvaluateOptions(ModelOptions):
         None,
         unset="the demo's captions",
     )
-    seeds: int = option("Clips a prompt, from seeds 0, 1, ...", 1)
+    seeds: int = option("Clips a prompt, from seeds 0, 1, ...", 1, least=1)
     config: tuple[Path, ...] = option("YAML file with fields of SparseConfig; may be repeated.", ())
     preset: tuple[str, ...] = option("Settings by name, as `generate --preset` has them; may be repeated.", ())
-    rectify: tuple[str, ...] = option("This and the next three may be repeated.", (), choices=tuple(RECTIFY))
+    rectify: tuple[str, ...] = option("This and the next four may be repeated.", (), choices=tuple(RECTIFY))
     sparsity: tuple[float, ...] = option("Share of blocks to drop.", ())
+    tolerance: tuple[float, ...] = option("Errors of a call to hold, in place of a sparsity.", ())
     block_size: tuple[int, ...] = option("Tokens a block.", ())
     order: tuple[str, ...] = option("How blocks are made.", (), choices=ORDERS)
     top_p: float | None = option("Least attention mass the kept blocks hold.", None)
     neighbours: bool | None = option("Always keep blocks that touch in 3-D; needs an --order other than content.", None)
-    fps: int | None = option("Frames a second in the videos.", None, unset="8 for demo, else 16")
+    fps: int | None = option("Frames a second in the videos.", None, least=1, unset="8 for demo, else 16")
     floor_kernel: str | None = option(
         "SDPA kernel of the noise floor, another one than PyTorch chooses.",
         None,
@@ -203,8 +200,11 @@ class EvaluateOptions(ModelOptions):
         _check_files((*self.config, *(() if self.prompts is None else (self.prompts,))))
         for name in self.preset:
             preset_of(name)
-        if self.floor_kernel is not None:
-            check_choice("floor_kernel", self.floor_kernel, FLOOR_KERNELS)
+        if self.sparsity and self.tolerance:
+            raise ValueError(
+                "tolerance: got --sparsity, too; allowed: one of the two, as blocks follow one of them. A --config "
+                "file may hold both: a run with a tolerance starts from its sparsity."
+            )
         if self.overrides() and (self.config or self.preset) and not any(self.grid().values()):
             raise ValueError(
                 f"{', '.join(self.overrides())}: got a value, but only --config files and presets; allowed: with grid "
@@ -221,12 +221,12 @@ class EvaluateOptions(ModelOptions):
 
     def grid(self) -> dict[str, tuple[Any, ...]]:
         """The values to combine; an empty one keeps the model's own."""
-        return {name: tuple(getattr(self, name)) for name in ("sparsity", "rectify", "block_size", "order")}
+        names = ("sparsity", "tolerance", "rectify", "block_size", "order")
+        return {name: tuple(getattr(self, name)) for name in names}
 
     def overrides(self) -> dict[str, Any]:
         """Other fields of SparseConfig that all combinations have."""
-        values = {name: getattr(self, name) for name in ("top_p", "neighbours")}
-        return {name: value for name, value in values.items() if value is not None}
+        return given(self, "top_p", "neighbours")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,10 +238,10 @@ class DemoOptions:
 
     out: Path = option("Folder for the report, videos, figures and metrics.json.", Path("demo-output"))
     quick: bool = option("A first look: full, plain sparse and ours, a clip each.", False)
-    prompts: int | None = option("How many of the fixed prompts.", None, unset="3")
+    prompts: int | None = option("How many of the fixed prompts.", None, least=1, unset="3")
     prompt: tuple[str, ...] = option("A caption of your own, in the words the model knows; may be repeated.", ())
-    seeds: int = option("Seeds per prompt: 0, 1, ...", 1)
-    steps: int = option("Denoising steps.", 12)
+    seeds: int = option("Seeds per prompt: 0, 1, ...", 1, least=1)
+    steps: int = option("Denoising steps.", 12, least=1)
     size: int = option("Height and width in pixels; the model was trained at 64; 96 is for timing.", 64)
     sparsity: tuple[float, ...] = option("Share of blocks to drop; may be repeated.", (0.9,))
     block_size: int = option("Tokens a block.", SMALL_GRID["block_size"])
@@ -250,15 +250,12 @@ class DemoOptions:
     weights: Path | None = option("Folder with weights of your own training.", None)
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "seeds", "steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}; allowed: 1 or more.")
+        check_device(self.device)
+        check_options(self)
         if self.size < 16 or self.size % 4:
             raise ValueError(f"size: got {self.size}; allowed: a multiple of 4 from 16 on, best 64.")
         if not self.sparsity or len({f"{100 * each:g}" for each in self.sparsity}) != len(self.sparsity):
             raise ValueError(f"sparsity: got {self.sparsity}; allowed: one or more values that differ.")
-        check_device(self.device)
-        check_choice("backend", self.backend, ("auto", *BACKEND_NAMES))
         for sparsity in self.sparsity:
             self.paper(sparsity)
 

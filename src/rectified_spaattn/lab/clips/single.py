@@ -1,8 +1,9 @@
 """One clip for a user, the files it becomes, and the JSON beside it with everything needed to make it again."""
 
+import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def outputs_of(options: GenerateOptions, source: Source) -> Outputs:
         raise ClipError(
             f"--out: got {out}; allowed: a name that ends with {suffix}, since {source.pipeline.__name__} makes {kind}."
         )
-    full, both = (out.with_name(f"{out.stem}-{what}{suffix}") for what in ("full", "compare"))
-    outputs = Outputs(clip=out, json=out.with_suffix(".json"), full=full, side_by_side=both)
-    written = [outputs.clip, outputs.json, *((full, both) if options.compare else stale(outputs))]
+    outputs = _named(out)
+    more = (outputs.full, outputs.side_by_side) if options.compare else stale(outputs)
+    written = [outputs.clip, outputs.json, *more]
     try:
         check_writable(out.parent)
         for path in written:
@@ -62,6 +63,20 @@ def outputs_of(options: GenerateOptions, source: Source) -> Outputs:
             "--overwrite."
         )
     return outputs
+
+
+def still_free(outputs: Outputs, options: GenerateOptions) -> Outputs:
+    """The same, or where somebody else made the clip or its JSON while ours ran, such under the next free name."""
+    clip = outputs.clip
+    if options.overwrite or not (clip.exists() or outputs.json.exists()):
+        return outputs
+    others = (_named(clip.with_name(f"{clip.stem}-{number}{clip.suffix}")) for number in itertools.count(2))
+    return next(each for each in others if not any(path.exists() for path in astuple(each)))
+
+
+def _named(out: Path) -> Outputs:
+    full, both = (out.with_name(f"{out.stem}-{what}{out.suffix}") for what in ("full", "compare"))
+    return Outputs(clip=out, json=out.with_suffix(".json"), full=full, side_by_side=both)
 
 
 def each_prompt(options: GenerateOptions, source: Source) -> list[GenerateOptions]:

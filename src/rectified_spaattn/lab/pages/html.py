@@ -11,18 +11,20 @@ _MIME = {".png": "image/png", ".mp4": "video/mp4"}
 
 def render(template: str, path: Path, **values: Any) -> None:
     """Write the page of a template of this folder."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    page = filled(template, Path(__file__).parent, **values)
+    write_atomically(path, lambda to: to.write_text(page, encoding="utf-8"))
 
+
+def filled(template: str, folder: Path, **values: Any) -> str:
+    """A template of a folder with its values."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(folder)
     environment = Environment(
-        loader=PackageLoader("rectified_spaattn", "lab/pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"decibel": decibel, "percent": percent, "literal": repr}
-    page = environment.get_template(template).render(**values)
-    write_atomically(path, lambda to: to.write_text(page, encoding="utf-8"))
+    return environment.get_template(template).render(**values)
 
 
 def data_uri(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Videos that people can see: enlarged clips, labelled grids of clips, mp4, PNG and animated WebP files."""
 
 import subprocess
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,18 @@ def even(frames: np.ndarray) -> np.ndarray:
 def write_clip(path: Path, clip: torch.Tensor, fps: int, width: int | None = None) -> None:
     """A clip [T, 3, H, W] in [0, 1], `width` pixels wide or at its own size; see `write_frames`."""
     write_frames(path, to_uint8(clip) if width is None else enlarge(clip, width), fps)
+
+
+def check_encoder() -> None:
+    """Raises OSError where no mp4 can be written here, whatever its path."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _encode(Path(folder) / "check.mp4", np.zeros((1, 16, 16, 3), np.uint8), FPS, "a small one")
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"No mp4 can be written here: {error}. Install imageio-ffmpeg, whose ffmpeg can, or let "
+                "IMAGEIO_FFMPEG_EXE name one with libx264."
+            ) from error
 
 
 def write_frames(path: Path, frames: np.ndarray, fps: int = FPS) -> None:

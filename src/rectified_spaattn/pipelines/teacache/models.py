@@ -134,7 +134,7 @@ def _wan_fit(model: nn.Module, pipeline: Any) -> Fit:
     config: Any = model.config
     if config.num_attention_heads * config.attention_head_dim == _WAN_SMALL_WIDTH:
         return _WAN_SMALL
-    return _WAN_FITS[str(ADAPTERS["WanTransformer3DModel"].preset(model, pipeline))]
+    return _WAN_FITS[ADAPTERS["WanTransformer3DModel"].preset_of(model, pipeline)]
 
 
 def _cogvideox_fit(model: nn.Module, pipeline: Any) -> Fit:
