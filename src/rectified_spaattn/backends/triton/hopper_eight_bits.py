@@ -45,6 +45,7 @@ def launch(
 
     Keys of a block in `of` are in the order of an operand. stages: how many tiles of keys and values are under way.
     """
+    assert of.v is not None
     batch, heads, rows, _ = tiled.q.shape
     v_most = of.v_scale.nan_to_num(0.0).amax(-1)
     lift = (of.v_scale / v_most[..., None]).log2()
