@@ -59,7 +59,9 @@ def attend(head_dim: int, dtype: torch.dtype, tail: bool, slope: bool) -> None:
     inputs = SimpleNamespace(group=1, blocks=SimpleNamespace(num_blocks=BLOCKS, places=places), scale=0.1)
     prepared = Prepared(cast(Any, tiled), lists(), Rectification(r, c, cast(Any, pooled), slopes))
     turns = lists().counts if tail else None
-    hopper.launch(cast(Any, inputs), prepared, turns, q.transpose(1, 2), torch.zeros(1, HEADS, rows))
+    hopper.attend(cast(Any, inputs), prepared, turns, q.transpose(1, 2), torch.zeros(1, HEADS, rows))
+    if tail and slope:
+        hopper.listed_blocks(cast(Any, inputs), prepared, turns)
 
 
 def listed() -> None:

@@ -13,7 +13,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...method.inputs import Inputs
-from . import Prepared
+from ...method.tail import Tail
+from . import Partial, Prepared
 
 BLOCK = 128
 _HALF = gl.constexpr(64)  # queries of a group of warps
@@ -23,19 +24,37 @@ _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name before Triton 3.8
 
 
-def launch(
+def attend(
+    inputs: Inputs, prepared: Prepared, turns: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """What `attend` of attend.py computes without a partial result, for blocks of 128 and heads of 64 or 128, into out
+    and lse.
+    """
+    r, c, tail, slope = prepared.rectification
+    _launch(inputs, prepared, turns, out.transpose(1, 2), lse, tail, slope, (r, c), partial=False)
+
+
+def listed_blocks(inputs: Inputs, prepared: Prepared, turns: torch.Tensor | None) -> Partial:
+    """Attention of every query block, isolated ones included, over its listed key blocks alone."""
+    q = prepared.tiled.q
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    _launch(inputs, prepared, turns, out, lse, None, None, prepared.rectification[:2], partial=True)
+    return Partial(out, lse)
+
+
+def _launch(
     inputs: Inputs,
     prepared: Prepared,
     turns: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    stages: int = 2,
+    tail: Tail | None,
+    slope: torch.Tensor | None,
+    rc: tuple[torch.Tensor, torch.Tensor],
+    partial: bool,
 ) -> None:
-    """What `attend` computes without a partial result, for blocks of 128 and heads of 64 or 128, into out and lse.
-
-    stages: how many tiles of keys and values are under way.
-    """
-    tiled, lists, (r, c, tail, slope) = prepared
+    """out: [B, H, S, D], or with `partial` [B, H, rows, D], any strides with D innermost."""
+    tiled, lists = prepared.tiled, prepared.lists
     batch, heads, rows, head_dim = tiled.q.shape
     # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never count
     pool = (tiled.q, tiled.q) if tail is None else (tail.k, tail.v)
@@ -45,12 +64,11 @@ def launch(
         _rows_of(tiled.q if slope is None else slope, head_dim),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tiled.tail_bias if tail is None else tail.bias,
         inputs.blocks.places if tiled.order is None else tiled.order, inputs.blocks.places,
-        lists.counts if turns is None else turns, r, c,
-        out, lse, *out.stride()[:3],
+        lists.counts if turns is None else turns, *rc,
+        out, lse, out.stride(0), out.stride(2), out.stride(1),
         heads, inputs.group, inputs.blocks.num_blocks, rows // BLOCK, pool[0].shape[2], inputs.scale / math.log(2),
-        STAGES=stages, TAIL=tail is not None, ORDER=tiled.order is not None, TURNS=turns is not None,
-        SLOPE=slope is not None,
-        num_warps=4, maxnreg=168,
+        STAGES=2, TAIL=tail is not None, ORDER=tiled.order is not None, TURNS=turns is not None,
+        SLOPE=slope is not None, PARTIAL=partial, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
@@ -140,8 +158,9 @@ def _biased(score, tail_bias, pool_bias, j, isolated, tail, num_blocks, unit):
 
 @gluon.jit
 def _multiply(
-    common, PART: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, ORDER: gl.constexpr, SLOPE: gl.constexpr
-):
+    common, PART: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, ORDER: gl.constexpr, SLOPE: gl.constexpr,
+    PARTIAL: gl.constexpr,
+):  # fmt: skip
     """Four warps: 64 queries over all tiles that are sent. Scores of a step are multiplied while those of the step
     before become weights: PART says which group has the first turn.
     """
@@ -204,7 +223,11 @@ def _multiply(
         p = p_next
     acc = warpgroup_mma(p, v_ring.index(slot), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    result = acc / gl.convert_layout(total, of_out_row)[:, None]
+    if PARTIAL:  # without any key: nothing, and not NaN
+        total_or_1 = gl.where(total == 0.0, 1.0, total)
+        result = acc / gl.convert_layout(total_or_1, of_out_row)[:, None]
+    else:
+        result = acc / gl.convert_layout(total, of_out_row)[:, None]
     if SLOPE:
         slot, phase = _next(slot, phase, STAGES)
         mbarrier.wait(v_full.index(slot), phase)
@@ -215,16 +238,18 @@ def _multiply(
         share = gl.where(n < num_blocks, 1.0 - exact * gl.exp2(exact_top - top) / total, 0.0)
         share = gl.convert_layout(share, of_out_row)[:, None]
         result += gl.where(share == 0.0, 0.0, product * share)
-    if not TAIL:
+    if not TAIL and not PARTIAL:
         d = gl.arange(0, head_dim, gl.SliceLayout(0, of_out))
         r = gl.load(r_ptr, mask=n < num_blocks, other=1.0)
         result = result * r + gl.load(c_ptr + d, mask=n < num_blocks, other=0.0)[None, :]
     q.store(result.to(dtype))
     by_row: gl.constexpr = gl.BlockedLayout([1, 8], [256 // head_dim, head_dim // 8], [4, 1], [1, 0])
     i = (2 * n + PART) * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, by_row))
-    # [_HALF]: where in the sequence
-    place = gl.load(places_ptr + i).to(gl.int64)
-    if ORDER:
+    # [_HALF]: where in the output
+    place = i.to(gl.int64)
+    if not PARTIAL:
+        place = gl.load(places_ptr + i).to(gl.int64)
+    if ORDER and not PARTIAL:
         tiled = i < num_blocks * (2 * _HALF)
         place = gl.where(tiled, gl.load(order_ptr + i, mask=tiled, other=0).to(gl.int64), place)
     d_out = gl.arange(0, head_dim, gl.SliceLayout(0, by_row))
@@ -241,6 +266,7 @@ def _attend_kernel(
     out_ptr, lse_ptr, out_sb, out_ss, out_sh,
     heads, group, num_blocks, query_blocks, pool_rows, scale,
     STAGES: gl.constexpr, TAIL: gl.constexpr, ORDER: gl.constexpr, TURNS: gl.constexpr, SLOPE: gl.constexpr,
+    PARTIAL: gl.constexpr,
 ):  # fmt: skip
     block: gl.constexpr = 2 * _HALF
     head_dim: gl.constexpr = q_desc.block_type.shape[1]
@@ -276,7 +302,9 @@ def _attend_kernel(
     tail = (query_blocks - num_blocks) * block
     index_row = index_ptr + at.to(gl.int64) * num_blocks
     listed = gl.load(count_ptr + at)
-    isolated = gl.cdiv(gl.load(end_ptr + batch), _STEP)
+    isolated = 0
+    if not PARTIAL:
+        isolated = gl.cdiv(gl.load(end_ptr + batch), _STEP)
     pooled = 0
     if TAIL:
         pooled = gl.where(n < num_blocks, gl.cdiv(num_blocks, _STEP), 0)
@@ -297,8 +325,8 @@ def _attend_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_multiply, (common, 0, STAGES, TAIL, ORDER, SLOPE)),
-            (_multiply, (common, 1, STAGES, TAIL, ORDER, SLOPE)),
+            (_multiply, (common, 0, STAGES, TAIL, ORDER, SLOPE, PARTIAL)),
+            (_multiply, (common, 1, STAGES, TAIL, ORDER, SLOPE, PARTIAL)),
             (_load, (
                 q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, slope_desc, q_tile, q_full,
                 ring, index_row, at * block, key_head * num_blocks, key_head * tail, key_head * pool_rows,
