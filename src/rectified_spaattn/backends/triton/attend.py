@@ -85,8 +85,8 @@ def why_not_gluon(arch: str, block: int, head_dim: int) -> str | None:
         return "its products and its split of warps are Hopper's (sm_90)"
     if not GLUON_TRITON[0] <= tuple(int(part) for part in version.split(".")[:2]) <= GLUON_TRITON[1]:
         return f"Triton {version}: Gluon changes its names, and 3.6 to 3.9 were compiled"
-    if block != 128 or head_dim not in (64, 128):
-        return f"blocks of {block} and heads of {head_dim}, it takes 128, and 64 or 128"
+    if block != 128 or head_dim != 128:
+        return f"blocks of {block} and heads of {head_dim}, it takes 128 and 128"
     return None
 
 

@@ -27,9 +27,7 @@ _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 def attend(
     inputs: Inputs, prepared: Prepared, turns: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
-    """What `attend` of attend.py computes without a partial result, for blocks of 128 and heads of 64 or 128, into out
-    and lse.
-    """
+    """What `attend` of attend.py computes without a partial result, for blocks and heads of 128, into out and lse."""
     r, c, tail, slope = prepared.rectification
     _launch(inputs, prepared, turns, out.transpose(1, 2), lse, tail, slope, (r, c), partial=False)
 
@@ -223,11 +221,10 @@ def _multiply(
         p = p_next
     acc = warpgroup_mma(p, v_ring.index(slot), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    if PARTIAL:  # without any key: nothing, and not NaN
-        total_or_1 = gl.where(total == 0.0, 1.0, total)
-        result = acc / gl.convert_layout(total_or_1, of_out_row)[:, None]
-    else:
-        result = acc / gl.convert_layout(total, of_out_row)[:, None]
+    of_all = gl.convert_layout(total, of_out_row)[:, None]
+    result = acc / of_all
+    if PARTIAL:  # without any key nothing, and not NaN
+        result = gl.where(of_all == 0.0, 0.0, result)
     if SLOPE:
         slot, phase = _next(slot, phase, STAGES)
         mbarrier.wait(v_full.index(slot), phase)
@@ -300,6 +297,8 @@ def _attend_kernel(
     at = head * query_blocks + n
     planned = head.to(gl.int64) * num_blocks + n
     tail = (query_blocks - num_blocks) * block
+    if PARTIAL:  # isolated keys join later: the tile that stands for no key at all is masked whole
+        tail = 0
     index_row = index_ptr + at.to(gl.int64) * num_blocks
     listed = gl.load(count_ptr + at)
     isolated = 0
