@@ -44,7 +44,8 @@ class Compiled:
         return lambda *args, **options: self.made.append(self.kernel.warmup(*args, grid=grid, **options))
 
 
-def attend(head_dim: int, dtype: torch.dtype, tail: bool, slope: bool) -> None:
+def attend(dtype: torch.dtype, tail: bool, slope: bool, own: bool) -> None:
+    head_dim = BLOCK
     rows = (BLOCKS + 1) * BLOCK
     q, blocks, isolated = (torch.zeros(1, HEADS, n, head_dim, dtype=dtype) for n in (rows, BLOCKS * BLOCK, BLOCK))
     tiled = SimpleNamespace(
@@ -59,9 +60,8 @@ def attend(head_dim: int, dtype: torch.dtype, tail: bool, slope: bool) -> None:
     inputs = SimpleNamespace(group=1, blocks=SimpleNamespace(num_blocks=BLOCKS, places=places), scale=0.1)
     prepared = Prepared(cast(Any, tiled), lists(), Rectification(r, c, cast(Any, pooled), slopes))
     turns = lists().counts if tail else None
-    hopper.attend(cast(Any, inputs), prepared, turns, q.transpose(1, 2), torch.zeros(1, HEADS, rows))
-    if tail and slope:
-        hopper.listed_blocks(cast(Any, inputs), prepared, turns)
+    spread = torch.zeros(2, 1, HEADS, BLOCKS, head_dim, dtype=torch.bfloat16) if own else None
+    hopper.attend(cast(Any, inputs), prepared, spread, turns, q.transpose(1, 2), torch.zeros(1, HEADS, rows))
 
 
 def listed() -> None:
@@ -84,9 +84,9 @@ def main() -> None:
     attends = Compiled(hopper._attend_kernel)
     eight = Compiled(hopper_eight_bits._listed_kernel)
     hopper._attend_kernel, hopper_eight_bits._listed_kernel = cast(Any, attends), cast(Any, eight)
-    attend(128, torch.bfloat16, True, True)
-    attend(128, torch.float16, False, False)
-    attend(64, torch.bfloat16, True, False)
+    attend(torch.bfloat16, True, True, True)
+    attend(torch.float16, True, False, True)
+    attend(torch.bfloat16, False, False, False)
     listed()
     for name, kernels in (("attend", attends.made), ("listed", eight.made)):
         for kernel in kernels:

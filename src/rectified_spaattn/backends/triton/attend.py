@@ -52,7 +52,7 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     if partial is None and why_not_gluon(arch, b, head_dim) is None:
         from . import hopper
 
-        hopper.attend(inputs, prepared, turns, out, lse)
+        hopper.attend(inputs, prepared, None, turns, out, lse)
         return out, lse
     tiling = tiling_of(arch, b, head_dim, resume=partial is not None)
     # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never read

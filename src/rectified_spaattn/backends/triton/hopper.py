@@ -9,12 +9,18 @@ import math
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...method.inputs import Inputs
-from ...method.tail import Tail
-from . import Partial, Prepared
+from ...method.tail import CAP
+from . import Prepared
 
 BLOCK = 128
 _HALF = gl.constexpr(64)  # queries of a group of warps
@@ -25,48 +31,35 @@ _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 
 
 def attend(
-    inputs: Inputs, prepared: Prepared, turns: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor
-) -> None:
-    """What `attend` of attend.py computes without a partial result, for blocks and heads of 128, into out and lse."""
-    r, c, tail, slope = prepared.rectification
-    _launch(inputs, prepared, turns, out.transpose(1, 2), lse, tail, slope, (r, c), partial=False)
-
-
-def listed_blocks(inputs: Inputs, prepared: Prepared, turns: torch.Tensor | None) -> Partial:
-    """Attention of every query block, isolated ones included, over its listed key blocks alone."""
-    q = prepared.tiled.q
-    out, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    _launch(inputs, prepared, turns, out, lse, None, None, prepared.rectification[:2], partial=True)
-    return Partial(out, lse)
-
-
-def _launch(
     inputs: Inputs,
     prepared: Prepared,
+    spread: torch.Tensor | None,
     turns: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    tail: Tail | None,
-    slope: torch.Tensor | None,
-    rc: tuple[torch.Tensor, torch.Tensor],
-    partial: bool,
 ) -> None:
-    """out: [B, H, S, D], or with `partial` [B, H, rows, D], any strides with D innermost."""
-    tiled, lists = prepared.tiled, prepared.lists
+    """What `attend` of attend.py computes without a partial result, for blocks and heads of 128, into out and lse.
+
+    spread: bfloat16 [..., Hk, nb, D], where queries add a half variance of their own to the tail's logits.
+    turns: int32 [B, H, rows / b], which query block is whose turn; None: the last first.
+    """
+    tiled, lists, (r, c, tail, slope) = prepared
     batch, heads, rows, head_dim = tiled.q.shape
     # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never count
     pool = (tiled.q, tiled.q) if tail is None else (tail.k, tail.v)
     keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail, *pool))
     _attend_kernel[(rows // BLOCK, batch * heads)](
         _rows_of(tiled.q, _HALF.value), *(_rows_of(x, _STEP.value) for x in keys),
+        _rows_of(tiled.q if spread is None else spread, _STEP.value),
         _rows_of(tiled.q if slope is None else slope, head_dim),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tiled.tail_bias if tail is None else tail.bias,
         inputs.blocks.places if tiled.order is None else tiled.order, inputs.blocks.places,
-        lists.counts if turns is None else turns, *rc,
-        out, lse, out.stride(0), out.stride(2), out.stride(1),
-        heads, inputs.group, inputs.blocks.num_blocks, rows // BLOCK, pool[0].shape[2], inputs.scale / math.log(2),
-        STAGES=2, TAIL=tail is not None, ORDER=tiled.order is not None, TURNS=turns is not None,
-        SLOPE=slope is not None, PARTIAL=partial, num_warps=4, maxnreg=168,
+        lists.counts if turns is None else turns, r, c,
+        out, lse, *out.stride()[:3],
+        heads, inputs.group, inputs.blocks.num_blocks, rows // BLOCK, pool[0].shape[2],
+        inputs.scale / math.log(2), CAP / math.log(2),
+        STAGES=2, TAIL=tail is not None, OWN=spread is not None, ORDER=tiled.order is not None,
+        TURNS=turns is not None, SLOPE=slope is not None, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
@@ -85,25 +78,30 @@ def _next(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _send(k_desc, v_desc, at, ring, slot, phase, STAGES: gl.constexpr):
-    """Keys and values from row `at` on go to a slot of the ring, once both groups have done with what is there."""
-    k_ring, v_ring, k_full, v_full, k_empty, v_empty = ring
-    mbarrier.wait(k_empty.index(slot), phase)
-    mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-    _copy(k_desc, [at, 0], k_full.index(slot), k_ring.index(slot))
-    mbarrier.wait(v_empty.index(slot), phase)
-    mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-    _copy(v_desc, [at, 0], v_full.index(slot), v_ring.index(slot))
+def _send(desc, at, tiles, full, empty, slot, phase, STAGES: gl.constexpr):
+    """Rows from row `at` on go to a slot of a ring, once both groups have done with what is there."""
+    mbarrier.wait(empty.index(slot), phase)
+    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+    _copy(desc, [at, 0], full.index(slot), tiles.index(slot))
     return _next(slot, phase, STAGES)
 
 
 @gluon.jit
+def _send_both(k_desc, v_desc, at, ring, slot, phase, STAGES: gl.constexpr):
+    """Keys and values from row `at` on go to the same slot of both rings."""
+    k_ring, v_ring, k_full, v_full, k_empty, v_empty = ring
+    _send(k_desc, at, k_ring, k_full, k_empty, slot, phase, STAGES)
+    return _send(v_desc, at, v_ring, v_full, v_empty, slot, phase, STAGES)
+
+
+@gluon.jit
 def _load(
-    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, slope_desc, q_tile, q_full, ring,
-    index_row, first_row, first_block, first_tail, first_pool, slope_row,
-    listed, isolated, pooled, STAGES: gl.constexpr, SLOPE: gl.constexpr,
+    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, spread_desc, slope_desc,
+    q_tile, q_full, ring, index_row, first_row, first_block, first_tail, first_pool, first_spread, slope_row,
+    listed, isolated, pooled, STAGES: gl.constexpr, SLOPE: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """One warp: the queries, then the tiles of listed blocks, isolated keys and pooled keys, then the slope."""
+    k_ring, v_ring, k_full, v_full, k_empty, v_empty = ring
     for part in gl.static_range(2):
         mbarrier.expect(q_full.index(part), q_desc.block_type.nbytes)
         _copy(q_desc, [first_row + part * _HALF, 0], q_full.index(part), q_tile.index(part))
@@ -112,20 +110,22 @@ def _load(
     block = gl.load(index_row, mask=listed > 0, other=0)
     for j in range(listed):
         upcoming = gl.load(index_row + j + 1, mask=j + 1 < listed, other=0)
-        at = (first_block + block) * _STEP
-        slot, phase = _send(k_desc, v_desc, at, ring, slot, phase, STAGES)
+        slot, phase = _send_both(k_desc, v_desc, (first_block + block) * _STEP, ring, slot, phase, STAGES)
         block = upcoming
     for j in range(isolated):
-        at = first_tail + j * _STEP
-        slot, phase = _send(k_tail_desc, v_tail_desc, at, ring, slot, phase, STAGES)
+        slot, phase = _send_both(k_tail_desc, v_tail_desc, first_tail + j * _STEP, ring, slot, phase, STAGES)
+    k_slot, k_phase = slot, phase
     for j in range(pooled):
+        if OWN:
+            at = first_spread + j * _STEP
+            k_slot, k_phase = _send(spread_desc, at, k_ring, k_full, k_empty, k_slot, k_phase, STAGES)
         at = first_pool + j * _STEP
-        slot, phase = _send(k_pool_desc, v_pool_desc, at, ring, slot, phase, STAGES)
+        k_slot, k_phase = _send(k_pool_desc, at, k_ring, k_full, k_empty, k_slot, k_phase, STAGES)
+        slot, phase = _send(v_pool_desc, at, v_ring, v_full, v_empty, slot, phase, STAGES)
     if SLOPE:
-        _, v_ring, _, v_full, _, v_empty = ring
+        rows: gl.constexpr = slope_desc.block_type.shape[0]
         mbarrier.wait(v_empty.index(slot), phase)
         mbarrier.expect(v_full.index(slot), slope_desc.block_type.nbytes)
-        rows: gl.constexpr = slope_desc.block_type.shape[0]
         _copy(slope_desc, [slope_row, 0], v_full.index(slot), v_ring.index(slot).slice(0, rows))
 
 
@@ -157,14 +157,14 @@ def _biased(score, tail_bias, pool_bias, j, isolated, tail, num_blocks, unit):
 @gluon.jit
 def _multiply(
     common, PART: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr, ORDER: gl.constexpr, SLOPE: gl.constexpr,
-    PARTIAL: gl.constexpr,
+    OWN: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 64 queries over all tiles that are sent. Scores of a step are multiplied while those of the step
     before become weights: PART says which group has the first turn.
     """
     (
-        out_ptr, lse_ptr, q_tile, q_full, ring, turn, tail_bias, pool_bias, order_ptr, places_ptr, r_ptr, c_ptr,
-        listed, isolated, pooled, n, num_blocks, tail, out_ss, scale,
+        out_ptr, lse_ptr, q_tile, q_full, ring, turn, square_tile, tail_bias, pool_bias, order_ptr, places_ptr,
+        r_ptr, c_ptr, listed, isolated, pooled, n, num_blocks, tail, out_ss, scale, cap,
     ) = common  # fmt: skip
     k_ring, v_ring, k_full, v_full, k_empty, v_empty = ring
     head_dim: gl.constexpr = k_ring.type.shape[2]
@@ -197,7 +197,10 @@ def _multiply(
     slot = 0
     phase = 0
     now = PART
-    for j in range(1, listed + isolated + pooled):
+    steps = listed + isolated
+    if not OWN:
+        steps += pooled
+    for j in range(1, steps):
         if SLOPE and j == listed + isolated:
             exact, exact_top = total, top
         last = slot
@@ -221,12 +224,44 @@ def _multiply(
         p = p_next
     acc = warpgroup_mma(p, v_ring.index(slot), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    of_all = gl.convert_layout(total, of_out_row)[:, None]
-    result = acc / of_all
-    if PARTIAL:  # without any key nothing, and not NaN
-        result = gl.where(of_all == 0.0, 0.0, result)
+    last = slot
+    slot, phase = _next(slot, phase, STAGES)
+    if OWN:
+        mbarrier.arrive(v_empty.index(last))
+        exact, exact_top = total, top
+        # [_HALF, HEAD_DIM]: times the variances of keys it is a half variance
+        wide = q.load(of_out).to(gl.float32) * scale
+        square = square_tile.index(PART)
+        square.store((wide * wide * (0.5 / _LOG2_E)).to(square.dtype))
+        fence_async_shared()
+        k_slot, k_phase = slot, phase
+        for j in range(pooled):
+            mbarrier.wait(k_full.index(k_slot), k_phase)
+            spread = k_ring.index(k_slot)
+            if square.dtype != dtype:
+                spread = spread._reinterpret(square.dtype, spread.shape, spread.layout)
+            half = warpgroup_mma(square, spread.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            half = warpgroup_mma_wait(0, deps=[half])
+            mbarrier.arrive(k_empty.index(k_slot))
+            k_slot, k_phase = _next(k_slot, k_phase, STAGES)
+            mbarrier.wait(k_full.index(k_slot), k_phase)
+            score = warpgroup_mma(q, k_ring.index(k_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            score = warpgroup_mma_wait(0, deps=[score])
+            mbarrier.arrive(k_empty.index(k_slot))
+            k_slot, k_phase = _next(k_slot, k_phase, STAGES)
+            key = j * _STEP + gl.arange(0, _STEP, gl.SliceLayout(0, of_score))
+            bias = gl.load(pool_bias + key, mask=key < num_blocks, other=float("-inf")) * _LOG2_E
+            half = gl.where(bias[None, :] == float("-inf"), 0.0, gl.minimum(half, cap))
+            weights, top, total, shrink = _softmax(score * scale + bias[None, :] + half, top, total, 1.0)
+            weights = gl.convert_layout(weights.to(dtype), of_p)
+            acc = acc * gl.convert_layout(shrink, of_out_row)[:, None]
+            mbarrier.wait(v_full.index(slot), phase)
+            acc = warpgroup_mma(weights, v_ring.index(slot), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            mbarrier.arrive(v_empty.index(slot))
+            slot, phase = _next(slot, phase, STAGES)
+    result = acc / gl.convert_layout(total, of_out_row)[:, None]
     if SLOPE:
-        slot, phase = _next(slot, phase, STAGES)
         mbarrier.wait(v_full.index(slot), phase)
         slope = v_ring.index(slot).slice(0, head_dim)
         product = warpgroup_mma(q, slope, gl.zeros([_HALF, head_dim], gl.float32, of_out), use_acc=False, is_async=True)
@@ -235,18 +270,16 @@ def _multiply(
         share = gl.where(n < num_blocks, 1.0 - exact * gl.exp2(exact_top - top) / total, 0.0)
         share = gl.convert_layout(share, of_out_row)[:, None]
         result += gl.where(share == 0.0, 0.0, product * share)
-    if not TAIL and not PARTIAL:
+    if not TAIL:
         d = gl.arange(0, head_dim, gl.SliceLayout(0, of_out))
         r = gl.load(r_ptr, mask=n < num_blocks, other=1.0)
         result = result * r + gl.load(c_ptr + d, mask=n < num_blocks, other=0.0)[None, :]
     q.store(result.to(dtype))
     by_row: gl.constexpr = gl.BlockedLayout([1, 8], [256 // head_dim, head_dim // 8], [4, 1], [1, 0])
     i = (2 * n + PART) * _HALF + gl.arange(0, _HALF, gl.SliceLayout(1, by_row))
-    # [_HALF]: where in the output
-    place = i.to(gl.int64)
-    if not PARTIAL:
-        place = gl.load(places_ptr + i).to(gl.int64)
-    if ORDER and not PARTIAL:
+    # [_HALF]: where in the sequence
+    place = gl.load(places_ptr + i).to(gl.int64)
+    if ORDER:
         tiled = i < num_blocks * (2 * _HALF)
         place = gl.where(tiled, gl.load(order_ptr + i, mask=tiled, other=0).to(gl.int64), place)
     d_out = gl.arange(0, head_dim, gl.SliceLayout(0, by_row))
@@ -258,12 +291,12 @@ def _multiply(
 
 @gluon.jit
 def _attend_kernel(
-    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, slope_desc,
+    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, spread_desc, slope_desc,
     count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, order_ptr, places_ptr, turn_ptr, r_ptr, c_ptr,
     out_ptr, lse_ptr, out_sb, out_ss, out_sh,
-    heads, group, num_blocks, query_blocks, pool_rows, scale,
+    heads, group, num_blocks, query_blocks, pool_rows, scale, cap,
     STAGES: gl.constexpr, TAIL: gl.constexpr, ORDER: gl.constexpr, TURNS: gl.constexpr, SLOPE: gl.constexpr,
-    PARTIAL: gl.constexpr,
+    OWN: gl.constexpr,
 ):  # fmt: skip
     block: gl.constexpr = 2 * _HALF
     head_dim: gl.constexpr = q_desc.block_type.shape[1]
@@ -272,6 +305,9 @@ def _attend_kernel(
     q_tile = gl.allocate_shared_memory(dtype, [2, _HALF, head_dim], q_desc.layout)
     k_ring = gl.allocate_shared_memory(dtype, [STAGES, _STEP, head_dim], k_desc.layout)
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, _STEP, head_dim], v_desc.layout)
+    square_tile = q_tile
+    if OWN:
+        square_tile = gl.allocate_shared_memory(spread_desc.dtype, [2, _HALF, head_dim], q_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], of_barrier)
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], of_barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
@@ -297,18 +333,16 @@ def _attend_kernel(
     at = head * query_blocks + n
     planned = head.to(gl.int64) * num_blocks + n
     tail = (query_blocks - num_blocks) * block
-    if PARTIAL:  # isolated keys join later: the tile that stands for no key at all is masked whole
-        tail = 0
     index_row = index_ptr + at.to(gl.int64) * num_blocks
     listed = gl.load(count_ptr + at)
-    isolated = 0
-    if not PARTIAL:
-        isolated = gl.cdiv(gl.load(end_ptr + batch), _STEP)
+    isolated = gl.cdiv(gl.load(end_ptr + batch), _STEP)
     pooled = 0
     if TAIL:
         pooled = gl.where(n < num_blocks, gl.cdiv(num_blocks, _STEP), 0)
     # without any key, one tile that is masked whole: the row is NaN
-    nothing = listed + isolated + pooled == 0
+    nothing = listed + isolated == 0
+    if not OWN:
+        nothing = nothing & (pooled == 0)
     isolated = gl.where(nothing, 1, isolated)
     tail_bias = tail_bias_ptr + batch * tail
     pool_bias = pool_bias_ptr
@@ -319,17 +353,18 @@ def _attend_kernel(
     lse = lse_ptr + at.to(gl.int64) * block
     ring = (k_ring, v_ring, k_full, v_full, k_empty, v_empty)
     common = (
-        out, lse, q_tile, q_full, ring, turn, tail_bias, pool_bias, order, places_ptr,
-        r_ptr + planned, c_ptr + planned * head_dim, listed, isolated, pooled, n, num_blocks, tail, out_ss, scale,
+        out, lse, q_tile, q_full, ring, turn, square_tile, tail_bias, pool_bias, order, places_ptr,
+        r_ptr + planned, c_ptr + planned * head_dim, listed, isolated, pooled, n, num_blocks, tail, out_ss, scale, cap,
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_multiply, (common, 0, STAGES, TAIL, ORDER, SLOPE, PARTIAL)),
-            (_multiply, (common, 1, STAGES, TAIL, ORDER, SLOPE, PARTIAL)),
+            (_multiply, (common, 0, STAGES, TAIL, ORDER, SLOPE, OWN)),
+            (_multiply, (common, 1, STAGES, TAIL, ORDER, SLOPE, OWN)),
             (_load, (
-                q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, slope_desc, q_tile, q_full,
-                ring, index_row, at * block, key_head * num_blocks, key_head * tail, key_head * pool_rows,
-                head * head_dim, listed, isolated, pooled, STAGES, SLOPE,
+                q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, spread_desc, slope_desc,
+                q_tile, q_full, ring, index_row, at * block, key_head * num_blocks, key_head * tail,
+                key_head * pool_rows, key_head * num_blocks, head * head_dim, listed, isolated, pooled,
+                STAGES, SLOPE, OWN,
             )),
         ],
         [4, 1],

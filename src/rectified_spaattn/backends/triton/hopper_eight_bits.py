@@ -20,7 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...method.inputs import Inputs
 from . import BlockLists
-from .hopper import _HALF, BLOCK, _next, _send
+from .hopper import _HALF, BLOCK, _next, _send_both
 from .tile import Tiled
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _load(k_desc, v_desc, ring, index_row, listed, first_block, STAGES: gl.const
     for j in range(gl.maximum(listed, 1)):
         upcoming = gl.load(index_row + j + 1, mask=j + 1 < listed, other=0)
         at = (first_block + block) * k_desc.block_type.shape[0]
-        slot, phase = _send(k_desc, v_desc, at, ring, slot, phase, STAGES)
+        slot, phase = _send_both(k_desc, v_desc, at, ring, slot, phase, STAGES)
         block = upcoming
 
 
