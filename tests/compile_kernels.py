@@ -253,7 +253,14 @@ def listed_kernel(arch: str, block: int, head_dim: int, values: bool) -> Kernel:
 
 
 def quantise_kernel(values: bool) -> Kernel:
-    constants = {"BLOCK": 128, "HEAD_DIM": 128, "COLUMNS": 128, "MOST": most(values), "VALUES": values}
+    constants = {
+        "BLOCK": 128,
+        "HEAD_DIM": 128,
+        "COLUMNS": 128,
+        "MOST": most(values),
+        "VALUES": values,
+        "AS_OPERAND": values,
+    }
     return kernel(f"quantise values={values}", _quantise_kernel, constants)
 
 

@@ -9,9 +9,12 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...method.inputs import Inputs
-from . import Partial, Prepared, arch_of, columns_of
+from ..calls import triton_version
+from . import Partial, Prepared, arch_of, columns_of, interpreted
 from .select import longest_first
 from .tile import place_of
+
+GLUON_TRITON = ((3, 6), (3, 9))  # first and last
 
 
 class Tiling(NamedTuple):
@@ -42,16 +45,22 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     b, num_blocks = inputs.blocks.block_size, inputs.blocks.num_blocks
     out = inputs.new_out()
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
-    tiling = tiling_of(arch_of(out.device), b, head_dim, resume=partial is not None)
+    turns = None
+    if partial is None and inputs.config.rule.choice == "error":  # rows differ in length: the longest start first
+        turns = longest_first(lists.counts)
+    arch = arch_of(out.device)
+    if partial is None and why_not_gluon(arch, b, head_dim) is None:
+        from . import hopper
+
+        hopper.attend(inputs, prepared, None, turns, out, lse)
+        return out, lse
+    tiling = tiling_of(arch, b, head_dim, resume=partial is not None)
     listed = "all" if partial is None and num_blocks else "isolated" if partial and not partial.isolated else "none"
     # a descriptor takes its time, and cannot be of nothing: none of keys that are not read
     of_blocks = () if listed == "none" else (tiled.k, tiled.v)
     pool = () if tail is None else (tail.k, tail.v)
     keys = [_described(of, tiling.block_n) for of in (of_blocks, (tiled.k_tail, tiled.v_tail), pool)]
     before = (tiled.q, lse) if partial is None else partial[:2]  # not read without `partial`
-    turns = None
-    if partial is None and inputs.config.rule.choice == "error":  # rows differ in length: the longest start first
-        turns = longest_first(lists.counts)
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
         rows_of(tiled.q, tiling.block_m), *keys[0], *keys[1], *keys[2],
@@ -74,6 +83,18 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
 def _described(of: tuple[torch.Tensor, ...], count: int) -> tuple[TensorDescriptor | None, ...]:
     """Keys and values, `count` rows at a time; None of none."""
     return tuple(rows_of(x, count) for x in of if x.numel()) or (None, None)
+
+
+def why_not_gluon(arch: str, block: int, head_dim: int) -> str | None:
+    """Why plain Triton does stage 6 and not Gluon (hopper.py); None where Gluon does."""
+    version = triton_version() or "0.0"
+    if interpreted() or arch != "90":
+        return "its products and its split of warps are Hopper's (sm_90)"
+    if not GLUON_TRITON[0] <= tuple(int(part) for part in version.split(".")[:2]) <= GLUON_TRITON[1]:
+        return f"Triton {version}: Gluon changes its names, and 3.6 to 3.9 were compiled"
+    if block != 128 or head_dim != 128:
+        return f"blocks of {block} and heads of {head_dim}, it takes 128 and 128"
+    return None
 
 
 def rows_of(x: torch.Tensor, count: int) -> TensorDescriptor:
