@@ -61,6 +61,7 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield slope_kernel(128, 128)
     yield tile_kernel(128, 128, True, True, RANK)
     yield moments_kernel(128, 2)
+    yield directions_kernel(arch, 128, True)
     yield project_kernel(128)
     if arch != "hip":
         yield attend_kernel(arch, 128, 128, True, *TAILS[-1], "isolated")
@@ -73,7 +74,6 @@ def kernels(arch: str) -> Iterator[Kernel]:
     else:
         yield from of_wide_heads(arch)
     if arch in ("90", "hip"):
-        yield directions_kernel(arch, 128, True)
         yield halve_kernel(8192, 16)
         yield cut_kernel(arch, 16384, 1)
         yield cut_kernel(arch, 4096, 2)
