@@ -87,9 +87,7 @@ def _iterate(of: Moments, scale: float, first: torch.Tensor, second: torch.Tenso
 
 
 class Tiling(NamedTuple):
-    """Columns of a matrix at once, 0: all, as all matrices fit into shared memory; warps, 64 rows or more for four of
-    them; pipeline stages.
-    """
+    """Columns of a matrix at once, 0: all, as all matrices fit into shared memory; warps; pipeline stages."""
 
     chunk: int
     num_warps: int
@@ -98,7 +96,8 @@ class Tiling(NamedTuple):
 
 def tiling_of(arch: str, dim: int) -> Tiling:
     """arch: "hip", or the compute capability as in "90"."""
-    warps = 4 if dim <= 64 else 8  # eight on 64 rows: an illegal access on Hopper (Triton 3.6)
+    # with Triton 3.6 eight warps on 64 rows make an illegal access on Hopper, and on any do not compile for Blackwell
+    warps = 16 if arch in ("100", "103") else 4 if dim <= 64 else 8
     if arch not in ("80", "90", "100", "103"):  # shared memory is 64 or 99 KiB
         return Tiling(32 if dim <= 256 else 16, warps, 1)
     return Tiling(0, warps, 1) if dim <= 128 else Tiling(32, warps, 2 if dim <= 256 else 1)
