@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rectified_spaattn.backends.triton import columns_of
-from rectified_spaattn.backends.triton.arrange import _cut_kernel, _halve_kernel, _project_kernel
+from rectified_spaattn.backends.triton.arrange import _cut_kernel, _halve_kernel, _project_kernel, cut_warps
 from rectified_spaattn.backends.triton.attend import _attend_kernel, tiling_of
 from rectified_spaattn.backends.triton.directions import _directions_kernel, _moments_kernel, rows_of
 from rectified_spaattn.backends.triton.directions import tiling_of as tiling_of_directions
@@ -61,6 +61,7 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield slope_kernel(128, 128)
     yield tile_kernel(128, 128, True, True, RANK)
     yield moments_kernel(128, 2)
+    yield directions_kernel(arch, 128, True)
     yield project_kernel(128)
     if arch != "hip":
         yield attend_kernel(arch, 128, 128, True, *TAILS[-1], "isolated")
@@ -73,10 +74,9 @@ def kernels(arch: str) -> Iterator[Kernel]:
     else:
         yield from of_wide_heads(arch)
     if arch in ("90", "hip"):
-        yield directions_kernel(arch, 128, True)
         yield halve_kernel(8192, 16)
-        yield cut_kernel(16384, 1)
-        yield cut_kernel(4096, 2)
+        yield cut_kernel(arch, 16384, 1)
+        yield cut_kernel(arch, 4096, 2)
         yield kernel("turns", _turns_kernel, {"BLOCK": 64})
         yield select_kernel(8192, False, *SELECT_FLAGS)
         yield leaders_kernel(8192)
@@ -128,8 +128,8 @@ def every_variant() -> Iterator[Kernel]:
     yield directions_kernel("90", 64, False)
     yield directions_kernel("90", 128, True)  # of 64: smaller tiles of the same, and slow to compile
     yield halve_kernel(8192, 16)
-    yield cut_kernel(16384, 1)
-    yield cut_kernel(4096, 2)
+    yield cut_kernel("90", 16384, 1)
+    yield cut_kernel("90", 4096, 2)
     yield kernel("turns", _turns_kernel, {"BLOCK": 64})
     yield select_kernel(8192, False, *SELECT_FLAGS)
     yield select_kernel(8192, True, *SELECT_FLAGS)
@@ -210,9 +210,9 @@ def halve_kernel(chunk: int, warps: int) -> Kernel:
     return kernel(f"halve {chunk}", _halve_kernel, constants, num_warps=warps)
 
 
-def cut_kernel(tokens: int, levels: int) -> Kernel:
+def cut_kernel(arch: str, tokens: int, levels: int) -> Kernel:
     constants = {"FIRST": False, "LAST": tokens == 4096, "LEVELS": levels, "TOKENS": tokens, "RANK": RANK, "SAMPLE": 64}
-    return kernel(f"cut {tokens}", _cut_kernel, constants, num_warps=tokens // 512)
+    return kernel(f"cut {tokens}", _cut_kernel, constants, num_warps=cut_warps(tokens, 64 if arch == "hip" else 32))
 
 
 def select_kernel(width: int, given: bool, *flags: str) -> Kernel:

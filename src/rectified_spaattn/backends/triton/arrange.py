@@ -68,11 +68,17 @@ def k_d_order(features: torch.Tensor, tiled: torch.Tensor, block_size: int) -> t
             levels = 1 if size > small else small.bit_length() - 1
             _cut_kernel[(nodes, trees)](
                 features, order, room, tiled, places, count, width,
-                LEVELS=levels, TOKENS=tokens, LAST=size == small, num_warps=max(1, tokens // 512), **constants,
+                LEVELS=levels, TOKENS=tokens, LAST=size == small,
+                num_warps=cut_warps(tokens, 64 if torch.version.hip else 32), **constants,
             )  # fmt: skip
             size >>= levels
         order, room, first = room, order, False
     return places
+
+
+def cut_warps(tokens: int, lanes: int) -> int:
+    """Of a program that holds a node of so many tokens: 16 of them a lane, which a warp has `lanes` of."""
+    return max(1, tokens // (16 * lanes))
 
 
 @triton.jit
