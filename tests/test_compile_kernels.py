@@ -40,3 +40,17 @@ def test_kernels_compile_and_fit(arches: tuple[str, ...], tmp_path: Path) -> Non
             each["arch"].startswith("90") and each["kernel"].split()[0] not in TENSOR_CORES | EIGHT_BITS
         )  # on every NVIDIA GPU
         assert each["shared"] <= (LEAST if alike else SHARED_KIB[each["arch"]]) * 1024, each
+
+
+@pytest.mark.slow
+def test_gluon_compiles_for_hopper_and_products_do_not_wait_one_by_one(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    script = SCRIPT.with_name("compile_gluon.py")
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [each["kernel"] for each in kernels] == ["attend", "attend", "attend", "listed"]
+    for each in kernels:
+        assert each["shared"] <= SHARED_KIB["90"] * 1024
+        assert 0 < each["waits"] < each["products"] / 3, each

@@ -136,6 +136,32 @@ def test_order_content_is_the_reference(name, case, mode):
     assert (out.double() - want).abs().max() <= budget * want.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("case", "dtype", "mode", "precision"),
+    [
+        ("128x128", BF16, "row+slope", "inputs"),
+        ("128x128 grouped", BF16, "ipar+gapr", "fp8"),
+        ("128x64", FP16, "none", "inputs"),
+    ],
+)
+def test_gluon_and_plain_triton_agree(case, dtype, mode, precision, monkeypatch):
+    """Gluon is not interpreted: on Hopper this file alone runs its kernels, and this test alone those they replace."""
+    from rectified_spaattn.backends.triton import arch_of, attend, eight_bits
+
+    call = call_of(case, dtype, mode, "content", precision=precision)
+    q = call.qkv[0]
+    if attend.why_not_gluon(arch_of(q.device), 128, q.shape[-1]) is not None:
+        pytest.skip("Gluon does not run here")
+    out, stats = run("triton", call)
+    for module in (attend, eight_bits):
+        monkeypatch.setattr(module, "why_not_gluon", lambda *of: "the test wants plain Triton")
+    plain, _ = run("triton", call, block_mask=stats.block_mask, token_order=stats.token_order)
+    budget = kernel_budget(call.qkv, call.layout, call.options["text_mask"])
+    rounding = 0.02 if precision == "fp8" else 0.0  # of weights to 4 bits, against another largest
+    assert not torch.equal(out, plain)
+    assert (out.double() - plain.double()).abs().max() <= (budget + rounding) * plain.double().abs().max()
+
+
 @pytest.mark.parametrize("order", ["gilbert", "content"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", ["128x128"])

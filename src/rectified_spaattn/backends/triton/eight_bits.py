@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...method.arrange import sample_of
 from ...method.inputs import Inputs
 from . import Partial, Prepared, arch_of, columns_of, interpreted
-from .attend import rows_of
+from .attend import rows_of, why_not_gluon
 from .tile import Tiled
 
 _ROOM = 8  # weights of fp8 values are in [0, 2^8]: e4m3 holds down to 2^-9
@@ -52,11 +52,18 @@ def listed_blocks(inputs: Inputs, prepared: Prepared) -> Partial:
     tiled, lists = prepared.tiled, prepared.lists
     batch, heads, rows, head_dim = tiled.q.shape
     b, nb = inputs.blocks.block_size, inputs.blocks.num_blocks
-    of = quantise(inputs, tiled)
     out = torch.empty_like(tiled.q)
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
-    tiling = tiling_of(arch_of(out.device), b, head_dim)
+    arch, values = arch_of(out.device), inputs.config.precision == "fp8"
+    in_gluon = values and head_dim == 128 and why_not_gluon(arch, b, head_dim) is None
+    of = quantise(inputs, tiled, as_operand=in_gluon)
     turns = lists.counts[..., :nb].argsort(dim=-1, descending=True, stable=True).int()
+    if in_gluon:
+        from . import hopper_eight_bits
+
+        hopper_eight_bits.launch(inputs, tiled, lists, of, turns, out, lse, most(values), _ROOM)
+        return Partial(out, lse, isolated=False)
+    tiling = tiling_of(arch, b, head_dim)
     columns = columns_of(head_dim)
     if of.v is None:
         v_desc = rows_of(tiled.v, tiling.block_n)
@@ -85,7 +92,8 @@ def most(values: bool) -> float:
     return 448.0 if values else 127.0
 
 
-def quantise(inputs: Inputs, tiled: Tiled) -> Quantised:
+def quantise(inputs: Inputs, tiled: Tiled, as_operand: bool) -> Quantised:
+    """as_operand: keys of a block in another order, which makes the registers of their scores those of an operand."""
     batch, key_heads, _, head_dim = tiled.k.shape
     b, nb = inputs.blocks.block_size, inputs.blocks.num_blocks
     values = inputs.config.precision == "fp8"
@@ -98,7 +106,8 @@ def quantise(inputs: Inputs, tiled: Tiled) -> Quantised:
         v8 = tiled.v.new_empty(batch, key_heads, nb, head_dim, b, dtype=torch.float8_e4m3fn)
     _quantise_kernel[(nb, batch * key_heads, 2 if values else 1)](
         tiled.k, tiled.v, k_shift, v_shift, k8, v8, k_scale, v_scale, nb,
-        BLOCK=b, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim), MOST=most(values), VALUES=values, num_warps=4,
+        BLOCK=b, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim),
+        MOST=most(values), VALUES=values, AS_OPERAND=as_operand, num_warps=4,
     )  # fmt: skip
     return Quantised(k8, v8, k_scale, v_scale, k_shift, v_shift)
 
@@ -126,7 +135,7 @@ def _scaled(x_ptr, shift_ptr, scale_ptr, at, i, d, HEAD_DIM: tl.constexpr, MOST:
 def _quantise_kernel(
     k_ptr, v_ptr, k_shift_ptr, v_shift_ptr, k8_ptr, v8_ptr, k_scale_ptr, v_scale_ptr, num_blocks,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, MOST: tl.constexpr,
-    VALUES: tl.constexpr,
+    VALUES: tl.constexpr, AS_OPERAND: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     at = head * num_blocks + tl.program_id(0)
@@ -139,7 +148,10 @@ def _quantise_kernel(
         x = _scaled(k_ptr + first, k_shift_ptr + head * HEAD_DIM, k_scale_ptr, at, i, d, HEAD_DIM, MOST)
         if not VALUES:
             x = tl.floor(x + 0.5)
-        to = k8_ptr + first + i[:, None] * HEAD_DIM + d[None, :]
+        row = i
+        if AS_OPERAND:  # of every 16 keys number 4 t + 2 h + e comes to row 8 h + 2 t + e
+            row = i // 16 * 16 + i // 2 % 2 * 8 + i // 4 % 4 * 2 + i % 2
+        to = k8_ptr + first + row[:, None] * HEAD_DIM + d[None, :]
         tl.store(to, x.to(k8_ptr.dtype.element_ty), mask=there)
     elif VALUES:
         # [COLUMNS, BLOCK]: tensor cores take 8-bit values key by key
