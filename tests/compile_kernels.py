@@ -16,14 +16,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from rectified_spaattn.backends.triton import columns_of
-from rectified_spaattn.backends.triton.arrange import _finish_kernel, _halve_kernel, _project_kernel
+from rectified_spaattn.backends.triton.arrange import _cut_kernel, _halve_kernel, _project_kernel
 from rectified_spaattn.backends.triton.attend import _attend_kernel, tiling_of
 from rectified_spaattn.backends.triton.directions import _directions_kernel, _moments_kernel
 from rectified_spaattn.backends.triton.directions import tiling_of as tiling_of_directions
 from rectified_spaattn.backends.triton.eight_bits import _listed_kernel, _quantise_kernel, most
 from rectified_spaattn.backends.triton.eight_bits import tiling_of as tiling_in_8_bits
 from rectified_spaattn.backends.triton.plan import _compensate_kernel, _scores_kernel
-from rectified_spaattn.backends.triton.select import _leaders_kernel, _select_kernel, _turns_kernel
+from rectified_spaattn.backends.triton.select import _leaders_kernel, _narrow_kernel, _select_kernel, _turns_kernel
 from rectified_spaattn.backends.triton.slope import _mass_kernel, _slope_kernel
 from rectified_spaattn.backends.triton.tile import _tile_kernel
 
@@ -75,10 +75,12 @@ def kernels(arch: str) -> Iterator[Kernel]:
     if arch in ("90", "hip"):
         yield directions_kernel(arch, 128, True)
         yield halve_kernel(8192, 16)
-        yield finish_kernel(4096, 5)
+        yield cut_kernel(16384, 1)
+        yield cut_kernel(4096, 2)
         yield kernel("turns", _turns_kernel, {"BLOCK": 64})
         yield select_kernel(8192, False, *SELECT_FLAGS)
         yield leaders_kernel(8192)
+        yield narrow_kernel(8192)
         yield mass_kernel()
     if arch == "hip":
         yield directions_kernel(arch, 256, True)
@@ -125,14 +127,15 @@ def every_variant() -> Iterator[Kernel]:
     yield moments_kernel(96, 1)
     yield directions_kernel("90", 64, False)
     yield directions_kernel("90", 128, True)  # of 64: smaller tiles of the same, and slow to compile
-    for chunk, warps in ((8192, 16), (2048, 8)):
-        yield halve_kernel(chunk, warps)
-    yield finish_kernel(4096, 5)
+    yield halve_kernel(8192, 16)
+    yield cut_kernel(16384, 1)
+    yield cut_kernel(4096, 2)
     yield kernel("turns", _turns_kernel, {"BLOCK": 64})
     yield select_kernel(8192, False, *SELECT_FLAGS)
     yield select_kernel(8192, True, *SELECT_FLAGS)
     yield leaders_kernel(8192)
     yield leaders_kernel(64)
+    yield narrow_kernel(8192)
     yield mass_kernel()
     yield select_kernel(64, False)
     yield select_kernel(64, False, "COMPENSATE")
@@ -153,6 +156,11 @@ def scores_kernel(head_dim: int, gain: bool, tail: bool, rank: int = 0) -> Kerne
 
 def leaders_kernel(width: int) -> Kernel:
     return kernel(f"leaders {width}", _leaders_kernel, {"WIDTH": width}, num_warps=min(max(width // 512, 1), 16))
+
+
+def narrow_kernel(width: int) -> Kernel:
+    constants = {"WIDTH": width, "KNOWN": 3}
+    return kernel(f"narrow {width}", _narrow_kernel, constants, num_warps=min(max(width // 512, 1), 16))
 
 
 def mass_kernel() -> Kernel:
@@ -202,9 +210,9 @@ def halve_kernel(chunk: int, warps: int) -> Kernel:
     return kernel(f"halve {chunk}", _halve_kernel, constants, num_warps=warps)
 
 
-def finish_kernel(tokens: int, levels: int) -> Kernel:
-    constants = {"FIRST": False, "LEVELS": levels, "TOKENS": tokens, "RANK": RANK, "SAMPLE": 64}
-    return kernel(f"finish {tokens}", _finish_kernel, constants, num_warps=tokens // 512)
+def cut_kernel(tokens: int, levels: int) -> Kernel:
+    constants = {"FIRST": False, "LAST": tokens == 4096, "LEVELS": levels, "TOKENS": tokens, "RANK": RANK, "SAMPLE": 64}
+    return kernel(f"cut {tokens}", _cut_kernel, constants, num_warps=tokens // 512)
 
 
 def select_kernel(width: int, given: bool, *flags: str) -> Kernel:
@@ -284,11 +292,12 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         return "i64" if model_strides or argument.endswith("_sb") else "i32"
     if kernel in ("_project_kernel", "_moments_kernel", "_halve_kernel") and argument == "places_ptr":
         return "*i64"
-    if argument == "tiled_ptr":
+    if argument in ("tiled_ptr", "budget_ptr"):
         return "*i64"
     if argument in (
-        "room_ptr" if kernel == "_finish_kernel" else "from_ptr",
+        "room_ptr" if kernel == "_cut_kernel" else "from_ptr",
         "from_ptr",
+        "digits_ptr",
         "to_ptr",
         "order_ptr",
         "count_ptr",
@@ -332,7 +341,7 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
         "_compensate_kernel": ("v_ptr",),
         "_project_kernel": ("out_ptr",),
         "_halve_kernel": ("features_ptr",),
-        "_finish_kernel": ("features_ptr",),
+        "_cut_kernel": ("features_ptr",),
         "_moments_kernel": ("covariance_ptr", "weigh_ptr"),
         "_directions_kernel": ("covariance_ptr", "weigh_ptr"),
     }

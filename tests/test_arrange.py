@@ -212,7 +212,7 @@ def test_sorting_on_a_gpu_neither_reads_nor_writes_the_host(monkeypatch: pytest.
     launched: list[str] = []
     for module, names in (
         (directions, ("_moments_kernel", "_directions_kernel")),
-        (kernels, ("_project_kernel", "_halve_kernel")),
+        (kernels, ("_project_kernel", "_cut_kernel")),
     ):
         for name in names:
             monkeypatch.setattr(module, name, Launcher(partial(note, launched, name)))
@@ -230,7 +230,7 @@ def test_sorting_on_a_gpu_neither_reads_nor_writes_the_host(monkeypatch: pytest.
     with Watch():
         order = kernels.content_order(q, k, blocks, 0.1)
     assert (order.shape, order.dtype) == ((2, 3, 4 * 64), torch.int32)
-    assert launched == ["_moments_kernel", "_directions_kernel", "_project_kernel", "_halve_kernel", "_halve_kernel"]
+    assert launched == ["_moments_kernel", "_directions_kernel", "_project_kernel", "_cut_kernel"]
     assert elsewhere == []
 
 

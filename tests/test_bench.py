@@ -222,7 +222,7 @@ def test_precisions_run_where_they_can_and_are_checked_against_that_of_the_input
 ) -> None:
     with pytest.raises(BenchError, match="precision fp8: torch: precision 'fp8', which triton runs; allowed"):
         run(precision=("inputs", "fp8"), backend=("torch",))
-    for factor, fits in ((1.01, True), (1.1, False)):  # a float8 is off by a sixteenth at most
+    for factor, fits in ((1.1, True), (1.2, False)):  # weights and values are off by a sixteenth at most
 
         def attend(inputs: Any, prepared: Any, factor: float = factor) -> torch.Tensor:
             return TORCH.attend(inputs, prepared) * (factor if inputs.config.precision == "fp8" else 1.0)

@@ -15,6 +15,7 @@ import rectified_spaattn as rsa
 import tiny
 from rectified_spaattn.pipelines import processor as seam
 from tiny import ALL_BLOCKS, SPARSE, forward
+from tiny_pipelines import PIPELINES as PIPELINES_OF_MODELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,6 +51,16 @@ def test_compiled_blocks_before_or_after_enabling(kind, when, quiet, fresh_compi
             torch.testing.assert_close(forward(model, inputs), eager, rtol=1e-4, atol=1e-5)
             assert handle.stats().sparse_calls == len(handle.stats().layers)
         torch.testing.assert_close(forward(model, inputs), untouched, rtol=1e-4, atol=1e-5)
+
+
+def test_a_decoder_that_is_compiled_as_one_graph(fresh_compiler):
+    """As diffusers' guides have it; our hook on the decoder must not break the graph."""
+    pipeline = PIPELINES_OF_MODELS["Flux.1"].make()
+    latents = torch.randn(1, pipeline.vae.config.latent_channels, 8, 8)
+    with torch.no_grad(), rsa.enable(pipeline, **SPARSE):
+        untouched = pipeline.vae.decode(latents).sample
+        pipeline.vae.decode = torch.compile(pipeline.vae.decode, fullgraph=True, backend="eager")
+        assert torch.equal(pipeline.vae.decode(latents).sample, untouched)
 
 
 def test_the_schedule_changes_without_a_recompilation(quiet, fresh_compiler):

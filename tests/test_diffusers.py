@@ -106,6 +106,8 @@ def test_a_handle_says_what_it_is_when_it_ran_and_where(caplog):
     enabled, run, disabled = [record.getMessage() for record in caplog.records]
     assert "sparsity 0.75" in enabled
     assert "a run of unknown steps begins, 3*8*8 video" in run
+    with rsa.enable(model, sparsity=0.75, precision="fp8", **SPARSE) as handle:
+        assert "order content, precision fp8" in repr(handle)
     assert disabled == "disable transformer: its last run: 2 forwards, 6 attention calls"
 
 

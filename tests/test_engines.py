@@ -159,6 +159,16 @@ def test_why_a_call_runs_dense(reason):
     assert reason in seam.record.summary("")
 
 
+def test_a_summary_tells_of_layers_that_there_are_not_and_of_8_bits():
+    q, k, v = tensors()
+    seam = Seam(config=CONFIG.replace(dense_layers=(1, 2, 7)))
+    assert "NO SUCH LAYER" not in seam.summary()  # before anything ran
+    for layer in range(2):
+        seam.attend(q, k, v, LAYOUT, place(layer=layer), masks=Masks())
+    assert "NO SUCH LAYER: dense_layers [2, 7]; this model has 0 to 1" in seam.summary()
+    assert settings(CONFIG.replace(precision="fp8")) == f"{settings(CONFIG)}, precision fp8"
+
+
 def test_a_record_adds_up_and_is_drawn():
     record = Record()
     assert math.isnan(record.density)

@@ -320,6 +320,18 @@ def test_an_expert_by_itself_is_known_by_its_checkpoint(path, number):
         assert handle.configs() == {"transformer": rsa.preset("wan2.2-t2v-a14b")[number - 1]}
 
 
+def test_one_model_in_two_places_is_enabled_once(quiet):
+    pipe = tiny.wan_pipeline(experts=2)
+    pipe.transformer_2 = pipe.transformer
+    untouched = tiny.run_wan(pipe, 4)
+    with rsa.enable(pipe, **tiny.SPARSE) as handle, rsa.enable_teacache(pipe):
+        tiny.run_wan(pipe, 4)
+        stats = handle.stats()
+        assert (stats.steps, stats.forwards, stats.sparse_calls) == (4, 8, 24)
+        assert "LOST" not in handle.summary()
+    assert torch.equal(tiny.run_wan(pipe, 4), untouched)
+
+
 def test_an_expert_by_itself_of_unknown_kind_is_asked_for():
     model = tiny.wan_transformer(num_layers=40)
     with pytest.raises(ValueError, match=r"Wan 2\.1 14B or an expert of Wan 2\.2.*preset='wan2\.1-t2v'"):

@@ -254,6 +254,14 @@ def test_enabling_that_is_interrupted_leaves_nothing(model, at, monkeypatch):
     assert torch.equal(forward(model, inputs), untouched)
 
 
+@pytest.mark.filterwarnings("error")
+def test_enabling_that_warns_where_warnings_are_errors_leaves_nothing(model):
+    with pytest.raises(UserWarning, match="needs the denoising step"):
+        rsa.enable(model, **{**SPARSE, "dense_steps": 1})
+    assert not model._forward_pre_hooks
+    rsa.enable(model, **SPARSE).disable()
+
+
 def stop_once(module, setting):
     vars(module)["set_processor"] = setting
     raise KeyboardInterrupt

@@ -354,7 +354,7 @@ def test_gradients_are_refused_where_they_are_asked_for(which: int) -> None:
         assert not rectified_attention(*qkv, ODD, SMALL).requires_grad
 
 
-# The interpreter is slow: one rule there, the others with the slow tests; every mode elsewhere.
+# The interpreter is slow: one rule and four blocks there, the others with the slow tests; every mode elsewhere.
 EDGES = list(product(("torch", "reference"), MODES, ("gilbert", "content")))
 PLAIN_KERNELS = ("triton", "none", "gilbert")
 SLOPE_KERNELS = ("triton", "row+slope", "content")
@@ -363,10 +363,14 @@ NOT_FINITE = [(value, *each) for value, each in product((float("inf"), float("na
 NOT_FINITE += [(float("inf"), *PLAIN_KERNELS), (float("nan"), *SLOPE_KERNELS)]
 
 
+def edge_layout(backend: str, text: int = 0) -> TokenLayout:
+    return TokenLayout.build((2 if backend == "triton" else 4, 8, 16), text=text)
+
+
 @pytest.mark.parametrize(("backend", "mode", "order"), [*EDGES, PLAIN_KERNELS, *SLOW])
 def test_top_p_of_one_keeps_every_block(mode: str, backend: str, order: str) -> None:
     """Half of the rows have one key that outweighs all others: a float32 sum is 1 long before the last block."""
-    layout = TokenLayout.build((4, 8, 16))
+    layout = edge_layout(backend)
     q, k, v = video_like(12, 1, layout.sequence, 2, 64)
     q[:, : layout.sequence // 2] *= 40
     config = SparseConfig(sparsity=0.9, top_p=1, rectify=mode, order=order, block_size=64)  # type: ignore[arg-type]
@@ -381,7 +385,7 @@ def test_what_is_not_finite_in_one_query_loses_that_row_alone(
     value: float, mode: str, backend: str, order: str
 ) -> None:
     """As with SDPA. Its block is computed in full: no estimate says what could be left out."""
-    layout = TokenLayout.build((4, 8, 16), text=5)
+    layout = edge_layout(backend, text=5)
     q, k, v = video_like(13, 1, layout.sequence, 2, 64)
     q[0, 37, 1, 3] = value
     config = SparseConfig(sparsity=0.9, top_p=0, rectify=mode, order=order, block_size=64)  # type: ignore[arg-type]

@@ -168,6 +168,17 @@ def test_a_deep_copy_comes_out_disabled(whole, quiet):
     assert torch.equal(tiny.run_wan(other), untouched)
 
 
+def test_a_handle_that_a_pipeline_carries_is_one_of_nothing_in_its_copy():
+    pipeline = tiny.wan_pipeline()
+    pipeline.handles = rsa.enable(pipeline, **SPARSE), rsa.enable_teacache(pipeline)
+    for handle in copy.deepcopy(pipeline).handles:
+        handle.disable()
+        assert not handle.active
+        assert "disabled\n  nothing has run yet" in handle.summary()
+        assert handle.stats().steps == 0
+    assert all(handle.active for handle in pipeline.handles)
+
+
 def test_a_copy_of_one_processor_is_the_original(model):
     stock = type(model.blocks[0].attn1.processor)
     with rsa.enable(model, **SPARSE):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +112,16 @@ def test_the_machine_is_described_once_for_rows_and_for_json() -> None:
     assert origin.commit == "" or len(origin.commit.removesuffix("-dirty")) == 40
     assert record["device"]["type"] == "cpu"
     assert record["device"]["memory_bytes"] is None
+
+
+def test_a_tool_that_hangs_costs_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(words: list[str], **more: object) -> None:
+        raise subprocess.TimeoutExpired(words, 60)
+
+    monkeypatch.setattr("shutil.which", lambda tool: tool)
+    monkeypatch.setattr("subprocess.run", hang)
+    here = machine(CPU)
+    assert (here.commit, here.device["driver"]) == ("", None)
 
 
 def test_a_device_is_refused_by_name() -> None:

@@ -4,6 +4,7 @@ import threading
 from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -199,16 +200,18 @@ class KeptPlans:
 def packed(mask: torch.Tensor) -> torch.Tensor:
     """bool [..., n] as uint8 [..., ceil(n / 8)]: bit i % 8 of byte i // 8."""
     eights = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (eights.to(torch.uint8) << _bits(mask.device)).sum(-1, dtype=torch.uint8)
+    return (eights * _bits(mask.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpacked(bits: torch.Tensor, count: int) -> torch.Tensor:
     """The bool [..., count] that `packed` was given."""
-    return (bits[..., None] >> _bits(bits.device) & 1).bool().flatten(-2)[..., :count]
+    return (bits[..., None] & _bits(bits.device) != 0).flatten(-2)[..., :count]
 
 
+@cache  # a plan is neither kept nor taken while a CUDA graph is captured
 def _bits(device: torch.device) -> torch.Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=device)
+    """uint8 [8]: one bit each, the lowest first."""
+    return 1 << torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def _order_of(plan: KeptPlan) -> torch.Tensor | None:

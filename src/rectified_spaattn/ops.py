@@ -4,6 +4,7 @@ The schema of an op takes plain values, so layout and config travel as their key
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -43,8 +44,8 @@ def attention(
 
     layout, config: keys. token_order is empty where blocks are the same for all heads.
     """
-    # the stages choose their dtypes themselves; kernels are launched on the current GPU, which need not be q's
-    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
+    # kernels are launched on the current GPU, which need not be q's
+    with _no_autocast(q), torch.cuda.device_of(q):
         inputs = _inputs(q, k, v, text_mask, block_mask, token_order, layout, config, scale, BACKENDS[backend])
         inputs = inputs._replace(top_k=top_k)
         choices, out = _run(inputs, BACKENDS[backend])
@@ -64,7 +65,7 @@ def plan(
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """block_mask and token_order of `attention` for the same arguments, without attending."""
-    with torch.autocast(q.device.type, enabled=False), torch.cuda.device_of(q):
+    with _no_autocast(q), torch.cuda.device_of(q):
         inputs = _inputs(q, k, v, text_mask, None, None, layout, config, scale, BACKENDS[backend])
         choices, _ = BACKENDS[backend].plan(inputs)
     return _outputs(choices, inputs, None, None)
@@ -91,10 +92,16 @@ def probe(
     if text_mask is not None:
         valid = text_mask.new_ones(q.shape[:2])
         valid[:, blocks.isolated[blocks.leftover :]] = text_mask
-    with torch.autocast(q.device.type, enabled=False):
+    with _no_autocast(q):
         places = method_probe.probe_places(order, rows)
         wrong, full = method_probe.probe(q, k, v, out, places, valid=valid, scale=scale)
     return wrong, full
+
+
+def _no_autocast(q: torch.Tensor) -> AbstractContextManager[object]:
+    """The stages choose their dtypes themselves."""
+    kind = q.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _inputs(

@@ -13,7 +13,7 @@ from .attention import SparseStats, rectified_attention
 from .backends import BACKENDS, Call, choose
 from .budgets import Budgets
 from .config import PROBES, SparseConfig
-from .kept_plans import CAPTURED, KeptPlans, Moment
+from .kept_plans import KeptPlans, Moment
 from .layout import TokenLayout
 
 KINDS = ("fp8", "int8-qk")  # the first that the backend of a call can run
@@ -116,7 +116,7 @@ class Precisions:
         if moment.step is None or moment.layer is None:
             problem = moment.problem or "the layer or the step is unknown"
         elif q.is_cuda and torch.cuda.is_current_stream_capturing():
-            problem = CAPTURED
+            problem = "a CUDA graph is being captured, which would keep to what is decided now"
         else:
             key = CallKey(moment.layer, turn, layout.key, q.shape, q.device)
             decided = self._decided.get(key)

@@ -36,6 +36,7 @@ class Seam:
     record   of the run that goes on, or else of the last one
     budgets  what a tolerance learnt in it
     plans    what calls of it keep for later steps; precisions: which of them are in 8 bits
+    layers   how many layers it was seen to have
     """
 
     config: SparseConfig
@@ -43,11 +44,13 @@ class Seam:
     budgets: Budgets = field(default_factory=Budgets)
     plans: KeptPlans = field(default_factory=KeptPlans)
     precisions: Precisions = field(default_factory=Precisions)
+    layers: int = 0
 
     def begin_run(self) -> None:
         """Forget the run before."""
         self.plans.clear()
         self.record, self.budgets, self.plans, self.precisions = Record(), Budgets(), KeptPlans(), Precisions()
+        self.layers = 0
 
     def end_run(self) -> None:
         """Free what was kept for later steps."""
@@ -56,7 +59,11 @@ class Seam:
     def summary(self) -> str:
         """What the run did, in a few lines."""
         kept, decided = self.plans.lines(self.config), self.precisions.lines(self.config)
-        return "\n".join([self.record.summary(settings(self.config)), *kept, *decided])
+        lines = [self.record.summary(settings(self.config)), *kept, *decided]
+        beyond = [layer for layer in self.config.dense_layers if layer >= self.layers > 0]
+        if beyond:
+            lines.append(f"  NO SUCH LAYER: dense_layers {beyond}; this model has 0 to {self.layers - 1}")
+        return "\n".join(lines)
 
     def attend(
         self,
@@ -75,6 +82,8 @@ class Seam:
         q: [B, S, H, D]; k, v: the same, or fewer heads. layout: of their tokens, or the reason why nobody knows it.
         mask: as masks.masked takes it. masks: those of the forward that runs.
         """
+        if place.layer is not None:
+            self.layers = max(self.layers, place.layer + 1)
         plain = layout if isinstance(layout, str) else self.why_dense(place) or unfit(q, k, v, layout, self.config)
         text_mask = None
         if plain is None and mask is not None:

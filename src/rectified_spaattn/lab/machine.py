@@ -157,8 +157,11 @@ def _commit(file: Path) -> str:
 
 
 def _output(tool: str, *arguments: str) -> str:
-    """What a tool prints, "" where it is not installed or fails."""
+    """What a tool prints, "" where it is not installed, fails or hangs."""
     if shutil.which(tool) is None:
         return ""
-    process = subprocess.run([tool, *arguments], capture_output=True, text=True, check=False, timeout=60)
+    try:
+        process = subprocess.run([tool, *arguments], capture_output=True, text=True, check=False, timeout=60)
+    except subprocess.TimeoutExpired:  # a driver that hangs: what was measured is written all the same
+        return ""
     return process.stdout.strip() if process.returncode == 0 else ""

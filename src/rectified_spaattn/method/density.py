@@ -22,19 +22,19 @@ def density(
     batch, heads, nb, _ = block_mask.shape
     tiled = nb * config.block_size
     everyone = layout.sequence - layout.padding
-    leftover = layout.video - tiled
-    if text_mask is None:
-        text = torch.full((batch,), layout.text, dtype=torch.float32, device=block_mask.device)
-    else:
-        text = text_mask.sum(1).float()
-    keys = tiled + leftover + text  # [B] valid ones
-    kept = block_mask.sum((1, 2, 3)).float() / max(1, heads * nb)  # [B] blocks a tiled query
-    dropped = (nb - kept) * (config.block_size - config.rule.tail)  # [B] keys a tiled query, less their pooled ones
-    saved = tiled * dropped - min(config.probe_rows, tiled) * keys  # [B] pairs
-    if not layout.apart:
-        return (1 - saved / (everyone * keys)).mean()
+    a_block, probes = config.block_size - config.rule.tail, min(config.probe_rows, tiled)  # keys saved; queries
+    if text_mask is None and not layout.apart:  # three small operations
+        pairs = everyone * everyone
+        dropped = torch.rsub(block_mask.sum(dtype=torch.float32), block_mask.numel())
+        a_pair = tiled * a_block / (pairs * max(1, batch * heads * nb))
+        return torch.rsub(dropped, 1 + probes * everyone / pairs, alpha=a_pair)
     if text_mask is None:
         text_mask = torch.ones(batch, layout.text, dtype=torch.bool, device=block_mask.device)
+    keys = layout.video + text_mask.sum(1).float()  # [B] valid ones
+    kept = block_mask.sum((1, 2, 3)).float() / max(1, heads * nb)  # [B] blocks a tiled query
+    saved = tiled * a_block * (nb - kept) - probes * keys  # [B] pairs
+    if not layout.apart:
+        return (1 - saved / (everyone * keys)).mean()
     apart = torch.cat([text_mask[:, first:last] for first, last in layout.apart_text], dim=1)  # [B, A]
     others = everyone - apart.shape[1]
     return (1 - saved / (others * keys + pairs_apart(apart, layout.causal))).mean()

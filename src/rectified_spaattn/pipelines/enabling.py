@@ -81,19 +81,19 @@ def enable(
             _enable_one(model, adapter, attachments[-1], watch)
         for module in _run_first_or_last(pipeline):
             RunHook(attachments, watch).register(module)
+        needing = next((each.steps_wanted for each in watch.states if each.needs_steps), None)
+        if needing and not clock.tells_steps():
+            watch.said.add("step")
+            warnings.warn(
+                f"rectified_spaattn: {needing} needs the denoising step, which "
+                "only a pipeline tells, by its scheduler's step_index or its own current_timestep: until "
+                "handle.set_step(step, total) is called every step is sparse. Or pass dense_steps=0.",
+                stacklevel=2,
+            )
     except BaseException:
         for attachment in attachments:
             attachment.detach()
         raise
-    needing = next((each.steps_wanted for each in watch.states if each.needs_steps), None)
-    if needing and not clock.tells_steps():
-        watch.said.add("step")
-        warnings.warn(
-            f"rectified_spaattn: {needing} needs the denoising step, which "
-            "only a pipeline tells, by its scheduler's step_index or its own current_timestep: until "
-            "handle.set_step(step, total) is called every step is sparse. Or pass dense_steps=0.",
-            stacklevel=2,
-        )
     handle = Handle(attachments, clock, watch)
     _log.info("enable: %r", handle)
     return handle
@@ -120,7 +120,10 @@ def disable(pipe_or_transformer: Any) -> bool:
 
 
 def transformers_of(target: Any) -> tuple[list[tuple[str, nn.Module]], Any | None]:
-    """The named transformers of a pipeline, and the pipeline; for a transformer itself None in its place."""
+    """The named transformers of a pipeline, and the pipeline; for a transformer itself None in its place.
+
+    One that stands in two places is named once, by the first.
+    """
     if isinstance(target, nn.Module):
         return [("transformer", _uncompiled(target))], None
     names = [name for name in SLOTS if isinstance(getattr(target, name, None), nn.Module)]
@@ -129,7 +132,9 @@ def transformers_of(target: Any) -> tuple[list[tuple[str, nn.Module]], Any | Non
             f"enable: got a {type(target).__name__} without a transformer; allowed: a diffusers pipeline that has one, "
             "or the transformer itself."
         )
-    return [(name, _uncompiled(getattr(target, name))) for name in names], target
+    models = {name: _uncompiled(getattr(target, name)) for name in names}
+    first = {id(model): name for name, model in reversed(models.items())}
+    return [(name, model) for name, model in models.items() if first[id(model)] == name], target
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:

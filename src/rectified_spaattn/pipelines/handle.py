@@ -28,6 +28,10 @@ class Handle(AbstractContextManager["Handle"]):
             "\n".join([f"<Handle, {enabled_word(self._watch.states)}", *map(settings_line, self._watch.states)]) + ">"
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Handle":
+        """What a deep copy of a pipeline gets that carries it: the copy is disabled, so this is a handle of nothing."""
+        return Handle([], RunClock(None), Watch())
+
     @property
     def active(self) -> bool:
         """Whether any transformer is still enabled."""

@@ -12,6 +12,7 @@ from . import columns_of
 from .directions import Axes, moments, of_sorting
 
 _AT_ONCE = 4096  # tokens of a node that one program cuts down to blocks
+_HELD = 16384  # tokens of a node that one program holds
 
 
 def content_order(q: torch.Tensor, k: torch.Tensor, blocks: Blocks, scale: float) -> torch.Tensor:
@@ -53,21 +54,24 @@ def k_d_order(features: torch.Tensor, tiled: torch.Tensor, block_size: int) -> t
     size = triton.next_power_of_2(blocks)  # blocks a node
     small = min(size, _AT_ONCE // block_size)
     order, room = features.new_empty(2, trees, size * block_size, dtype=torch.int32)
-    first, width = True, size * block_size
-    while size > small:
-        tokens = size * block_size
-        chunk = 8192 if tokens > 16384 else 2048  # the few large nodes keep few programs busy
-        _halve_kernel[(triton.cdiv(blocks, size), trees)](
-            features, order, room, count, tokens, width,
-            FIRST=first, RANK=rank, SAMPLE=NODE_SAMPLE, CHUNK=chunk, num_warps=min(chunk // 256, 16),
-        )  # fmt: skip
-        order, room, first, size = room, order, False, size // 2
     places = features.new_empty(trees, count, dtype=torch.int32)
-    _finish_kernel[(triton.cdiv(blocks, small), trees)](
-        features, order, room, tiled, places, count, width,
-        FIRST=first, LEVELS=small.bit_length() - 1, TOKENS=small * block_size, RANK=rank, SAMPLE=NODE_SAMPLE,
-        num_warps=max(1, small * block_size // 512),
-    )  # fmt: skip
+    first, width = True, size * block_size
+    while size > 1:
+        tokens, nodes = size * block_size, triton.cdiv(blocks, size)
+        constants = {"FIRST": first, "RANK": rank, "SAMPLE": NODE_SAMPLE}
+        if tokens > _HELD:  # the few large nodes keep few programs busy
+            _halve_kernel[(nodes, trees)](
+                features, order, room, count, tokens, width, CHUNK=8192, num_warps=16, **constants
+            )
+            size //= 2
+        else:
+            levels = 1 if size > small else small.bit_length() - 1
+            _cut_kernel[(nodes, trees)](
+                features, order, room, tiled, places, count, width,
+                LEVELS=levels, TOKENS=tokens, LAST=size == small, num_warps=max(1, tokens // 512), **constants,
+            )  # fmt: skip
+            size >>= levels
+        order, room, first = room, order, False
     return places
 
 
@@ -183,30 +187,31 @@ def _halve_kernel(
 
 
 @triton.jit
-def _cut(
+def _halves(
     feature_ptr, token, some, count,
     NODES: tl.constexpr, SIZE: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     """Where the tokens of some nodes, [NODES, SIZE], go, as _halve_kernel puts them. some: [NODES, sample] of them."""
     half: tl.constexpr = SIZE // 2
-    there = some < count
-    # [NODES]
-    number = tl.maximum(tl.sum(there.to(tl.float32), 1), 1.0)
-    axis = tl.zeros((NODES,), tl.int32)
-    widest = tl.full((NODES,), -1.0, tl.float32)
-    for each in tl.range(0, RANK):
-        point = tl.load(feature_ptr + some.to(tl.int64) * RANK + each, mask=there, other=0.0).to(tl.float32)
-        apart = tl.where(there, point - (tl.sum(point, 1) / number)[:, None], 0.0)
-        spread = tl.sum(apart * apart, 1)
-        axis = tl.where(spread > widest, each, axis)
-        widest = tl.maximum(spread, widest)
+    # [NODES, sample, RANK]
+    there = (some < count)[:, :, None]
+    at = some.to(tl.int64)[:, :, None] * RANK + tl.arange(0, RANK)[None, None, :]
+    point = tl.load(feature_ptr + at, mask=there, other=0.0).to(tl.float32)
+    # [NODES, RANK]
+    mean = tl.sum(point, 1) / tl.maximum(tl.sum(there.to(tl.float32), 1), 1.0)
+    apart = tl.where(there, point - mean[:, None, :], 0.0)
+    axis = tl.argmax(tl.sum(apart * apart, 1), 1)
     # [NODES, SIZE]
     key = _key(feature_ptr, token, axis[:, None], count, RANK)
-    # the half-th smallest key, from its highest bit down
+    # the half-th smallest key, from its highest bits down: two a turn, as the three sums do not wait for each other
     edge = tl.zeros((NODES,), tl.int32)
-    for place in tl.range(0, 16):
-        higher = edge + (1 << (15 - place))
-        edge = tl.where(tl.sum((key < higher[:, None]).to(tl.int32), 1) < half, higher, edge)
+    for turn in tl.range(0, 8):
+        step = 1 << (14 - 2 * turn)
+        found = tl.zeros((NODES,), tl.int32)
+        for more in tl.static_range(1, 4):
+            smaller = tl.sum((key < (edge + more * step)[:, None]).to(tl.int32), 1)
+            found += (smaller < half).to(tl.int32)
+        edge += found * step
     # of equal keys the first ones go left
     below = (key < edge[:, None]).to(tl.int32)
     equal = (key == edge[:, None]).to(tl.int32)
@@ -218,11 +223,12 @@ def _cut(
 
 
 @triton.jit
-def _finish_kernel(
+def _cut_kernel(
     features_ptr, from_ptr, room_ptr, tiled_ptr, places_ptr, count, width,
-    FIRST: tl.constexpr, LEVELS: tl.constexpr, TOKENS: tl.constexpr, RANK: tl.constexpr, SAMPLE: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, LEVELS: tl.constexpr, TOKENS: tl.constexpr,
+    RANK: tl.constexpr, SAMPLE: tl.constexpr,
 ):  # fmt: skip
-    """Cuts one node of one tree, and its halves, LEVELS times in all; writes which places stand where."""
+    """Cuts one node of one tree, and its halves, LEVELS times in all. LAST: writes which places stand where."""
     z = tl.program_id(1).to(tl.int64)
     feature_ptr = features_ptr + z * count * RANK
     first = z * width + tl.program_id(0) * TOKENS
@@ -239,10 +245,10 @@ def _finish_kernel(
             tl.debug_barrier()
             token = tl.load(room_ptr + first + at)
             some = tl.load(room_ptr + first + some_at)
-        to = _cut(feature_ptr, token, some, count, 1 << level, TOKENS >> level, RANK)
-        if level + 1 < LEVELS:
-            tl.debug_barrier()
-            tl.store(room_ptr + first + to, token)
-        else:
+        to = _halves(feature_ptr, token, some, count, 1 << level, TOKENS >> level, RANK)
+        if LAST and level + 1 == LEVELS:
             place = tl.load(tiled_ptr + token, mask=token < count, other=0).to(tl.int32)
             tl.store(places_ptr + to, place, mask=token < count)
+        else:
+            tl.debug_barrier()
+            tl.store(room_ptr + first + to, token)

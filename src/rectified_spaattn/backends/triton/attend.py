@@ -49,28 +49,30 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     if partial is None and inputs.config.rule.choice == "error":  # rows differ in length: the longest start first
         turns = longest_first(lists.counts)
     arch = arch_of(out.device)
-    if partial is None and why_not_gluon(arch, b, head_dim) is None:
+    listed = "all" if partial is None and num_blocks else "isolated" if partial and not partial.isolated else "none"
+    if listed == "all" and why_not_gluon(arch, b, head_dim) is None:
         from . import hopper
 
         hopper.attend(inputs, prepared, None, turns, out, lse)
         return out, lse
     tiling = tiling_of(arch, b, head_dim, resume=partial is not None)
-    # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never read
-    pool = (tiled.q, tiled.q) if tail is None else (tail.k, tail.v)
-    keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail, *pool))
+    # a descriptor takes its time, and cannot be of nothing: none of keys that are not read
+    of_blocks = () if listed == "none" else (tiled.k, tiled.v)
+    pool = () if tail is None else (tail.k, tail.v)
+    keys = [_described(of, tiling.block_n) for of in (of_blocks, (tiled.k_tail, tiled.v_tail), pool)]
     before = (tiled.q, lse) if partial is None else partial[:2]  # not read without `partial`
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
-        rows_of(tiled.q, tiling.block_m), *(rows_of(x, tiling.block_n) for x in keys),
+        rows_of(tiled.q, tiling.block_m), *keys[0], *keys[1], *keys[2],
         *((None, None) if slope is None else _for_slope(tiled.q, slope, tiling)),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tail and tail.bias,
         tiled.order, inputs.blocks.places, turns, r, c,
         out, lse, *before, *before[0].stride()[:3], *out.stride()[:3],
-        heads, inputs.group, num_blocks, rows, pool[0].shape[2],
+        heads, inputs.group, num_blocks, rows, tail.k.shape[2] if tail else 0,
         inputs.scale / math.log(2),
         BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim),
         PART=math.gcd(tiling.block_n, head_dim),
-        RESUME=partial is not None, LISTED="all" if partial is None else "none" if partial.isolated else "isolated",
+        RESUME=partial is not None, LISTED=listed,
         TAIL=tail is not None, TAIL_STAGES=tiling.tail_stages,
         TURNS=turns is not None, SLOPE=slope is not None,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
@@ -88,6 +90,11 @@ def why_not_gluon(arch: str, block: int, head_dim: int) -> str | None:
     if block != 128 or head_dim != 128:
         return f"blocks of {block} and heads of {head_dim}, it takes 128 and 128"
     return None
+
+
+def _described(of: tuple[torch.Tensor, ...], count: int) -> tuple[TensorDescriptor | None, ...]:
+    """Keys and values, `count` rows at a time; None of none."""
+    return tuple(rows_of(x, count) for x in of if x.numel()) or (None, None)
 
 
 def rows_of(x: torch.Tensor, count: int) -> TensorDescriptor:
@@ -201,10 +208,11 @@ def _attend_kernel(
             acc, total, top = _absorb(acc, total, top, score, scale, v_desc.load([at, 0]))
 
     tail = rows - num_blocks * BLOCK
-    acc, total, top = _absorb_biased(
-        acc, total, top, q, k_tail_desc, v_tail_desc, key_head * tail,
-        tail_bias_ptr + batch * tail, tl.load(end_ptr + batch), tail, scale, BLOCK_N, TAIL_STAGES,
-    )  # fmt: skip
+    if k_tail_desc is not None:
+        acc, total, top = _absorb_biased(
+            acc, total, top, q, k_tail_desc, v_tail_desc, key_head * tail,
+            tail_bias_ptr + batch * tail, tl.load(end_ptr + batch), tail, scale, BLOCK_N, TAIL_STAGES,
+        )  # fmt: skip
     planned = head.to(tl.int64) * num_blocks + n
     exact, exact_top = total, top
     if TAIL:

@@ -13,7 +13,7 @@ from ...method.rectify import Rectification
 from ...method.tail import CAP, Tail
 from . import BlockLists, columns_of
 from .halves import dot_halves, halves
-from .select import leaders, select
+from .select import select
 from .slope import slope
 from .tile import Tiled
 
@@ -64,8 +64,8 @@ def empty(inputs: Inputs, tiled: Tiled) -> tuple[Choices, torch.Tensor | None, B
 def scores(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor | None) -> torch.Tensor | None:
     """Fills choices.probability with the logits of the estimate, the last column being the log-sum-exp over isolated
     keys; choices.compensated, where the gate weighs the gain: is it above the error?; for a tail bias, what a pooled
-    key adds to its logit. Where blocks are chosen by error gives their residuals, float32 [B, H, nb, nb], +inf for the
-    first largest of every row.
+    key adds to its logit. Where blocks are chosen by error gives their residuals but for the factor P, float32
+    [B, H, nb, nb].
     """
     _, batch, heads, nb, head_dim = tiled.pooled.q.shape
     blocks, rule = inputs.blocks, inputs.config.rule
@@ -93,8 +93,6 @@ def scores(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor | 
         HEAD_DIM=head_dim, BLOCK=block, CHUNK=32, GAIN=rule.gate == "gain", TAIL=rule.tail,
         RESPONSE=rank * rank, num_warps=4, num_stages=2,  # with three Triton 3.6 gets the gain of heads of 96 wrong
     )  # fmt: skip
-    if residual is not None:
-        leaders(choices.probability, residual)
     return residual
 
 

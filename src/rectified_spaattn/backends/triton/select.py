@@ -6,17 +6,10 @@ import triton.language as tl
 
 from ...method.inputs import Inputs
 from ...method.plan import Choices
-from ...method.select import edge, head_budget, row_budget, top_k_of
+from ...method.select import head_budget, row_budget, top_k_of
 from . import BlockLists
 
-
-def leaders(logits: torch.Tensor, residual: torch.Tensor) -> None:
-    """Makes residual [B, H, nb, nb] a score in place: times the probability of logits [B, H, nb, nb + 1], +inf for the
-    first largest of every row.
-    """
-    batch, heads, nb, _ = residual.shape
-    width = triton.next_power_of_2(nb + 1)
-    _leaders_kernel[(nb, batch * heads)](logits, residual, nb, WIDTH=width, num_warps=_warps_of(width))
+_DIGITS = 4  # of 8 bits, the last of 7: what a float of 0 or more has beside its sign
 
 
 def select(
@@ -24,21 +17,26 @@ def select(
 ) -> None:
     """Turns logits into probability in place, fills block_mask (unless the inputs bring it), compensated (which holds
     what `scores` found worthwhile), r and the lists; for a tail makes bias -inf for blocks that do not join it.
-    residual: what `scores` gave, to choose by in place of top-k by probability.
+    residual: what `scores` gave, to choose by in place of top-k by probability; comes out times P, +inf for the first
+    largest of every row.
     """
     batch, heads, nb, _ = choices.probability.shape
     config, blocks = inputs.config, inputs.blocks
     width, least = triton.next_power_of_2(nb + 1), top_k_of(config, nb)
-    top_k = None
-    if inputs.top_k is None:
-        edges = None if residual is None else edge(residual, least * nb)
-    else:
-        top_k = row_budget(inputs.top_k, nb).int()
-        edges = None if residual is None else edge(residual, head_budget(inputs.top_k, nb))
+    counts = None
+    budget, budgets, top_k = least * nb, None, None
+    if inputs.top_k is not None:
+        top_k, budgets = row_budget(inputs.top_k, nb).int(), head_budget(inputs.top_k, nb)
+    if residual is not None:
+        counts = torch.zeros(_DIGITS, batch * heads, 256, dtype=torch.int32, device=residual.device)
+        grid, options = (nb, batch * heads), {"WIDTH": width, "num_warps": _warps_of(width)}
+        _leaders_kernel[grid](choices.probability, residual, counts, nb, **options)
+        for known in range(1, _DIGITS):
+            _narrow_kernel[grid](residual, counts, budgets, nb, budget, KNOWN=known, **options)
     _select_kernel[(lists.counts.shape[2], batch * heads)](
         choices.probability, choices.block_mask, choices.compensated, choices.r, bias, lists.counts, lists.indices,
-        blocks.neighbours, blocks.first_frame, residual, edges, top_k,
-        blocks.idle, nb, least, config.top_p,
+        blocks.neighbours, blocks.first_frame, residual, counts, budgets, top_k,
+        blocks.idle, nb, least, budget, config.top_p,
         WIDTH=width, GIVEN=inputs.block_mask is not None, TOP_P=config.top_p > 0,
         NEIGHBOURS=config.neighbours, FIRST_FRAME=config.first_frame,
         COMPENSATE=config.rule.gate != "none", GAIN=config.rule.gate == "gain", TAIL=config.rule.tail,
@@ -60,8 +58,35 @@ def _warps_of(width: int) -> int:
 
 
 @triton.jit
-def _leaders_kernel(logits_ptr, residual_ptr, num_blocks, WIDTH: tl.constexpr):
-    """Multiplies a row of residuals by its probabilities; +inf in place of the first largest, 0 in place of NaN."""
+def _count(count_ptr, bits, wanted, KNOWN: tl.constexpr):
+    """Adds to the 256 counts of a head by the digit behind the KNOWN first ones, but not to the first count."""
+    digit = (bits >> (23 - 8 * KNOWN)) & 255 if KNOWN < 3 else bits & 127
+    count = tl.histogram(tl.where(wanted, digit, 0), 256)
+    place = tl.arange(0, 256)
+    to = count_ptr + (KNOWN * tl.num_programs(1) + tl.program_id(1)) * 256 + place
+    tl.atomic_add(to, count, mask=(place > 0) & (count > 0), sem="relaxed")
+
+
+@triton.jit
+def _first_digits(count_ptr, budget, KNOWN: tl.constexpr):
+    """The KNOWN first digits of the (budget + 1)-th largest number of a head; as bits, from the lowest on."""
+    place = tl.arange(0, 256)
+    digits = 0
+    for level in tl.static_range(KNOWN):
+        # [256]
+        count = tl.load(count_ptr + (level * tl.num_programs(1) + tl.program_id(1)) * 256 + place)
+        above = tl.sum(count, 0) - tl.cumsum(count, 0)  # numbers of larger digits
+        digit = tl.sum((above > budget).to(tl.int32), 0)
+        budget -= tl.sum(tl.where(place == digit, above, 0), 0)
+        digits = digits * (256 if level < 3 else 128) + digit
+    return digits
+
+
+@triton.jit
+def _leaders_kernel(logits_ptr, residual_ptr, count_ptr, num_blocks, WIDTH: tl.constexpr):
+    """Multiplies a row of residuals by its probabilities; +inf in place of the first largest, 0 in place of NaN. Counts
+    their first digits.
+    """
     row = tl.program_id(1).to(tl.int64) * num_blocks + tl.program_id(0)
     # [WIDTH]
     m = tl.arange(0, WIDTH)
@@ -70,14 +95,31 @@ def _leaders_kernel(logits_ptr, residual_ptr, num_blocks, WIDTH: tl.constexpr):
     left = tl.load(residual_ptr + row * num_blocks + m, mask=m < num_blocks, other=0.0) * weight / tl.sum(weight, 0)
     left = tl.where(left == left, tl.minimum(left, 3e38), 0.0)
     first = tl.argmax(tl.where(m < num_blocks, left, -1.0), 0)
-    tl.store(residual_ptr + row * num_blocks + m, tl.where(m == first, float("inf"), left), mask=m < num_blocks)
+    left = tl.where(m == first, float("inf"), left)
+    tl.store(residual_ptr + row * num_blocks + m, left, mask=m < num_blocks)
+    _count(count_ptr, left.to(tl.int32, bitcast=True), m < num_blocks, 0)
+
+
+@triton.jit
+def _narrow_kernel(
+    score_ptr, count_ptr, budget_ptr, num_blocks, budget, KNOWN: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Of a row of scores that begin as the (budget + 1)-th largest of the head counts the next digits."""
+    if budget_ptr is not None:
+        budget = tl.load(budget_ptr + tl.program_id(1)).to(tl.int32)
+    row = tl.program_id(1).to(tl.int64) * num_blocks + tl.program_id(0)
+    # [WIDTH]
+    m = tl.arange(0, WIDTH)
+    bits = tl.load(score_ptr + row * num_blocks + m, mask=m < num_blocks, other=0.0).to(tl.int32, bitcast=True)
+    alike = bits >> (31 - 8 * KNOWN) == _first_digits(count_ptr, budget, KNOWN)
+    _count(count_ptr, bits, alike & (m < num_blocks), KNOWN)
 
 
 @triton.jit
 def _select_kernel(
     logits_ptr, critical_ptr, compensated_ptr, r_ptr, bias_ptr, count_ptr, index_ptr,
-    neighbours_ptr, first_frame_ptr, residual_ptr, residual_edge_ptr, top_k_ptr, idle_ptr,
-    num_blocks, least, top_p,
+    neighbours_ptr, first_frame_ptr, residual_ptr, digits_ptr, budget_ptr, top_k_ptr, idle_ptr,
+    num_blocks, least, budget, top_p,
     WIDTH: tl.constexpr, GIVEN: tl.constexpr, TOP_P: tl.constexpr,
     NEIGHBOURS: tl.constexpr, FIRST_FRAME: tl.constexpr,
     COMPENSATE: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr, RESIDUAL: tl.constexpr, IDLE: tl.constexpr,
@@ -126,8 +168,10 @@ def _select_kernel(
                 three = isolated + tl.sum(tl.where(bits >= edge + 3 * step, probability, 0.0), 0) >= top_p
                 edge += step * (one.to(tl.int32) + two.to(tl.int32) + three.to(tl.int32))
         if RESIDUAL:
-            left = tl.load(residual_ptr + row * num_blocks + m, mask=inside, other=float("-inf"))
-            keep = left > tl.load(residual_edge_ptr + head)
+            if budget_ptr is not None:
+                budget = tl.load(budget_ptr + head).to(tl.int32)
+            left = tl.load(residual_ptr + row * num_blocks + m, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+            keep = (left > _first_digits(digits_ptr, budget, 4)) | (budget >= num_blocks * num_blocks)
         else:
             # of equal probabilities the lower index goes first
             ties = (bits == kth).to(tl.int32)

@@ -21,7 +21,7 @@ from .shapes import BenchError, Case, Tensors, Variant
 _SAMPLED_BLOCKS = 8
 _SAME_CHOICES = 0.99  # gains that equal their error up to rounding may fall on either side
 _R_TOLERANCE = 1e-2
-_EIGHT_BITS = 2.0**-4  # what rounding to float8 (e4m3) changes at most, as a share of a number
+_EIGHT_BITS = 2 * 2.0**-4  # float8 (e4m3) rounds a number by a sixteenth at most: a weight, and its value
 
 
 class Check(NamedTuple):

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from ..clock import RunClock
 from ..handle import is_int
 from .progress import Progress
 from .transformer import CachedTransformer
@@ -50,6 +51,10 @@ class TeaCacheHandle(AbstractContextManager["TeaCacheHandle"]):
 
     def __exit__(self, *error: object) -> None:
         self.disable()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TeaCacheHandle":
+        """What a deep copy of a pipeline gets that carries it: the copy is without TeaCache, so a handle of nothing."""
+        return TeaCacheHandle([], Progress(RunClock(None)), None)
 
     @property
     def active(self) -> bool:
