@@ -201,7 +201,7 @@ def directions_kernel(arch: str, head_dim: int, both: bool) -> Kernel:
     constants = {"RANK": RANK, "WIDTH": 16, "DIM": dim, "HEAD_DIM": head_dim, "COLUMNS": columns_of(dim), "ROUNDS": 10}
     tiling = tiling_of_directions(arch, dim)
     constants |= {"BOTH": both, "CHUNK": tiling.chunk}
-    options = {"num_warps": 8, "num_stages": tiling.num_stages}
+    options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     return kernel(f"directions {dim} both={both}", _directions_kernel, constants, **options)
 
 

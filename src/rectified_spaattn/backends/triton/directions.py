@@ -82,22 +82,26 @@ def _iterate(of: Moments, scale: float, first: torch.Tensor, second: torch.Tenso
         of.mean, of.covariance, of.weigh, room, first, second, trees, scale,
         DIM=dim, HEAD_DIM=of.weigh.shape[-1], COLUMNS=columns_of(dim), RANK=rank,
         WIDTH=max(16, triton.next_power_of_2(rank)), CHUNK=tiling.chunk, ROUNDS=ROUNDS, BOTH=both,
-        num_warps=8, num_stages=tiling.num_stages,
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
 
 
 class Tiling(NamedTuple):
-    """Columns of a matrix at once, 0: all, as all matrices fit into shared memory; pipeline stages."""
+    """Columns of a matrix at once, 0: all, as all matrices fit into shared memory; warps, 64 rows or more for four of
+    them; pipeline stages.
+    """
 
     chunk: int
+    num_warps: int
     num_stages: int
 
 
 def tiling_of(arch: str, dim: int) -> Tiling:
     """arch: "hip", or the compute capability as in "90"."""
+    warps = 4 if dim <= 64 else 8  # eight on 64 rows: an illegal access on Hopper (Triton 3.6)
     if arch not in ("80", "90", "100", "103"):  # shared memory is 64 or 99 KiB
-        return Tiling(32 if dim <= 256 else 16, 1)
-    return Tiling(0, 1) if dim <= 128 else Tiling(32, 2 if dim <= 256 else 1)
+        return Tiling(32 if dim <= 256 else 16, warps, 1)
+    return Tiling(0, warps, 1) if dim <= 128 else Tiling(32, warps, 2 if dim <= 256 else 1)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ class Tiled(NamedTuple):
     responses       where blocks are chosen by error: each [2, B, H or Hk, nb, r, r], as the sum of two like `pooled`
     tail_bias       float32 [B, rows - nb*b], what to add to an isolated key's logit: 0, or -inf where it is not valid
     tail_end        int32 [B], isolated keys from here on are not valid
-    order           int [B, Hk, nb*b], contiguous: where in the sequence the tiled rows of a head come from, where heads
+    order           int32 [B, Hk, nb*b], contiguous: where in the sequence the tiled rows of a head come from, if heads
                     differ; None: from blocks.places, as all other rows
     """
 
@@ -52,7 +52,7 @@ def tile(inputs: Inputs) -> Tiled:
     key_heads = k.shape[2]
     b, nb = blocks.block_size, blocks.num_blocks
     rows, tiled = blocks.places.numel(), blocks.tiled.numel()
-    order = None if inputs.token_order is None else inputs.token_order.contiguous()
+    order = None if inputs.token_order is None else inputs.token_order.int().contiguous()
     tail_bias = torch.empty(batch, rows - tiled, dtype=torch.float32, device=q.device)
     tail_end = torch.empty(batch, dtype=torch.int32, device=q.device)
     q_out = q.new_empty(batch, heads, rows, head_dim)
@@ -119,7 +119,7 @@ def _tile_kernel(
         _tell_valid(bias_ptr, end_ptr, valid_ptr, batch, n, num_blocks, rows, valid_st, leftover, text, BLOCK)
     # [BLOCK]
     i = n * BLOCK + tl.arange(0, BLOCK)
-    place = place_of(order_ptr, places_ptr, at, i, num_blocks * BLOCK)
+    place = place_of(order_ptr, places_ptr, at, n, i, num_blocks, BLOCK)
     if which > 0:
         place = tl.where(_valid(valid_ptr, i - num_blocks * BLOCK, valid_st, leftover, text), place, -1)
     half_responses = half // HEAD_DIM * RANK * RANK
@@ -163,13 +163,12 @@ def _tile_kernel(
 
 
 @triton.jit
-def place_of(order_ptr, places_ptr, key_head, i, tiled):
-    """Where in the sequence row i of a head comes from, -1 where from nowhere. i: [rows], int64 or int32."""
-    place = tl.load(places_ptr + i).to(tl.int64)
-    if order_ptr is not None:
-        own = tl.load(order_ptr + key_head * tiled + i, mask=i < tiled, other=0).to(tl.int64)
-        place = tl.where(i < tiled, own, place)
-    return place
+def place_of(order_ptr, places_ptr, key_head, n, i, num_blocks, BLOCK: tl.constexpr):
+    """Where in the sequence rows i of block n of a head come from, -1 where from nowhere: int64."""
+    if order_ptr is not None:  # noqa: SIM102, as the first is decided when this is compiled
+        if n < num_blocks:
+            places_ptr = order_ptr + key_head * num_blocks * BLOCK
+    return tl.load(places_ptr + i).to(tl.int64)
 
 
 @triton.jit
