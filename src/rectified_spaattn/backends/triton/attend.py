@@ -234,7 +234,7 @@ def _attend_kernel(
         # [COLUMNS]
         c = tl.load(c_ptr + planned * HEAD_DIM + d, mask=there, other=0.0)
         result = result * tl.load(r_ptr + planned) + c[None, :]
-    place = place_of(order_ptr, places_ptr, key_head.to(tl.int64), i, num_blocks * BLOCK)
+    place = place_of(order_ptr, places_ptr, key_head.to(tl.int64), n, i, num_blocks, BLOCK)
     to = out_ptr + batch * out_sb + h * out_sh
     mask = (place[:, None] >= 0) & there[None, :]
     tl.store(to + place[:, None] * out_ss + d[None, :], result.to(q.dtype), mask=mask)
