@@ -51,7 +51,7 @@ def attend(dtype: torch.dtype, tail: bool, slope: bool, own: bool) -> None:
     tiled = SimpleNamespace(
         q=q, k=blocks, v=blocks, k_tail=isolated, v_tail=isolated, tail_bias=torch.zeros(1, BLOCK),
         tail_end=torch.zeros(1, dtype=torch.int32),
-        order=torch.zeros(1, HEADS, BLOCKS * BLOCK, dtype=torch.int64) if tail else None,
+        order=torch.zeros(1, HEADS, BLOCKS * BLOCK, dtype=torch.int32) if tail else None,
     )  # fmt: skip
     pooled = SimpleNamespace(k=isolated, v=isolated, bias=torch.zeros(1, HEADS, BLOCKS, BLOCKS)) if tail else None
     slopes = torch.zeros(1, HEADS, head_dim, head_dim, dtype=dtype) if slope else None

@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from rectified_spaattn.backends.triton import columns_of
 from rectified_spaattn.backends.triton.arrange import _cut_kernel, _halve_kernel, _project_kernel, cut_warps
 from rectified_spaattn.backends.triton.attend import _attend_kernel, tiling_of
-from rectified_spaattn.backends.triton.directions import _directions_kernel, _moments_kernel
+from rectified_spaattn.backends.triton.directions import _directions_kernel, _moments_kernel, rows_of
 from rectified_spaattn.backends.triton.directions import tiling_of as tiling_of_directions
 from rectified_spaattn.backends.triton.eight_bits import _listed_kernel, _quantise_kernel, most
 from rectified_spaattn.backends.triton.eight_bits import tiling_of as tiling_in_8_bits
@@ -198,7 +198,7 @@ def moments_kernel(head_dim: int, group: int) -> Kernel:
 def directions_kernel(arch: str, head_dim: int, both: bool) -> Kernel:
     """both: of queries and keys together, as sorting needs them."""
     dim = head_dim * (2 if both else 1)
-    constants = {"RANK": RANK, "WIDTH": 16, "DIM": dim, "HEAD_DIM": head_dim, "COLUMNS": columns_of(dim), "ROUNDS": 10}
+    constants = {"RANK": RANK, "WIDTH": 16, "DIM": dim, "HEAD_DIM": head_dim, "COLUMNS": rows_of(dim), "ROUNDS": 10}
     tiling = tiling_of_directions(arch, dim)
     constants |= {"BOTH": both, "CHUNK": tiling.chunk}
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}

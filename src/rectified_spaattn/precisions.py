@@ -24,7 +24,7 @@ What rounding changes has nothing to do with what was left out, so their squares
 larger, a fourth of the 20% within which a tolerance takes an error for the one that was asked for.
 """
 ENTER = 0.8  # of ADDED: what it may be at most where a call that was in 16 bits goes to 8
-EVERY = 25  # denoising steps from one look to the next: a look takes nearly as long as a call
+EVERY = 25  # denoising steps from one look to the next, which is one more call: two in a run of 50 steps
 
 
 class Look(NamedTuple):

@@ -49,13 +49,13 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     if partial is None and inputs.config.rule.choice == "error":  # rows differ in length: the longest start first
         turns = longest_first(lists.counts)
     arch = arch_of(out.device)
-    if partial is None and why_not_gluon(arch, b, head_dim) is None:
+    listed = "all" if partial is None and num_blocks else "isolated" if partial and not partial.isolated else "none"
+    if listed == "all" and why_not_gluon(arch, b, head_dim) is None:
         from . import hopper
 
         hopper.attend(inputs, prepared, None, turns, out, lse)
         return out, lse
     tiling = tiling_of(arch, b, head_dim, resume=partial is not None)
-    listed = "all" if partial is None and num_blocks else "isolated" if partial and not partial.isolated else "none"
     # a descriptor takes its time, and cannot be of nothing: none of keys that are not read
     of_blocks = () if listed == "none" else (tiled.k, tiled.v)
     pool = () if tail is None else (tail.k, tail.v)
@@ -80,11 +80,6 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     return out, lse
 
 
-def _described(of: tuple[torch.Tensor, ...], count: int) -> tuple[TensorDescriptor | None, ...]:
-    """Keys and values, `count` rows at a time; None of none."""
-    return tuple(rows_of(x, count) for x in of if x.numel()) or (None, None)
-
-
 def why_not_gluon(arch: str, block: int, head_dim: int) -> str | None:
     """Why plain Triton does stage 6 and not Gluon (hopper.py); None where Gluon does."""
     version = triton_version() or "0.0"
@@ -95,6 +90,11 @@ def why_not_gluon(arch: str, block: int, head_dim: int) -> str | None:
     if block != 128 or head_dim != 128:
         return f"blocks of {block} and heads of {head_dim}, it takes 128 and 128"
     return None
+
+
+def _described(of: tuple[torch.Tensor, ...], count: int) -> tuple[TensorDescriptor | None, ...]:
+    """Keys and values, `count` rows at a time; None of none."""
+    return tuple(rows_of(x, count) for x in of if x.numel()) or (None, None)
 
 
 def rows_of(x: torch.Tensor, count: int) -> TensorDescriptor:

@@ -80,7 +80,7 @@ def _iterate(of: Moments, scale: float, first: torch.Tensor, second: torch.Tenso
     room = of.mean.new_empty((0,) if held else (trees, dim, rank))
     _directions_kernel[(trees,)](
         of.mean, of.covariance, of.weigh, room, first, second, trees, scale,
-        DIM=dim, HEAD_DIM=of.weigh.shape[-1], COLUMNS=columns_of(dim), RANK=rank,
+        DIM=dim, HEAD_DIM=of.weigh.shape[-1], COLUMNS=rows_of(dim), RANK=rank,
         WIDTH=max(16, triton.next_power_of_2(rank)), CHUNK=tiling.chunk, ROUNDS=ROUNDS, BOTH=both,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
     )  # fmt: skip
@@ -96,11 +96,15 @@ class Tiling(NamedTuple):
 
 def tiling_of(arch: str, dim: int) -> Tiling:
     """arch: "hip", or the compute capability as in "90"."""
-    # with Triton 3.6 eight warps on 64 rows make an illegal access on Hopper, and on any do not compile for Blackwell
-    warps = 16 if arch in ("100", "103") else 4 if dim <= 64 else 8
+    warps = 16 if arch in ("100", "103") else 8  # with eight Triton 3.6 does not compile it for Blackwell
     if arch not in ("80", "90", "100", "103"):  # shared memory is 64 or 99 KiB
         return Tiling(32 if dim <= 256 else 16, warps, 1)
     return Tiling(0, warps, 1) if dim <= 128 else Tiling(32, warps, 2 if dim <= 256 else 1)
+
+
+def rows_of(dim: int) -> int:
+    """Of a tile: eight warps on 64 make an illegal access on Hopper (Triton 3.6)."""
+    return max(128, columns_of(dim))
 
 
 @triton.jit

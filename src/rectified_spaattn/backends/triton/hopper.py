@@ -27,6 +27,7 @@ _HALF = gl.constexpr(64)  # queries of a group of warps
 _STEP = gl.constexpr(128)  # keys of a step
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+_RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # since Triton 3.9
 _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # its name before Triton 3.8
 
 
@@ -78,11 +79,22 @@ def _next(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _as(tile, dtype: gl.constexpr):
+    """The tile for numbers of another type, as many bits wide."""
+    if tile.dtype == dtype:
+        return tile
+    elif _RENAMED:
+        return tile.reinterpret(dtype, tile.shape, tile.layout)
+    else:
+        return tile._reinterpret(dtype, tile.shape, tile.layout)
+
+
+@gluon.jit
 def _send(desc, at, tiles, full, empty, slot, phase, STAGES: gl.constexpr):
     """Rows from row `at` on go to a slot of a ring, once both groups have done with what is there."""
     mbarrier.wait(empty.index(slot), phase)
     mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-    _copy(desc, [at, 0], full.index(slot), tiles.index(slot))
+    _copy(desc, [at, 0], full.index(slot), _as(tiles.index(slot), desc.dtype))
     return _next(slot, phase, STAGES)
 
 
@@ -237,9 +249,7 @@ def _multiply(
         k_slot, k_phase = slot, phase
         for j in range(pooled):
             mbarrier.wait(k_full.index(k_slot), k_phase)
-            spread = k_ring.index(k_slot)
-            if square.dtype != dtype:
-                spread = spread._reinterpret(square.dtype, spread.shape, spread.layout)
+            spread = _as(k_ring.index(k_slot), square.dtype)
             half = warpgroup_mma(square, spread.permute((1, 0)), nothing, use_acc=False, is_async=True)
             half = warpgroup_mma_wait(0, deps=[half])
             mbarrier.arrive(k_empty.index(k_slot))
