@@ -237,7 +237,7 @@ def test_a_pipeline_without_a_step_callback_is_watched_by_its_progress_bar() -> 
 def test_nothing_stays_on_where_something_that_was_asked_for_cannot_be_had() -> None:
     pipe = tiny.wan_pipeline()
     before = [block.attn1.processor for block in pipe.transformer.blocks]
-    mode = clip.clip.Mode(name="sparse", label="sparse", configs=(SparseConfig(block_size=16),), teacache=True)
+    mode = clip.Mode(name="sparse", label="sparse", configs=(SparseConfig(block_size=16),), teacache=True)
     with (
         rectified_spaattn.enable_teacache(pipe),
         pytest.raises(ClipError, match="TeaCache is enabled on"),
