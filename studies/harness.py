@@ -263,12 +263,12 @@ def interval(values: Sequence[float], sign: str = "") -> str:
     return "" if not values or math.isnan(fmean(values)) else bootstrap(values).text(3, sign)
 
 
-def main(kind: type[Sample], study: Callable[[Any], None]) -> None:
+def main(kind: type[Any], study: Callable[[Any], None]) -> None:
     """Run a study with options from the command line."""
     application(kind, study)()
 
 
-def application(kind: type[Sample], study: Callable[[Any], None]) -> typer.Typer:
+def application(kind: type[Any], study: Callable[[Any], None]) -> typer.Typer:
     """A command line of one command."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command(kind, study, (ClipError, CaptureError)))
