@@ -74,10 +74,12 @@ def test_more_columns_lose_only_what_lies_outside_eight_directions() -> None:
     torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("value", [0.0, 1e18, math.inf, math.nan])
 def test_what_cannot_be_told_apart_has_no_residual(value: float) -> None:
-    """Equal keys, or numbers that are none: zeros, not NaN."""
+    """Equal keys, or numbers that are none or have no product: zeros, not NaN."""
     q, k, v = video_like(1, 1, 64, 1, 8)
+    if value == 1e18:
+        q, k = q * value, k * value
     k = torch.full_like(k, 1.5) if value == 0 else k
     q[0, 5] = q[0, 5] if value == 0 else value
     seen = directions(q, k, torch.arange(64), SCALE)

@@ -91,7 +91,9 @@ class Blocks:
             return self
         if device not in self._moved:
             names = [each.name for each in fields(self) if isinstance(getattr(self, each.name), torch.Tensor)]
-            self._moved[device] = replace(self, **{name: getattr(self, name).to(device) for name in names})
+            moved = replace(self, **{name: getattr(self, name).to(device) for name in names})
+            _ = moved.places, moved.all_text  # made while a CUDA graph is captured they would be part of it
+            self._moved[device] = moved
         return self._moved[device]
 
     @cached_property

@@ -34,7 +34,7 @@ def principal(covariance: torch.Tensor, weigh: torch.Tensor) -> torch.Tensor:
     some = values > 100 * torch.finfo(values.dtype).eps * values[:, -1:]
     root = values.where(some, 0).sqrt()[:, None]
     seen = (vectors * root).transpose(1, 2) @ weigh.nan_to_num(0.0, 0.0, 0.0) @ (vectors * root)
-    main = torch.linalg.eigh(seen)[1][:, :, -DIRECTIONS:]
+    main = torch.linalg.eigh(seen.nan_to_num(0.0, 0.0, 0.0))[1][:, :, -DIRECTIONS:]
     return (vectors / root.where(some[:, None], math.inf)) @ main
 
 
