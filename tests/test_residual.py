@@ -171,7 +171,7 @@ def test_values_that_follow_keys_linearly_are_given_to_first_order(backend: str)
     assert errors["row+slope"] < 0.2 * errors["row"]
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128] if DEVICE.type == "cuda" else [64])  # interpreting takes long
 def test_kernels_choose_by_the_residuals_of_the_stage(head_dim: int) -> None:
     layout = TokenLayout.build((4, 9, 13), 13)  # 7 blocks of 64
     config = SparseConfig(rectify="row+slope", block_size=64, sparsity=0.7, top_p=0.0, order="gilbert")
@@ -219,10 +219,10 @@ def test_directions_of_the_kernel_span_what_those_of_the_stage_span() -> None:
 
 def test_longest_rows_first_changes_nothing() -> None:
     """The order in which query blocks are attended to is not seen in the output: fed back, the same choices give it."""
-    layout = TokenLayout.build((4, 9, 25), 13)
+    layout = TokenLayout.build((4, 5, 25), 13)
     config = SparseConfig(rectify="row+slope", block_size=64, sparsity=0.7, top_p=0.0)
     dtype = torch.float16 if DEVICE.type == "cuda" else torch.float32
-    q, k, v = (x.to(DEVICE) for x in video_like(4, 1, layout.sequence, 2, 64, dtype))
+    q, k, v = (x.to(DEVICE) for x in video_like(4, 1, layout.sequence, 1, 64, dtype))
     out, stats = rectified_attention(q, k, v, layout, config, return_stats=True, backend="triton")
     counts = stats.block_mask.sum(-1)
     assert counts.min() >= 1
