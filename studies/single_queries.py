@@ -27,7 +27,7 @@ from rectified_spaattn.lab.option import option
 from rectified_spaattn.method import arrange
 from rectified_spaattn.method.tail import CAP
 
-from . import harness
+from . import harness, ingredients
 from .ingredients import Estimate, estimate, first_order, sides
 from .rivals.contract import Head, head_of, relative_error
 from .rivals.groups import Groups, consecutive, exact, groups_of, k_means, within
@@ -52,24 +52,15 @@ SETTINGS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(harness.Options):
-    step: tuple[int, ...] = option("Denoising steps whose attention calls are taken, from 0.", (6,))
-    head: tuple[int, ...] = option("Heads that are looked at.", (), unset="all")
-    budget: tuple[float, ...] = option("Executed pairs over all pairs.", (0.115,))
+class Options(ingredients.Options):
     block_size: int = option("Tokens a block.", harness.EXACT.block_size)
     parts: tuple[str, ...] = option("Settings to compare.", SETTINGS, choices=SETTINGS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row(harness.Row):
-    """Means over the heads and calls of one pair. exact: the share of all pairs that single keys took."""
-
+class Row(ingredients.Row):
     KEYS: ClassVar[tuple[str, ...]] = ("budget", "block_size", "parts")
-    budget: float
     block_size: int
-    parts: str
-    error: float
-    exact: float
 
 
 class Parts(NamedTuple):

@@ -8,6 +8,7 @@ import math
 
 import torch
 
+from rectified_spaattn.method.arrange import lower_half, parted
 from rectified_spaattn.method.pool import Pooled
 from rectified_spaattn.method.tail import CAP
 
@@ -37,8 +38,8 @@ def exchanged(features: torch.Tensor, order: torch.Tensor, block_size: int) -> t
             line = (1 - 2 * left.float())[:, :, None] @ points  # [Z, pairs, 1, r], from the one mean to the other
             along = (points @ line.transpose(2, 3))[..., 0]
             # floats of 0 and more are ordered as their bits are, and the upper ones tell the sides of a cut
-            left = _lower_half((along - along.amin(2, keepdim=True)).view(torch.int32) >> 16)
-        parts[:, first], parts[:, first + (1 << shift)] = _parted(both, left).split(block_size, dim=2)
+            left = lower_half((along - along.amin(2, keepdim=True)).view(torch.int32) >> 16)
+        parts[:, first], parts[:, first + (1 << shift)] = parted(both, left).split(block_size, dim=2)
     return parts.flatten(1)
 
 
@@ -70,18 +71,3 @@ def unsettled(
         square = logits.sub_(total).exp_().square_().mul_(2 * half)
         result[:, h] = square.unflatten(1, (q.shape[2], -1)).mean(2).sqrt_()
     return result
-
-
-def _lower_half(value: torch.Tensor) -> torch.Tensor:
-    """bool [Z, nodes, n]: the n/2 smallest values of every node, of equal ones the first."""
-    half = value.shape[2] // 2
-    edge = value.kthvalue(half, dim=2, keepdim=True).values
-    below, equal = value < edge, value == edge
-    return below | (equal & (equal.cumsum(2) <= half - below.sum(2, keepdim=True)))
-
-
-def _parted(order: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-    """order [Z, nodes, n] with the n/2 that are left first, otherwise as it was."""
-    half, rank = order.shape[2] // 2, left.cumsum(2)
-    place = torch.where(left, rank - 1, half - rank + torch.arange(2 * half, device=order.device))
-    return torch.empty_like(order).scatter_(2, place, order)

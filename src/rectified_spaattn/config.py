@@ -193,6 +193,12 @@ class SparseConfig:
         return "inputs" if self.precision == "auto" else self.precision
 
     @property
+    def description(self) -> str:
+        """What a summary says beside the sparsity or the tolerance: how blocks are made, kept and repaired."""
+        precision = "" if self.precision == "inputs" else f", precision {self.precision}"
+        return f"top_p {self.top_p:g}, rectify {self.rectify}, block {self.block_size}, order {self.order}{precision}"
+
+    @property
     def keeps_plans(self) -> bool:
         """Whether a call leaves anything to the steps after it."""
         return self.replan > 1 and (self.by_content or self.kept_lists)

@@ -161,8 +161,4 @@ def _why_unknown(place: Place) -> str:
 def settings(config: SparseConfig) -> str:
     """A config in words, for the head of a summary."""
     tolerance = "" if config.tolerance is None else f"tolerance {config.tolerance:g}, first step at "
-    precision = "" if config.precision == "inputs" else f", precision {config.precision}"
-    return (
-        f"{tolerance}sparsity {config.sparsity:g}, top_p {config.top_p:g}, rectify {config.rectify}, "
-        f"block {config.block_size}, order {config.order}{precision}"
-    )
+    return f"{tolerance}sparsity {config.sparsity:g}, {config.description}"

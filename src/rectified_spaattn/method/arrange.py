@@ -120,7 +120,7 @@ def k_d_order(features: torch.Tensor, block_size: int) -> torch.Tensor:
         axis = _widest_axis(features, order, absent)  # [Z, nodes]
         at = order.clamp(max=count - 1).mul_(rank).add_(axis[:, :, None])
         value = flat.gather(1, at.flatten(1)).view_as(order).float().masked_fill_(absent, math.inf)
-        order = _halve(order, value).flatten(1)
+        order = parted(order, lower_half(value)).flatten(1)
         size //= 2
     return order[:, :count]
 
@@ -138,13 +138,17 @@ def _widest_axis(features: torch.Tensor, order: torch.Tensor, absent: torch.Tens
     return ((points - mean).square() * there).sum(2).argmax(-1)
 
 
-def _halve(order: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """order [Z, nodes, n] with the n/2 smallest values of every node first, otherwise as it was."""
-    half = order.shape[2] // 2
+def lower_half(value: torch.Tensor) -> torch.Tensor:
+    """bool [Z, nodes, n]: the n/2 smallest values of every node, of equal ones the first."""
+    half = value.shape[2] // 2
     edge = value.kthvalue(half, dim=2, keepdim=True).values
     below, equal = value < edge, value == edge
-    left = below | (equal & (equal.cumsum(2) <= half - below.sum(2, keepdim=True)))
-    rank = left.cumsum(2)
+    return below | (equal & (equal.cumsum(2) <= half - below.sum(2, keepdim=True)))
+
+
+def parted(order: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """order [Z, nodes, n] with the n/2 that are left first, otherwise as it was."""
+    half, rank = order.shape[2] // 2, left.cumsum(2)
     place = torch.where(left, rank - 1, half - rank + torch.arange(2 * half, device=order.device))
     return torch.empty_like(order).scatter_(2, place, order)
 

@@ -250,8 +250,4 @@ def settings_line(state: TransformerState) -> str:
     wanted = f"sparsity {config.sparsity:g}"
     if config.tolerance is not None:
         wanted = f"tolerance {config.tolerance:g} from {wanted} on, max_density {config.max_density:g}"
-    precision = "" if config.precision == "inputs" else f", precision {config.precision}"
-    return (
-        f"  {state.name} ({state.kind}): {len(state.layers)} layers,\n    {wanted}, "
-        f"top_p {config.top_p:g}, rectify {config.rectify}, block {config.block_size}, order {config.order}{precision}"
-    )
+    return f"  {state.name} ({state.kind}): {len(state.layers)} layers,\n    {wanted}, {config.description}"

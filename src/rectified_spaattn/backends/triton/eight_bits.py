@@ -16,6 +16,7 @@ from ...method.arrange import sample_of
 from ...method.inputs import Inputs
 from . import Partial, Prepared, arch_of, columns_of, interpreted
 from .attend import rows_of, why_not_gluon
+from .select import longest_first
 from .tile import Tiled
 
 _ROOM = 8  # weights of fp8 values are in [0, 2^8]: e4m3 holds down to 2^-9
@@ -57,7 +58,7 @@ def listed_blocks(inputs: Inputs, prepared: Prepared) -> Partial:
     arch, values = arch_of(out.device), inputs.config.precision == "fp8"
     in_gluon = values and head_dim == 128 and why_not_gluon(arch, b, head_dim) is None
     of = quantise(inputs, tiled, as_operand=in_gluon)
-    turns = lists.counts[..., :nb].argsort(dim=-1, descending=True, stable=True).int()
+    turns = longest_first(lists.counts[..., :nb].contiguous())
     if in_gluon:
         from . import hopper_eight_bits
 
