@@ -12,7 +12,6 @@ from ...method.inputs import Inputs
 from ...method.tail import CAP
 from ..calls import triton_version
 from . import Partial, Prepared, arch_of, columns_of, interpreted
-from .queries import own_square
 from .select import longest_first
 from .tile import place_of
 
@@ -139,6 +138,13 @@ def _tiling_of(arch: str, block: int, head_dim: int, resume: bool) -> Tiling:
 
 
 @triton.jit
+def own_square(q, scale, dtype):
+    """Whose product with the variances of keys is ½σ² in powers of two. scale: in powers of two."""
+    wide = q.to(tl.float32) * scale
+    return (wide * wide * 0.34657359).to(dtype)
+
+
+@triton.jit
 def _absorb(acc, total, top, score, scale, v):
     """One tile of keys joins a running softmax. score * scale is in powers of two."""
     new_top = tl.maximum(top, tl.max(score, 1) * scale)
@@ -164,12 +170,15 @@ def _absorb_biased(
         # [BLOCK_N]
         j = start + tl.arange(0, BLOCK_N)
         bias = tl.load(bias_ptr + j, mask=j < limit, other=float("-inf")) * 1.4426950408889634
-        # [BLOCK_M, BLOCK_N]
-        score = tl.dot(q, k_desc.load([first + start, 0]).T) * scale + bias[None, :]
+        k = k_desc.load([first + start, 0])
         if OWN:
-            half = tl.dot(square, k_var_desc.load([first_var + start, 0]).T)
-            score = tl.where(bias[None, :] == float("-inf"), score, score + tl.minimum(half, cap))
-        acc, total, top = _absorb(acc, total, top, score, 1.0, v_desc.load([first + start, 0]))
+            # [BLOCK_M, BLOCK_N]: what is added to a score is there before its product, in the same registers
+            half = tl.minimum(tl.dot(square, k_var_desc.load([first_var + start, 0]).T), cap) + bias[None, :]
+            score = tl.dot(q, k.T, tl.where(bias[None, :] == float("-inf"), float("-inf"), half) / scale)
+            acc, total, top = _absorb(acc, total, top, score, scale, v_desc.load([first + start, 0]))
+        else:
+            score = tl.dot(q, k.T) * scale + bias[None, :]
+            acc, total, top = _absorb(acc, total, top, score, 1.0, v_desc.load([first + start, 0]))
     return acc, total, top
 
 

@@ -253,15 +253,17 @@ def _multiply(
             half = warpgroup_mma_wait(0, deps=[half])
             mbarrier.arrive(k_empty.index(k_slot))
             k_slot, k_phase = _next(k_slot, k_phase, STAGES)
+            key = j * _STEP + gl.arange(0, _STEP, gl.SliceLayout(0, of_score))
+            bias = gl.load(pool_bias + key, mask=key < num_blocks, other=float("-inf")) * _LOG2_E
+            # what is added to a score is there before its product: both lie in the same registers
+            half = gl.where(bias[None, :] == float("-inf"), float("-inf"), gl.minimum(half, cap) + bias[None, :])
             mbarrier.wait(k_full.index(k_slot), k_phase)
-            score = warpgroup_mma(q, k_ring.index(k_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            k_pool = k_ring.index(k_slot).permute((1, 0))
+            score = warpgroup_mma(q, k_pool, half * (1.0 / scale), is_async=True)
             score = warpgroup_mma_wait(0, deps=[score])
             mbarrier.arrive(k_empty.index(k_slot))
             k_slot, k_phase = _next(k_slot, k_phase, STAGES)
-            key = j * _STEP + gl.arange(0, _STEP, gl.SliceLayout(0, of_score))
-            bias = gl.load(pool_bias + key, mask=key < num_blocks, other=float("-inf")) * _LOG2_E
-            half = gl.where(bias[None, :] == float("-inf"), 0.0, gl.minimum(half, cap))
-            weights, top, total, shrink = _softmax(score * scale + bias[None, :] + half, top, total, 1.0)
+            weights, top, total, shrink = _softmax(score, top, total, scale)
             weights = gl.convert_layout(weights.to(dtype), of_p)
             acc = acc * gl.convert_layout(shrink, of_out_row)[:, None]
             mbarrier.wait(v_full.index(slot), phase)

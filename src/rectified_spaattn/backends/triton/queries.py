@@ -10,6 +10,7 @@ from ...method.inputs import Inputs
 from ...method.residual import sampled_rows
 from ...method.tail import CAP
 from . import columns_of
+from .attend import own_square, rows_of
 from .tile import Tiled
 
 
@@ -18,34 +19,24 @@ def told_by_queries(inputs: Inputs, tiled: Tiled, residual: torch.Tensor) -> Non
     batch, heads, nb, _ = residual.shape
     rows = sampled_rows(inputs.blocks.block_size)
     columns = columns_of(inputs.q.shape[3])
+    block_n = 64 if columns <= 128 else 32
     if tiled.k_pool is None or tiled.pooled.k_var is None:
         raise ValueError("told_by_queries: got tokens tiled without a tail; tile with the same rule.")
     _told_kernel[(triton.cdiv(nb * len(rows), 64), batch * heads)](
-        tiled.q, tiled.k_pool, tiled.pooled.k_var, tiled.k_tail, tiled.tail_bias, residual,
+        tiled.q, *(rows_of(x, block_n) for x in (tiled.k_pool, tiled.pooled.k_var)),
+        tiled.k_tail, tiled.tail_bias, residual,
         heads, inputs.group, nb, tiled.q.shape[2], tiled.k_pool.shape[2], tiled.k_tail.shape[2],
         inputs.scale / math.log(2), math.log2(inputs.blocks.block_size), CAP / math.log(2),
         STEP=rows.step, SAMPLED=len(rows), HEAD_DIM=inputs.q.shape[3], COLUMNS=columns,
-        BLOCK_M=64, BLOCK_N=64 if columns <= 128 else 32, num_warps=4, num_stages=2,
+        BLOCK_M=64, BLOCK_N=block_n, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
 @triton.jit
-def own_square(q, scale, dtype):
-    """Whose product with the variances of keys is ½σ² in powers of two. scale: in powers of two."""
-    wide = q.to(tl.float32) * scale
-    return (wide * wide * 0.34657359).to(dtype)
-
-
-@triton.jit
-def _scores(
-    q, square, k_ptr, k_var_ptr, m, num_blocks, scale, log_b, cap, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _scores(q, square, k_desc, k_var_desc, first, first_var, m, num_blocks, scale, log_b, cap):
     """Logits over some pooled keys, and the half variances in them, both in powers of two: [BLOCK_M, BLOCK_N]."""
-    d = tl.arange(0, COLUMNS)
-    at, inside = m[:, None] * HEAD_DIM + d[None, :], (m[:, None] < num_blocks) & (d[None, :] < HEAD_DIM)
-    k = tl.load(k_ptr + at, mask=inside, other=0.0)
-    half = tl.dot(square, tl.load(k_var_ptr + at, mask=inside, other=0.0).T)
-    score = tl.dot(q, k.T) * scale + log_b + tl.minimum(half, cap)
+    half = tl.dot(square, k_var_desc.load([first_var, 0]).T)
+    score = tl.dot(q, k_desc.load([first, 0]).T) * scale + log_b + tl.minimum(half, cap)
     return tl.where(m[None, :] < num_blocks, score, float("-inf")), half
 
 
@@ -59,7 +50,7 @@ def _joined(top, total, score):
 
 @triton.jit
 def _told_kernel(
-    q_ptr, k_ptr, k_var_ptr, tail_ptr, tail_bias_ptr, residual_ptr,
+    q_ptr, k_desc, k_var_desc, tail_ptr, tail_bias_ptr, residual_ptr,
     heads, group, num_blocks, rows, pool_rows, tail, scale, log_b, cap,
     STEP: tl.constexpr, SAMPLED: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -75,9 +66,8 @@ def _told_kernel(
     inside = (n + i // SAMPLED < num_blocks)[:, None] & (d[None, :] < HEAD_DIM)
     # [BLOCK_M, COLUMNS]
     q = tl.load(q_ptr + row[:, None] * HEAD_DIM + d[None, :], mask=inside, other=0.0)
-    square = own_square(q, scale, k_var_ptr.dtype.element_ty)
-    k_ptr += key_head * pool_rows * HEAD_DIM
-    k_var_ptr += key_head * num_blocks * HEAD_DIM
+    square = own_square(q, scale, k_var_desc.dtype)
+    first, first_var = (key_head * pool_rows).to(tl.int32), (key_head * num_blocks).to(tl.int32)
     # [BLOCK_M]
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -90,13 +80,17 @@ def _told_kernel(
         top, total = _joined(top, total, tl.dot(q, k.T) * scale + bias[None, :])
     for start in tl.range(0, num_blocks, BLOCK_N):
         m = start + tl.arange(0, BLOCK_N)
-        score, _ = _scores(q, square, k_ptr, k_var_ptr, m, num_blocks, scale, log_b, cap, HEAD_DIM, COLUMNS)
+        score, _ = _scores(
+            q, square, k_desc, k_var_desc, first + start, first_var + start, m, num_blocks, scale, log_b, cap
+        )
         top, total = _joined(top, total, score)
     lse = top + tl.log2(total)
     n += tl.arange(0, EACH)
     for start in tl.range(0, num_blocks, BLOCK_N):
         m = start + tl.arange(0, BLOCK_N)
-        score, half = _scores(q, square, k_ptr, k_var_ptr, m, num_blocks, scale, log_b, cap, HEAD_DIM, COLUMNS)
+        score, half = _scores(
+            q, square, k_desc, k_var_desc, first + start, first_var + start, m, num_blocks, scale, log_b, cap
+        )
         # [BLOCK_M, BLOCK_N]
         share = tl.exp2(score - lse[:, None])
         # [EACH, BLOCK_N]: Σ p² σ², and half is ½σ² in powers of two
