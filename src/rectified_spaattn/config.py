@@ -66,7 +66,8 @@ class SparseConfig:
                       compensated only where the gain beats the pooling error (the paper); "row": every dropped block
                       joins the softmax of every query as one pooled key, its mass corrected for how the block's keys
                       spread; "row+slope": besides, values follow keys to first order, and blocks are kept by the
-                      error that they would leave, as many a head, not a row, as `sparsity` says (the default)
+                      error that they would leave, as many a head, not a row, as `sparsity` says; "query+slope":
+                      besides, single queries tell that error and that spread, not the mean of their block (the default)
     block_size        b, tokens a block, a multiple of 16
     order             how tokens are laid out before they are cut into blocks: in space "gilbert" (the paper), "tile",
                       "raster"; or "content": sorted in every call and head, so that a block holds tokens that attend
@@ -98,7 +99,7 @@ class SparseConfig:
 
     sparsity: float = 0.8
     top_p: float = 0.3
-    rectify: Rectify = "row+slope"
+    rectify: Rectify = "query+slope"
     block_size: int = 128
     order: Order = "content"
     precision: Precision = "inputs"
