@@ -71,7 +71,9 @@ def attend(size: Size, dtype: torch.dtype, tail: bool, slope: bool, own: bool) -
     prepared = Prepared(cast(Any, tiled), lists(size), Rectification(r, c, cast(Any, pooled), slopes))
     turns = lists(size).counts if tail else None
     spread = torch.zeros(2, 1, heads, num_blocks, head_dim, dtype=torch.bfloat16) if own else None
-    hopper.attend(cast(Any, inputs), prepared, spread, turns, q.transpose(1, 2), torch.zeros(1, heads, rows))
+    hopper.attend(
+        cast(Any, inputs), prepared, spread, num_blocks + 1, turns, q.transpose(1, 2), torch.zeros(1, heads, rows)
+    )
 
 
 def listed(size: Size) -> None:

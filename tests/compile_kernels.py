@@ -52,7 +52,7 @@ def kernels(arch: str) -> Iterator[Kernel]:
     256       a head of 256 on the others and 90-every: tiles are twice as large, and where they fit follows the
               architecture
 
-    Only for 90 a partial result is taken up (RESUME), after FlashAttention-4.
+    A partial result is taken up (RESUME) after 8 bits and, on 90, FlashAttention-4.
     """
     if arch == "90-every":
         yield from every_variant()
@@ -66,12 +66,11 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield directions_kernel(arch, 128, arch != "90")  # that of both is slow to compile: every_variant has it
     yield project_kernel(128)
     if arch != "hip":
-        yield attend_kernel(arch, 128, 128, True, *TAILS[-1], "isolated")
+        yield attend_kernel(arch, 128, 128, True, *TAILS[-1])
         for values in (False, True) if arch != "80" else (False,):  # which has no 8-bit floats
             yield listed_kernel(arch, 128, 128, values)
             yield quantise_kernel(values)
     if arch == "90":
-        yield attend_kernel("90", 128, 128, True, *TAILS[-1])
         yield from with_the_fewest_flags()
     else:
         yield from of_wide_heads(arch)
@@ -217,21 +216,17 @@ def select_kernel(width: int, given: bool, *flags: str) -> Kernel:
     return kernel(name, _select_kernel, constants, num_warps=min(max(width // 512, 1), 16))
 
 
-def attend_kernel(
-    arch: str, block: int, head_dim: int, resume: bool, tail: bool, slope: bool, listed: str | None = None
-) -> Kernel:
-    """listed: whose listed blocks are attended to; None: of those that nothing has attended to before."""
+def attend_kernel(arch: str, block: int, head_dim: int, resume: bool, tail: bool, slope: bool) -> Kernel:
     tiling = tiling_of(arch, block, head_dim, resume)
     constants = {"BLOCK": block, "HEAD_DIM": head_dim, "RESUME": resume, "TAIL": tail, "SLOPE": slope}
     constants |= {"COLUMNS": columns_of(head_dim), "PART": gcd(tiling.block_n, head_dim)}
-    listed = listed or ("none" if resume else "all")
-    constants |= {"TURNS": slope and not resume, "LISTED": listed}
+    constants |= {"TURNS": slope and not resume, "LISTED": not resume}
     constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "TAIL_STAGES": tiling.tail_stages}
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     if tiling.maxnreg is not None:
         options["maxnreg"] = tiling.maxnreg
     return kernel(
-        f"attend {block}x{head_dim} resume={resume} {listed} tail={tail} slope={slope}",
+        f"attend {block}x{head_dim} resume={resume} tail={tail} slope={slope}",
         _attend_kernel,
         constants,
         **options,

@@ -35,6 +35,7 @@ def attend(
     inputs: Inputs,
     prepared: Prepared,
     spread: torch.Tensor | None,
+    query_blocks: int,
     turns: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -42,14 +43,15 @@ def attend(
     """What `attend` of attend.py computes without a partial result, for blocks and heads of 128, into out and lse.
 
     spread: bfloat16 [..., Hk, nb, D], where queries add a half variance of their own to the tail's logits.
-    turns: int32 [B, H, rows / b], which query block is whose turn; None: the last first.
+    query_blocks: how many; fewer than all are the last ones.
+    turns: int32 [B, H, rows / b], which query block is whose turn, of all of them; None: the last first.
     """
     tiled, lists, (r, c, tail, slope) = prepared
     batch, heads, rows, head_dim = tiled.q.shape
     # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never count
     pool = (tiled.q, tiled.q) if tail is None else (tail.k, tail.v)
     keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail, *pool))
-    _attend_kernel[(rows // BLOCK, batch * heads)](
+    _attend_kernel[(query_blocks, batch * heads)](
         _rows_of(tiled.q, _HALF.value), *(_rows_of(x, _STEP.value) for x in keys),
         _rows_of(tiled.q if spread is None else spread, _STEP.value),
         _rows_of(tiled.q if slope is None else slope, head_dim),
