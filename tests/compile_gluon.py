@@ -61,19 +61,17 @@ def attend(size: Size, dtype: torch.dtype, tail: bool, slope: bool, own: bool) -
         tail_end=torch.zeros(1, dtype=torch.int32),
         order=torch.zeros(1, heads, num_blocks * BLOCK, dtype=torch.int32) if tail else None,
     )  # fmt: skip
-    pooled = (
-        SimpleNamespace(k=isolated, v=isolated, bias=torch.zeros(1, heads, num_blocks, num_blocks)) if tail else None
-    )
+    bias = torch.zeros(1, heads, num_blocks, num_blocks)
+    k_var = torch.zeros(2, 1, heads, num_blocks, head_dim, dtype=torch.bfloat16) if own else None
+    pooled = SimpleNamespace(k=isolated, v=isolated, bias=bias, k_var=k_var) if tail else None
     slopes = torch.zeros(1, heads, head_dim, head_dim, dtype=dtype) if slope else None
     r, c = torch.zeros(1, heads, num_blocks), torch.zeros(1, heads, num_blocks, head_dim)
     places = torch.zeros(rows, dtype=torch.int32)
     inputs = SimpleNamespace(group=1, blocks=SimpleNamespace(num_blocks=num_blocks, places=places), scale=0.1)
     prepared = Prepared(cast(Any, tiled), lists(size), Rectification(r, c, cast(Any, pooled), slopes))
     turns = lists(size).counts if tail else None
-    spread = torch.zeros(2, 1, heads, num_blocks, head_dim, dtype=torch.bfloat16) if own else None
-    hopper.attend(
-        cast(Any, inputs), prepared, spread, num_blocks + 1, turns, q.transpose(1, 2), torch.zeros(1, heads, rows)
-    )
+    out, lse = q.transpose(1, 2), torch.zeros(1, heads, rows)
+    hopper.attend(cast(Any, inputs), prepared, num_blocks + 1, turns, out, lse)
 
 
 def listed(size: Size) -> None:

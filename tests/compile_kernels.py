@@ -25,9 +25,11 @@ from rectified_spaattn.backends.triton.directions import tiling_of as tiling_of_
 from rectified_spaattn.backends.triton.eight_bits import _listed_kernel, _quantise_kernel, most
 from rectified_spaattn.backends.triton.eight_bits import tiling_of as tiling_in_8_bits
 from rectified_spaattn.backends.triton.plan import _compensate_kernel, _scores_kernel
+from rectified_spaattn.backends.triton.queries import _told_kernel
 from rectified_spaattn.backends.triton.select import _leaders_kernel, _narrow_kernel, _select_kernel, _turns_kernel
 from rectified_spaattn.backends.triton.slope import _mass_kernel, _slope_kernel
 from rectified_spaattn.backends.triton.tile import _tile_kernel
+from rectified_spaattn.method.residual import sampled_rows
 
 SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "TAIL", "RESIDUAL", "IDLE")
 TAILS = ((False, False), (True, False), (True, True))  # tail, slope
@@ -60,6 +62,7 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield attend_kernel(arch, 128, 128, False, *TAILS[-1])
     yield scores_kernel(128, True, True, RANK)
     yield compensate_kernel(128)
+    yield told_kernel(128)
     yield slope_kernel(128, 128)
     yield tile_kernel(128, 128, True, True, RANK)
     yield moments_kernel(128, 2)
@@ -97,6 +100,7 @@ def with_the_fewest_flags() -> Iterator[Kernel]:
 
 def of_wide_heads(arch: str) -> Iterator[Kernel]:
     yield attend_kernel(arch, 128, 256, False, *TAILS[-1])
+    yield told_kernel(256)
     yield compensate_kernel(256)
     yield slope_kernel(128, 256)
     yield tile_kernel(128, 256, True, True, RANK)
@@ -119,6 +123,7 @@ def every_variant() -> Iterator[Kernel]:
             yield scores_kernel(head_dim, gain, tail)
         yield scores_kernel(head_dim, False, True, RANK)
         yield compensate_kernel(head_dim)
+        yield told_kernel(head_dim)
         yield project_kernel(head_dim)
     yield attend_kernel("90", 128, 96, False, *TAILS[-1])
     yield attend_kernel("90", 128, 96, True, *TAILS[-1])
@@ -180,6 +185,13 @@ def compensate_kernel(head_dim: int) -> Kernel:
     return kernel(f"compensate {head_dim}", _compensate_kernel, constants)
 
 
+def told_kernel(head_dim: int) -> Kernel:
+    columns, rows = columns_of(head_dim), sampled_rows(128)
+    constants = {"STEP": rows.step, "SAMPLED": len(rows), "HEAD_DIM": head_dim, "COLUMNS": columns}
+    constants |= {"BLOCK_M": 64, "BLOCK_N": 64 if columns <= 128 else 32}
+    return kernel(f"told {head_dim}", _told_kernel, constants, num_warps=4, num_stages=2)
+
+
 def project_kernel(head_dim: int) -> Kernel:
     constants = {"HEAD_DIM": head_dim, "COLUMNS": columns_of(head_dim), "BLOCK": 64, "WIDTH": 16, "q_sd": 1, "k_sd": 1}
     return kernel(f"project {head_dim}", _project_kernel, constants)
@@ -217,8 +229,9 @@ def select_kernel(width: int, given: bool, *flags: str) -> Kernel:
 
 
 def attend_kernel(arch: str, block: int, head_dim: int, resume: bool, tail: bool, slope: bool) -> Kernel:
-    tiling = tiling_of(arch, block, head_dim, resume)
-    constants = {"BLOCK": block, "HEAD_DIM": head_dim, "RESUME": resume, "TAIL": tail, "SLOPE": slope}
+    """With a slope every query has a half variance of its own, too, as in the default."""
+    tiling = tiling_of(arch, block, head_dim, resume, own=slope)
+    constants = {"BLOCK": block, "HEAD_DIM": head_dim, "RESUME": resume, "TAIL": tail, "SLOPE": slope, "OWN": slope}
     constants |= {"COLUMNS": columns_of(head_dim), "PART": gcd(tiling.block_n, head_dim)}
     constants |= {"TURNS": slope and not resume, "LISTED": not resume}
     constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "TAIL_STAGES": tiling.tail_stages}
@@ -309,6 +322,7 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
             *("to_q_ptr", "to_k_ptr"),
         ),
         "_scores_kernel": ("tail_ptr",),
+        "_told_kernel": ("q_ptr", "tail_ptr"),
         "_project_kernel": ("q_ptr", "k_ptr", "w_ptr"),
         "_moments_kernel": ("q_ptr", "k_ptr"),
         "_directions_kernel": ("first_ptr",) if constants.get("BOTH") else ("first_ptr", "second_ptr"),
@@ -338,9 +352,8 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
 
 def source_of(kernel: Kernel) -> ASTSource:
     names = list(kernel.types)
-    aligned = [
-        name for name, kind in kernel.types.items() if kind.startswith("*") or name.endswith(("_ss", "_sh", "half"))
-    ]
+    ends = ("_ss", "_sh", "half")
+    aligned = [name for name, kind in kernel.types.items() if kind.startswith("*") or name.endswith(ends)]
     return ASTSource(
         kernel.function,
         kernel.types,

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 SHARED_KIB = {"80": 163, "89": 99, "90": 227, "90-every": 227, "100": 227, "120": 99, "hip": 64}
-TENSOR_CORES = {"attend", "scores", "compensate", "project", "slope", "tile", "moments", "directions"}
+TENSOR_CORES = {"attend", "scores", "compensate", "project", "slope", "tile", "moments", "directions", "told"}
 EIGHT_BITS = {"listed", "quantise"}
 EVERY = TENSOR_CORES | {"halve", "cut", "turns", "leaders", "narrow", "select", "mass"}
 OF_ARCH = dict.fromkeys(SHARED_KIB, TENSOR_CORES | EIGHT_BITS) | {
