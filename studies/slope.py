@@ -19,7 +19,7 @@ from . import harness
 
 RECTIFY["slope alone"] = Rule(tail=True, slope=True)
 RECTIFY["choice alone"] = Rule(tail=True, choice="error")
-MODES = ("row", "slope alone", "choice alone", "row+slope")
+MODES = ("row", "slope alone", "choice alone", "row+slope", "query+slope")
 
 
 @dataclass(frozen=True, kw_only=True)

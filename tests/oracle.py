@@ -11,6 +11,8 @@ import torch
 from rectified_spaattn import SparseConfig, TokenLayout
 from rectified_spaattn.orders import CURVES
 
+BY_ERROR = ("row+slope", "query+slope")  # modes that choose blocks by the error they would leave
+
 
 @dataclass
 class Truth:
@@ -82,7 +84,7 @@ def choose_blocks(
     above = (beats * other).sum(-1)
     top_k = max(1, int((1 - config.sparsity) * nb))
     keep = rank < top_k
-    if config.rectify == "row+slope":
+    if config.rectify in BY_ERROR:
         best = torch.nn.functional.one_hot(residual.argmax(-1), nb) > 0 if nb else keep
         score = residual.masked_fill(best, torch.inf).flatten(-2)
         at_least = (score[..., None, :] >= score[..., :, None]).sum(-1)  # all that tie with a block go with it
@@ -152,8 +154,14 @@ def oracle(
     half_variance = _half_variance(qm, k, member_b, scale)
     critical, residual = block_mask, None
     if block_mask is None:
-        if config.rectify == "row+slope":
-            residual = _residual(p_blocks, half_variance, q_block, k, v, member_b, tiled, scale, group)
+        if config.rectify in BY_ERROR:
+            told = p_blocks * (2 * half_variance).sqrt()
+            if config.rectify == "query+slope":
+                place = torch.zeros(sequence)
+                for position, at in enumerate(_along_the_curve(layout, config)):
+                    place[at] = position % b
+                told = _told_by_queries(q_block, k, member_b, alone[:, None, None, :], place, scale, b)
+            residual = told * _moved(q_block, k, v, member_b, tiled, scale, group)
         critical = choose_blocks(probability, layout, config, residual)
     worth = torch.einsum("bhnd,bhmd->bhnm", qm, km).abs()
     error = torch.einsum("bhnd,bhmd->bhnm", dq, km).abs() + torch.einsum("bhnd,bhmd->bhnm", qm, dk).abs()
@@ -167,6 +175,7 @@ def oracle(
             "ipar+gapr": ~critical & (worth > error),
             "row": ~critical,
             "row+slope": ~critical,
+            "query+slope": ~critical,
         }[config.rectify]
 
     # 5 rectify, 6 attend: one S x S matrix for all of it
@@ -179,21 +188,22 @@ def oracle(
     attention = logits.masked_fill(~sees, -torch.inf).softmax(-1)
     r_token = torch.einsum("bhn,sn->bhs", r, member) + (~tiled).double()
     weights = r_token[..., None] * attention + spread
-    if config.rectify in ("row", "row+slope"):
-        added = torch.tensor(float(b), dtype=torch.float64).log() + half_variance.clamp(max=2)
+    if config.rectify in ("row", *BY_ERROR):
+        half = _half_variance(q, k, member_b, scale) if config.rectify == "query+slope" else member @ half_variance
         exact, pooled = _with_pooled_keys(
-            q, km, logits.masked_fill(~sees, -torch.inf), added.masked_fill(~compensated, -torch.inf), member, scale
+            q, km, logits.masked_fill(~sees, -torch.inf), member @ compensated.double() > 0, half.clamp(max=2), scale, b
         )
         weights = exact + torch.einsum("bhsm,tm->bhst", pooled, member_b)
-    if config.rectify == "row+slope":
-        mass = (p_blocks * half_variance.clamp(max=2).exp() * compensated).sum(2)  # [B, H, nb]
+    if config.rectify in BY_ERROR:
+        spread = half_variance if config.rectify == "row+slope" else torch.zeros_like(half_variance)
+        mass = (p_blocks * spread.clamp(max=2).exp() * compensated).sum(2)  # [B, H, nb]
         mass = mass / mass.sum(-1, keepdim=True).clamp(min=1e-300)
         # q·(k_t - k̄) for the token t of block m, times the weight of m over b: row s of q H Vᵀ without V
         within = torch.eye(sequence, dtype=torch.float64) - member @ member_b.T
         moved = scale * q @ (within @ k).transpose(-1, -2) * torch.einsum("bhm,tm->bht", mass, member_b)[:, :, None]
         weights = weights + pooled.sum(-1, keepdim=True) * (moved @ within)
     executed = sees.double().mean(1).sum((1, 2))
-    if config.rectify in ("row", "row+slope"):  # a pooled key of a block is one key to each of b queries
+    if config.rectify in ("row", *BY_ERROR):  # a pooled key of a block is one key to each of b queries
         executed = executed + b * compensated.double().mean(1).sum((1, 2))
     pairs = executed / (sequence * valid.sum(1))
     return Truth(
@@ -208,34 +218,52 @@ def oracle(
     )
 
 
-def _half_variance(qm: torch.Tensor, k: torch.Tensor, member_b: torch.Tensor, scale: float) -> torch.Tensor:
-    """½ scale² Σ_d q̄_d² (mean of k_d² - k̄_d²): [B, H, nb, nb]."""
+def _half_variance(q: torch.Tensor, k: torch.Tensor, member_b: torch.Tensor, scale: float) -> torch.Tensor:
+    """½ scale² Σ_d q_d² (mean of k_d² - k̄_d²), of queries or their means: [B, H, S or nb, nb]."""
     mean, square = (torch.einsum("bhsd,sn->bhnd", x, member_b) for x in (k, k * k))
-    return scale**2 / 2 * torch.einsum("bhnd,bhmd->bhnm", qm**2, square - mean**2)
+    return scale**2 / 2 * torch.einsum("bhnd,bhmd->bhnm", q**2, square - mean**2)
 
 
 def _with_pooled_keys(
     q: torch.Tensor,
     km: torch.Tensor,
     logits: torch.Tensor,
-    added: torch.Tensor,
-    member: torch.Tensor,
+    joins: torch.Tensor,
+    half: torch.Tensor,
     scale: float,
+    b: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [B, H, S, S] and [B, H, S, nb] of one softmax over exact and pooled keys, whose logits are
-    scale * q·k̄ + added [B, H, nb, nb].
+    scale * q·k̄ + log b + half where joins, bool [B, H, S, nb]; half: [B, H, S, nb].
     """
-    tiled = member.sum(1) > 0
-    none = torch.full((*added.shape[:2], 1, added.shape[3]), -torch.inf, dtype=torch.float64)
-    of_block = torch.where(tiled, member.argmax(1) if member.shape[1] else 0, member.shape[1])  # the row of `none`
-    pooled = scale * torch.einsum("bhsd,bhmd->bhsm", q, km) + torch.cat([added, none], 2)[:, :, of_block]
-    both = torch.cat([logits, pooled], -1).softmax(-1)
-    return both[..., : len(member)], both[..., len(member) :]
+    pooled = scale * torch.einsum("bhsd,bhmd->bhsm", q, km) + torch.tensor(float(b)).double().log() + half
+    both = torch.cat([logits, pooled.masked_fill(~joins, -torch.inf)], -1).softmax(-1)
+    return both[..., : logits.shape[-1]], both[..., logits.shape[-1] :]
 
 
-def _residual(
-    p_blocks: torch.Tensor,
-    half_variance: torch.Tensor,
+def _told_by_queries(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    member_b: torch.Tensor,
+    alone: torch.Tensor,
+    place: torch.Tensor,
+    scale: float,
+    b: int,
+) -> torch.Tensor:
+    """The root mean square of P_i σ_i over some queries of a block: [B, H, nb, nb]. alone: bool [B, 1, 1, S], isolated
+    valid keys; place: [S], a token's in its block.
+    """
+    half = _half_variance(q, k, member_b, scale)
+    km = torch.einsum("bhsd,sn->bhnd", k, member_b)
+    pooled = scale * torch.einsum("bhsd,bhmd->bhsm", q, km) + torch.tensor(float(b)).double().log()
+    single = (scale * q @ k.transpose(-1, -2)).masked_fill(~alone, -torch.inf)
+    weights = torch.cat([pooled + half.clamp(max=2), single], -1).softmax(-1)[..., : member_b.shape[1]]
+    step = max(1, b // 32)  # of the queries of a block that are looked at
+    some = member_b * (place % step == step // 2)[:, None]
+    return torch.einsum("bhsm,sn->bhnm", weights**2 * 2 * half, some / some.sum(0)).sqrt()
+
+
+def _moved(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -244,11 +272,12 @@ def _residual(
     scale: float,
     group: int,
 ) -> torch.Tensor:
-    """P σ |scale q H_m|, H_m projected on the 8 main generalised eigenvectors of M_q and the covariance of keys, over
-    all tiled tokens (fewer than the 2048 of a sample) of the `group` heads that share keys. q, k, v: [B, H, S, D].
+    """The root mean square of |scale q H_m| over the queries of a block, H_m projected on the 8 main generalised
+    eigenvectors of M_q and the covariance of keys, over all tiled tokens (fewer than the 2048 of a sample) of the
+    `group` heads that share keys. q, k, v: [B, H, S, D].
     """
     if not tiled.sum() > q.shape[3]:  # one block at most: there is nothing to choose
-        return torch.zeros_like(half_variance)
+        return q.new_zeros(*q.shape[:2], member_b.shape[1], member_b.shape[1])
     some_q, some_k = q[:, :, tiled], k[:, :, tiled]
     covariance = (some_k - some_k.mean(2, keepdim=True)).transpose(-1, -2) @ some_k / tiled.sum()
     lower = torch.linalg.cholesky(covariance)
@@ -260,7 +289,7 @@ def _residual(
     h = torch.einsum("bhtd,bhte,tm->bhmde", k, v, member_b) - torch.einsum("bhmd,bhme->bhmde", km, vm)
     moved = scale * torch.einsum("bhsd,bhmde->bhsme", q @ projector, h)
     mean_square = torch.einsum("bhsm,sn->bhnm", moved.square().sum(-1), member_b)
-    return p_blocks * (2 * half_variance * mean_square).clamp(min=0).sqrt()
+    return mean_square.clamp(min=0).sqrt()
 
 
 def _pooled_columns(

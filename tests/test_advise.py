@@ -54,6 +54,7 @@ def test_what_is_scaled_from_is_what_was_measured() -> None:
     shape = SHAPES[MEASURED.shape]
     assert (MEASURED.tokens, MEASURED.heads, MEASURED.head_dim) == (shape.tokens, shape.heads, shape.head_dim)
     assert {row["device"] for row in rows} == {MEASURED.card}
+    assert {row["rectify"] for row in sparse} == {MEASURED.rectify}
     assert MEASURED.dense_ms == pytest.approx(float(dense["ms"]), abs=0.01)
     assert {row["name"] for row in sparse} == set(MEASURED.sparse)
     for row in sparse:

@@ -124,7 +124,7 @@ def test_rows_are_complete_and_consistent() -> None:
         assert {row.whole_ms for row in stages} == {whole}
 
 
-@pytest.mark.parametrize(("rectify", "order"), [("row+slope", "content"), ("ipar+gapr", "gilbert")])
+@pytest.mark.parametrize(("rectify", "order"), [("query+slope", "content"), ("ipar+gapr", "gilbert")])
 def test_heads_that_share_keys_pass_the_checks(rectify: str, order: str) -> None:
     result = run(sparsity=(0.5,), backend=("torch",), kv_heads=1, rectify=rectify, order=order)
     assert {row.shape for row in result.rows} == {"tiny with 1 heads of keys"}
@@ -140,7 +140,7 @@ def test_heads_of_keys_that_do_not_divide_those_of_queries() -> None:
     ("dtype", "rectify", "order"),
     [
         *(("bfloat16", "row", "content"), ("float16", "row", "gilbert"), ("bfloat16", "ipar+gapr", "gilbert")),
-        ("bfloat16", "row+slope", "content"),
+        ("bfloat16", "query+slope", "content"),
     ],
 )
 def test_half_precision_passes_the_checks(dtype: str, rectify: str, order: str) -> None:
@@ -312,7 +312,7 @@ def test_command_prints_unsqueezed_tables_and_writes_files_that_can_be_read_back
             shown = [line for line in lines if line.startswith(f"| {'dense ' * (row.kind == 'dense')}{row.name} ")]
             assert any(f" {row.ms:.3f} " in line and line.endswith(f" {row.ratio:.2f}x |") for line in shown)
     assert any("results checked before timing" in line for line in lines)
-    assert sum("stages of torch, row+slope, content, at" in line for line in lines) == 2
+    assert sum("stages of torch, query+slope, content, at" in line for line in lines) == 2
     assert "speed-up over sdpa" in result.output
 
 

@@ -312,8 +312,8 @@ def test_command_prints_markdown_tables_and_writes_files_that_can_be_read_back(t
     assert [(row.kind, row.how) for row in forwards] == [
         (kind, how) for kind in ("dense", "sparse", "removed") for how in ("eager", "compiled")
     ]
-    assert {(row.rectify, row.order) for row in (*forwards, *runs)} == {("row+slope", "content")}
-    assert "float32, row+slope, content, random weights" in result.output
+    assert {(row.rectify, row.order) for row in (*forwards, *runs)} == {("query+slope", "content")}
+    assert "float32, query+slope, content, random weights" in result.output
     assert origin.command.startswith("rectified-spaattn")
     lines = result.output.splitlines()
     for row, label in zip(forwards[::2], ("dense sdpa", "torch", "attention removed"), strict=True):

@@ -64,7 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one block": {"layout": TokenLayout.build((1, 2, 8))},
     "content": {"order": "content", "rectify": "row"},
     "one key head": {"key_heads": 1, "rectify": "row"},
-    "content, one key head": {"key_heads": 1, "order": "content", "rectify": "row+slope"},
+    "content, one key head": {"key_heads": 1, "order": "content", "rectify": "query+slope"},
     "content, no block": {"order": "content", "layout": TokenLayout.build((1, 3, 3), TEXT)},
     "content, no grid": {"order": "content", "layout": TokenLayout.of(90, [(3, 40), (45, 80)])},
     "token_order": {"order": "content", "token_order": ORDER},

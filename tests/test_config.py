@@ -38,7 +38,7 @@ def test_defaults() -> None:
     assert SparseConfig().to_dict() == {
         "sparsity": 0.8,
         "top_p": 0.3,
-        "rectify": "row+slope",
+        "rectify": "query+slope",
         "block_size": 128,
         "order": "content",
         "precision": "inputs",
@@ -262,7 +262,7 @@ def test_other_presets_have_the_published_sparsity_and_schedule_and_our_defaults
     for config, published in zip(preset(name), preset(f"{name}-paper"), strict=True):
         schedule = (published.sparsity, published.dense_steps, published.dense_layers)
         assert config == SparseConfig(sparsity=schedule[0], dense_steps=schedule[1], dense_layers=schedule[2])
-        assert (config.rectify, config.order) == ("row+slope", "content")
+        assert (config.rectify, config.order) == ("query+slope", "content")
         assert not config.neighbours
         assert not config.first_frame
 

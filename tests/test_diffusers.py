@@ -236,7 +236,7 @@ def test_a_model_gets_our_defaults_and_the_papers_by_name(kind, name):
     (ours,), (paper,) = rsa.preset(name), rsa.preset(f"{name}-paper")
     with rsa.enable(pipeline) as handle:
         assert config_of(handle) == ours
-        assert (ours.rectify, ours.order, ours.neighbours) == ("row+slope", "content", False)
+        assert (ours.rectify, ours.order, ours.neighbours) == ("query+slope", "content", False)
     with rsa.enable(pipeline, preset=f"{name}-paper") as handle:
         assert config_of(handle) == paper
         assert (paper.rectify, paper.order, paper.neighbours) == ("ipar+gapr", "gilbert", True)

@@ -48,7 +48,7 @@ def test_the_report_names_versions_backends_reasons_and_checks() -> None:
     assert re.search(rf"\| torch +\| {re.escape(torch.__version__)} ", output)
     assert "the kernels run on a GPU, not on cpu" in output
     assert "| float32  |       64 | no (1) | no (1) | yes   | yes       | torch        |" in output
-    assert "relative error: sparsity 0.8, top_p 0.3, row+slope, content" in " ".join(output.split())
+    assert "relative error: sparsity 0.8, top_p 0.3, query+slope, content" in " ".join(output.split())
     assert "Right here: torch, reference." in output
 
 

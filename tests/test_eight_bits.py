@@ -113,7 +113,7 @@ def test_error_is_that_of_quantising(case, precision):
 
 @pytest.mark.parametrize("precision", EXACT)
 def test_what_all_keys_and_values_share_costs_nothing(precision):
-    layout, config, (q, k, v) = call("96", precision, rectify="row+slope", order="content")
+    layout, config, (q, k, v) = call("96", precision, rectify="query+slope", order="content")
     out, stats = run(layout, config, (q, k, v))
     moved = (q, k + 3, v - 5)
     same = {"block_mask": stats.block_mask, "token_order": stats.token_order}

@@ -44,14 +44,16 @@ TRITON = [
     *(("128x128 long", BF16, mode) for mode in ("ipar+gapr", "row")),
     *(("128x128 long", BF16, "row+slope"), ("128x128 alone", FP16, "row+slope"), ("64x64", BF16, "row+slope")),
     *(("64x128", FP16, "row+slope"), ("128x64", BF16, "row+slope")),
+    *(("128x128 long", BF16, "query+slope"), ("128x128 alone", FP16, "query+slope"), ("64x64", BF16, "query+slope")),
+    *(("64x128", FP16, "query+slope"), ("128x64", BF16, "query+slope"), ("128x96", BF16, "query+slope")),
     *(("128x96", BF16, "row"), ("128x96", FP16, "ipar+gapr"), ("128x96", BF16, "row+slope")),
     *(
         ("128x256", BF16, "row"),
         ("128x256", FP16, "ipar+gapr"),
-        ("128x256", BF16, "row+slope"),
+        ("128x256", BF16, "query+slope"),
         ("64x256", BF16, "row"),
     ),
-    *(("128x128 grouped", BF16, mode) for mode in ("pooled", "ipar+gapr", "row", "row+slope")),
+    *(("128x128 grouped", BF16, mode) for mode in ("pooled", "ipar+gapr", "row", "row+slope", "query+slope")),
     *(("128x128 grouped, apart", BF16, "row"), ("128x128 grouped, apart", FP16, "ipar+gapr")),
 ]
 FA4 = [
@@ -59,8 +61,9 @@ FA4 = [
     *(("128x128", FP16, "row"), ("128x64", BF16, "row"), ("128x64", FP16, "ipar+gapr")),
     *(("128x128 alone", BF16, "row"), ("128x128 long", BF16, "row"), ("64x64", BF16, "row")),
     *(("128x128", FP16, "row+slope"), ("128x128 long", BF16, "row+slope"), ("128x64", BF16, "row+slope")),
-    *(("128x96", BF16, "row"), ("128x96", BF16, "row+slope"), ("128x256", BF16, "row")),
-    *(("128x128 grouped", BF16, mode) for mode in ("ipar+gapr", "row", "row+slope")),
+    *(("128x128", FP16, "query+slope"), ("128x128 long", BF16, "query+slope"), ("128x64", BF16, "query+slope")),
+    *(("128x96", BF16, "row"), ("128x96", BF16, "query+slope"), ("128x256", BF16, "row")),
+    *(("128x128 grouped", BF16, mode) for mode in ("ipar+gapr", "row", "query+slope")),
     *(("128x128 grouped, apart", BF16, "row"), ("128x128 grouped, apart", FP16, "ipar+gapr")),
 ]
 
@@ -122,7 +125,7 @@ def test_error_is_at_most_twice_that_of_sdpa(name, case, dtype, mode):
         *(("triton", case, "row") for case in CASES),
         *(("triton", "128x128", "none"), ("triton", "64x64", "ipar")),
         *(("fa4", "128x128", "row"), ("fa4", "128x128 alone", "none"), ("fa4", "128x128 grouped", "row")),
-        *((name, "128x128 long", "row+slope") for name in NAMES),
+        *((name, "128x128 long", "query+slope") for name in NAMES),
     ],
 )
 def test_order_content_is_the_reference(name, case, mode):
@@ -139,7 +142,7 @@ def test_order_content_is_the_reference(name, case, mode):
 @pytest.mark.parametrize(
     ("case", "dtype", "mode", "precision"),
     [
-        ("128x128", BF16, "row+slope", "inputs"),
+        ("128x128", BF16, "query+slope", "inputs"),
         ("128x128 grouped", BF16, "ipar+gapr", "fp8"),
         ("128x64", FP16, "none", "inputs"),
     ],
@@ -211,7 +214,7 @@ def test_tensors_need_not_be_on_the_current_gpu(case, name):
 
 
 @pytest.mark.parametrize(
-    ("mode", "order"), [("ipar+gapr", "gilbert"), ("ipar+gapr", "content"), ("row+slope", "content")]
+    ("mode", "order"), [("ipar+gapr", "gilbert"), ("ipar+gapr", "content"), ("query+slope", "content")]
 )
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("case", ["128x128", "128x128 grouped, apart"])

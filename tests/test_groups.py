@@ -91,7 +91,7 @@ def test_a_plan_is_of_both_numbers_of_heads(order: str) -> None:
 @pytest.mark.parametrize("head_dim", [16, 48, 96, 112, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_dims_that_are_multiples_of_16(head_dim: int, dtype: torch.dtype) -> None:
-    call = grouped("row+slope", dtype=dtype, head_dim=head_dim)
+    call = grouped("query+slope", dtype=dtype, head_dim=head_dim)
     out, stats = rectified_attention(*call.arguments, **call.options, backend="torch", return_stats=True)
     options = {**call.options, "block_mask": stats.block_mask, "backend": "reference"}
     want = rectified_attention(*call.arguments, **options)
@@ -137,7 +137,7 @@ def test_one_head_of_a_captured_call_has_its_key_head() -> None:
     torch.testing.assert_close(moved, again, rtol=1e-4, atol=1e-5)
 
 
-KERNELS = [(3, 1, "ragged", "ipar+gapr"), (2, 1, "96", "row+slope"), (4, 2, "plain", "pooled")]
+KERNELS = [(3, 1, "ragged", "ipar+gapr"), (2, 1, "96", "query+slope"), (4, 2, "plain", "pooled")]
 
 
 @pytest.mark.parametrize(("heads", "key_heads", "case", "mode"), KERNELS)

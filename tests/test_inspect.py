@@ -251,7 +251,7 @@ def test_inspect_reads_the_folder_of_any_pipeline(models: Path, tmp_path: Path) 
     told = json.loads((out / "inspect.json").read_text())
     assert (told["call"]["grid"], told["call"]["num_blocks"], told["call"]["isolated"]) == ([3, 8, 8], 6, 0)
     assert told["arguments"]["guidance_scale"] == 5.0  # the pipeline's default
-    assert (told["config"]["rectify"], told["config"]["order"]) == ("row+slope", "content")
+    assert (told["config"]["rectify"], told["config"]["order"]) == ("query+slope", "content")
     assert told["config"]["dense_layers"] == [0, 1]  # the model's preset
     assert all(math.isfinite(row["relative_error"]) for row in told["results"])
     code, printed = invoke(*common, "--steps", 2, "--out", tmp_path / "none", "--device", "cpu", "--block-size", 256)

@@ -107,7 +107,7 @@ def test_with_the_callers_blocks(call: Call, dtype: torch.dtype, keep: float) ->
     assert (out.double() - want.out).abs().max().item() <= budget(call, want.out)
 
 
-@pytest.mark.parametrize("mode", ["row", "row+slope"])
+@pytest.mark.parametrize("mode", ["row", "query+slope"])
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_tail_needs_no_critical_block(backend: str, mode: str) -> None:
     """Nothing kept and nothing isolated: every query attends to the pooled keys."""
@@ -119,7 +119,7 @@ def test_a_tail_needs_no_critical_block(backend: str, mode: str) -> None:
     assert (out - want).abs().max().item() <= (1e-10 if backend == "reference" else budget(call, want))
 
 
-@pytest.mark.parametrize("tail", ["row", "row+slope"])
+@pytest.mark.parametrize("tail", ["row", "query+slope"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_tail_is_as_exact_as_ipar(dtype: torch.dtype, tail: str) -> None:
     """log b is not rounded to half precision: that would be 1.6% of every pooled key in bfloat16."""
@@ -357,7 +357,7 @@ def test_gradients_are_refused_where_they_are_asked_for(which: int) -> None:
 # The interpreter is slow: one rule and four blocks there, the others with the slow tests; every mode elsewhere.
 EDGES = list(product(("torch", "reference"), MODES, ("gilbert", "content")))
 PLAIN_KERNELS = ("triton", "none", "gilbert")
-SLOPE_KERNELS = ("triton", "row+slope", "content")
+SLOPE_KERNELS = ("triton", "query+slope", "content")
 SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in (("triton", "ipar+gapr", "content"), SLOPE_KERNELS)]
 NOT_FINITE = [(value, *each) for value, each in product((float("inf"), float("nan")), EDGES)]
 NOT_FINITE += [(float("inf"), *PLAIN_KERNELS), (float("nan"), *SLOPE_KERNELS)]

@@ -191,7 +191,7 @@ def test_every_mode_and_order_has_one_name_and_one_look() -> None:
     assert len({styles.colour(mode) for mode in (*RECTIFY, "a study's")}) == len(RECTIFY) + 1
     named = [SparseConfig.paper(rectify="none"), SparseConfig.paper(), SparseConfig()]
     assert [styles.label_of(each) for each in named] == ["plain sparse, 80%", "paper, 80%", "ours, 80%"]
-    assert styles.label("row+slope", "gilbert") == "ours in space"
+    assert styles.label("query+slope", "gilbert") == "ours in space"
     assert styles.label_of(SparseConfig(tolerance=0.05)) == "ours, error 0.05"
     assert [styles.is_ours(each) for each in (*named, None)] == [False, False, True, False]
 

@@ -13,10 +13,18 @@ from rectified_spaattn import SparseConfig, TokenLayout, rectified_attention
 from rectified_spaattn.backends.triton import plan as kernels
 from rectified_spaattn.backends.triton.directions import moments, of_errors
 from rectified_spaattn.backends.triton.tile import tile
-from rectified_spaattn.config import RECTIFY
+from rectified_spaattn.config import RECTIFY, Rectify
 from rectified_spaattn.method.inputs import Inputs
 from rectified_spaattn.method.pool import pool
-from rectified_spaattn.method.residual import Directions, directions, residual, responses
+from rectified_spaattn.method.residual import (
+    Directions,
+    directions,
+    residual,
+    responses,
+    sampled_rows,
+    told_by_means,
+    told_by_queries,
+)
 from rectified_spaattn.method.select import largest, select, top_k_of
 from rectified_spaattn.method.slope import slope
 from rectified_spaattn.method.tail import half_variance
@@ -42,7 +50,27 @@ def residuals(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, b: int, probabi
     tiled = [in_blocks(x, b) for x in (q, k, v)]
     spread = half_variance(pool(*tiled, RULE), SCALE)
     seen = directions(q, k, torch.arange(q.shape[1]), SCALE)
-    return residual(probability, spread, responses(*tiled, seen))
+    return residual(told_by_means(probability, spread), responses(*tiled, seen))
+
+
+@pytest.mark.parametrize(("block_size", "rows"), [(16, range(16)), (64, range(1, 64, 2)), (128, range(2, 128, 4))])
+def test_single_queries_tell_where_they_look(block_size: int, rows: range) -> None:
+    assert sampled_rows(block_size) == rows
+    q, k, v = video_like(4, 2, 3 * block_size, 2, 8, torch.float64)
+    k = k[:, :, :1]  # which two heads of queries share
+    alone = video_like(5, 2, 5, 1, 8, torch.float64)[1].transpose(1, 2)
+    valid = torch.tensor([[True] * 5, [True, False, True, False, False]])
+    qt, kt, vt = (in_blocks(x, block_size) for x in (q, k, v))
+    got = told_by_queries(qt, pool(qt, kt, vt, RULE), alone, valid, SCALE)
+    for z, h, n in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(3)).tolist():
+        squares = []
+        for i in rows:
+            query = SCALE * qt[z, h, n, i]
+            half = 0.5 * (query**2 * kt[z, 0].var(1, unbiased=False)).sum(1)
+            logits = kt[z, 0].mean(1) @ query + math.log(block_size) + half.clamp(max=2)
+            share = torch.cat([logits, alone[z, 0, valid[z]] @ query]).softmax(0)[:3]
+            squares.append(share**2 * 2 * half)
+        torch.testing.assert_close(got[z, h, n], torch.stack(squares).mean(0).sqrt())
 
 
 @pytest.mark.parametrize("head_dim", [3, 8])
@@ -65,12 +93,11 @@ def test_more_columns_lose_only_what_lies_outside_eight_directions() -> None:
     turn = torch.linalg.qr(torch.randn(32, 32, generator=generator, dtype=torch.float64))[0]
     q, k, v = (x * long @ turn for x in video_like(3, 1, 256, 1, 32, torch.float64))
     flat = [(x @ turn.T)[..., :8] for x in (q, k)]
-    p = torch.ones(1, 1, 16, 17, dtype=torch.float64)
     # the spread is told along the axes, which differ: compared is what the directions see
     tiled, narrow = [in_blocks(x, 16) for x in (q, k, v)], [in_blocks(x, 16) for x in (*flat, v)]
-    ones, places = torch.full((1, 1, 16, 16), 0.5, dtype=torch.float64), torch.arange(256)
-    got = residual(p, ones, responses(*tiled, directions(q, k, places, SCALE)))
-    want = residual(p, ones, responses(*narrow, directions(*flat, places, SCALE)))
+    ones, places = torch.ones(1, 1, 16, 16, dtype=torch.float64), torch.arange(256)
+    got = residual(ones, responses(*tiled, directions(q, k, places, SCALE)))
+    want = residual(ones, responses(*narrow, directions(*flat, places, SCALE)))
     torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
 
 
@@ -163,18 +190,19 @@ def test_values_that_follow_keys_linearly_are_given_to_first_order(backend: str)
     q, k, v = (x.to(half) for x in (q, k, v))
     nothing = torch.zeros(1, 1, 4, 4, dtype=torch.bool, device=DEVICE)
     errors = {}
-    for mode in ("row", "row+slope"):
+    for mode in ("row", "row+slope", "query+slope"):
         config = SparseConfig(rectify=mode, block_size=64, order="raster")
         want = dense(q, k, v, scale=0.02)
         out = rectified_attention(q, k, v, layout, config, scale=0.02, block_mask=nothing, backend=backend)
         errors[mode] = ((out.double() - want).norm() / want.norm()).item()
-    assert errors["row+slope"] < 0.2 * errors["row"]
+    assert max(errors["row+slope"], errors["query+slope"]) < 0.2 * errors["row"]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128] if DEVICE.type == "cuda" else [64])  # interpreting takes long
-def test_kernels_choose_by_the_residuals_of_the_stage(head_dim: int) -> None:
+@pytest.mark.parametrize("mode", ["row+slope", "query+slope"])
+def test_kernels_choose_by_the_residuals_of_the_stage(mode: Rectify, head_dim: int) -> None:
     layout = TokenLayout.build((4, 9, 13), 13)  # 7 blocks of 64
-    config = SparseConfig(rectify="row+slope", block_size=64, sparsity=0.7, top_p=0.0, order="gilbert")
+    config = SparseConfig(rectify=mode, block_size=64, sparsity=0.7, top_p=0.0, order="gilbert")
     dtype = torch.float16 if DEVICE.type == "cuda" else torch.float32
     q, k, v = (x.to(DEVICE) for x in video_like(9, 1, layout.sequence, 2, head_dim, dtype))
     blocks = blocks_of(layout, config).on(DEVICE)
@@ -192,8 +220,12 @@ def test_kernels_choose_by_the_residuals_of_the_stage(head_dim: int) -> None:
     # the same directions: where spreads are close, an iteration parts them otherwise than exact eigenvectors do
     found = of_errors(moments(q, k, blocks.tiled, inputs.scale), 2, inputs.scale, dtype)
     seen = Directions(*(x.double() for x in found))
-    spread = half_variance(pool(*parts, RULE), inputs.scale)
-    want = residual(choices.probability.double(), spread, responses(*parts, seen))
+    pooled = pool(*parts, RULE)
+    if mode == "query+slope":
+        told = told_by_queries(parts[0], pooled, k[:, blocks.isolated].transpose(1, 2), inputs.valid, inputs.scale)
+    else:
+        told = told_by_means(choices.probability.double(), half_variance(pooled, inputs.scale))
+    want = residual(told, responses(*parts, seen))
     assert (got == math.inf).sum(-1).eq(1).all()
     assert torch.equal(got.argmax(-1), want.argmax(-1))
     others = got < math.inf
@@ -220,7 +252,7 @@ def test_directions_of_the_kernel_span_what_those_of_the_stage_span() -> None:
 def test_longest_rows_first_changes_nothing() -> None:
     """The order in which query blocks are attended to is not seen in the output: fed back, the same choices give it."""
     layout = TokenLayout.build((4, 5, 25), 13)
-    config = SparseConfig(rectify="row+slope", block_size=64, sparsity=0.7, top_p=0.0)
+    config = SparseConfig(rectify="query+slope", block_size=64, sparsity=0.7, top_p=0.0)
     dtype = torch.float16 if DEVICE.type == "cuda" else torch.float32
     q, k, v = (x.to(DEVICE) for x in video_like(4, 1, layout.sequence, 1, 64, dtype))
     out, stats = rectified_attention(q, k, v, layout, config, return_stats=True, backend="triton")

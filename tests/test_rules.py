@@ -15,9 +15,10 @@ RULES = [
     Rule(pooled_text=pooled_text, log_b=log_b, gate=gate, tail=tail)  # type: ignore[arg-type]
     for pooled_text, log_b, gate, tail in product((False, True), (False, True), ("none", "all", "gain"), (False, True))
 ]
-SLOPES = [Rule(gate=gate, tail=True, slope=True) for gate in ("all", "gain")]
+SLOPES = [Rule(gate=gate, tail=True, slope=True, queries=queries) for gate, queries in (("all", False), ("gain", True))]
 # interpreting takes a second: each gate with and without a tail, under each kind of estimate
 INTERPRETED = [RULES[i] for i in (1, 2, 11, 16, 18, 21)]
+MODES = ("row", "row+slope", "query+slope")
 CONFIG = SparseConfig(rectify="ipar", order="gilbert", block_size=64, sparsity=0.7, top_p=0.2)
 
 
@@ -35,7 +36,7 @@ def expected(rule, qkv, mask, block_mask, compensated, scale):
         p /= p.sum(-1, keepdim=True)
     r = 1 - (p[..., :-1] * compensated).sum(-1)
     if rule.tail:
-        return p, r, named("row+slope" if rule.slope else "row", compensated=compensated).out
+        return p, r, named(MODES[rule.slope + rule.queries], compensated=compensated).out
     member = membership(LAYOUT, CONFIG)
     means = torch.einsum("bshd,sn->bhnd", qkv[2].double(), member / 64)
     of_block = torch.einsum("bhnm,bhmd,sn->bshd", p[..., :-1] * compensated, means, member)

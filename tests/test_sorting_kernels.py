@@ -76,8 +76,8 @@ def test_projections_are_those_of_the_stage(stride):
 
 
 RULES = {  # every mode with one shape, and "row", which sorts for itself, with all
-    RAGGED: ("row", "row+slope", "pooled", "ipar+gapr"),
-    ALONE: ("row", "none", "ipar"),
+    RAGGED: ("row", "query+slope", "pooled", "ipar+gapr"),
+    ALONE: ("row", "none", "ipar", "row+slope"),
     NARROW: ("row",),
 }
 assert {mode for modes in RULES.values() for mode in modes} == set(MODES)

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row", "row+slope"]
+Rectify = Literal["none", "pooled", "ipar", "ipar+gapr", "row", "row+slope", "query+slope"]
 Order = Literal["content", "gilbert", "tile", "raster"]
 ORDERS: tuple[str, ...] = get_args(Order)
 Precision = Literal["inputs", "int8-qk", "fp8", "auto"]
@@ -29,8 +29,10 @@ class Rule(NamedTuple):
     slope        how values change with keys is added to the tail, to first order and one matrix a head
     choice       kept are, in every row, the blocks of most "mass", or, in the whole head, those that would leave the
                  largest "error" if a pooled key stood for them
+    queries      single queries tell that error, and every query how far a pooled key's own keys spread for it;
+                 otherwise the mean query of a block tells both
 
-    Only with a tail is there a slope, or an error.
+    Only with a tail is there a slope, an error, or anything for single queries to tell.
     """
 
     pooled_text: bool = False
@@ -39,6 +41,7 @@ class Rule(NamedTuple):
     tail: bool = False
     slope: bool = False
     choice: Literal["mass", "error"] = "mass"
+    queries: bool = False
 
 
 RECTIFY: dict[str, Rule] = {
@@ -48,6 +51,7 @@ RECTIFY: dict[str, Rule] = {
     "ipar+gapr": Rule(gate="gain"),
     "row": Rule(tail=True),
     "row+slope": Rule(tail=True, slope=True, choice="error"),
+    "query+slope": Rule(tail=True, slope=True, choice="error", queries=True),
 }
 
 
@@ -62,7 +66,8 @@ class SparseConfig:
                       compensated only where the gain beats the pooling error (the paper); "row": every dropped block
                       joins the softmax of every query as one pooled key, its mass corrected for how the block's keys
                       spread; "row+slope": besides, values follow keys to first order, and blocks are kept by the
-                      error that they would leave, as many a head, not a row, as `sparsity` says (the default)
+                      error that they would leave, as many a head, not a row, as `sparsity` says; "query+slope":
+                      besides, single queries tell that error and that spread, not the mean of their block (the default)
     block_size        b, tokens a block, a multiple of 16
     order             how tokens are laid out before they are cut into blocks: in space "gilbert" (the paper), "tile",
                       "raster"; or "content": sorted in every call and head, so that a block holds tokens that attend
@@ -94,7 +99,7 @@ class SparseConfig:
 
     sparsity: float = 0.8
     top_p: float = 0.3
-    rectify: Rectify = "row+slope"
+    rectify: Rectify = "query+slope"
     block_size: int = 128
     order: Order = "content"
     precision: Precision = "inputs"

@@ -11,6 +11,7 @@ from ..method.arrange import content_order
 from ..method.inputs import Inputs
 from ..method.plan import Choices, decide
 from ..method.rectify import Rectification
+from ..method.tail import CAP, Tail
 from .calls import Backend, Call, why_not_8_bits
 
 # Gathered keys and values of one SDPA call: bounded memory, and enough work to be worth the call (measured on a CPU).
@@ -169,8 +170,9 @@ def _attend(sample: Sample, scale: float, out: torch.Tensor) -> None:
                 sparse = scaled_dot_product_attention(q[row, None], k_kept, v_kept, scale=scale)[:, 0]
                 torch.addcmul(c[row], sparse, r[row], out=here)
             else:
-                bias = q.new_full((len(row), 1, 1, length), -level)
-                bias[..., exact:] = rectification.tail.bias[0].flatten(0, 1)[row, None, None] - level
+                queries = 1 if rectification.tail.k_var is None else block_size
+                bias = q.new_full((len(row), 1, queries, length), -level)
+                bias[..., exact:] = _pooled_bias(rectification.tail, sample.q, row, head_dim, scale) - level
                 both = scaled_dot_product_attention(q[row, None], k_kept, v_kept, attn_mask=bias, scale=scale)[:, 0]
                 if rectification.slope is None:
                     here.copy_(both)
@@ -181,6 +183,17 @@ def _attend(sample: Sample, scale: float, out: torch.Tensor) -> None:
             finished += len(row)
     places = _rows(sample.places, heads).view(-1, block_size)[order]
     out.view(-1, head_dim).index_copy_(0, places.flatten(), attended.view(-1, head_dim))
+
+
+def _pooled_bias(tail: Tail, q: torch.Tensor, row: torch.Tensor, head_dim: int, scale: float) -> torch.Tensor:
+    """[rows, 1, 1 or b, nb], of some query blocks of one sample. q: [H, nb, b, D or wider]; row: int64 [rows]."""
+    heads, num_blocks = q.shape[:2]
+    bias = tail.bias[0].flatten(0, 1)[row, None]  # [rows, 1, nb]
+    if tail.k_var is None:
+        return bias[:, None]
+    k_var = tail.k_var[0, row // num_blocks // (heads // tail.k_var.shape[1])]  # [rows, nb, D]
+    square = (scale * q.flatten(0, 1)[row, :, :head_dim].to(k_var.dtype)).square_()
+    return (bias + (0.5 * square @ k_var.transpose(1, 2)).clamp_(max=CAP))[:, None]
 
 
 def _gather(x: torch.Tensor, index: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:

@@ -101,8 +101,8 @@ def _basis(advice: Advice) -> str:
         lines.append("Extrapolated to this: attention by computed pairs, the rest by tokens.")
     if shape.head_dim != MEASURED.head_dim:
         lines.append(f"Heads of {shape.head_dim} were not measured in this mode, and are slower a pair.")
-    if advice.config.rectify != "row+slope":
-        lines.append(f"They are of the default mode; {advice.config.rectify} was asked for.")
+    if advice.config.rectify != MEASURED.rectify:
+        lines.append(f"They are of {MEASURED.rectify}; {advice.config.rectify} was asked for.")
     lines.append("Operations of attention: 4 * tokens^2 * heads * head_dim a layer; all others")
     lines.append("are counted by PyTorch's FlopCounterMode on the class without weights.")
     return "\n".join(lines)

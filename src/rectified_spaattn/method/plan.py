@@ -9,7 +9,7 @@ from .gain import gain
 from .inputs import Inputs
 from .pool import pool
 from .rectify import Rectification, rectify
-from .residual import directions, residual, responses
+from .residual import directions, residual, responses, told_by_means, told_by_queries
 from .select import select
 from .slope import slope
 from .tail import half_variance, pooled_keys
@@ -48,17 +48,22 @@ def decide(
         block_size=blocks.block_size,
         leftover=blocks.leftover,
     )
-    spread = half_variance(pooled, inputs.scale) if rule.tail else None
+    spread = half_variance(pooled, inputs.scale) if rule.tail and not rule.queries else None
     critical = inputs.block_mask
     if critical is None:
         left = None
-        if rule.choice == "error" and spread is not None and blocks.num_blocks:
+        if rule.choice == "error" and blocks.num_blocks:
             seen = directions(inputs.q, inputs.k, blocks.tiled, inputs.scale)
-            left = residual(probability, spread, responses(q_tiled, k_tiled, v_tiled, seen))
+            told = (
+                told_by_queries(q_tiled, pooled, k_isolated, inputs.valid, inputs.scale)
+                if spread is None
+                else told_by_means(probability, spread)
+            )
+            left = residual(told, responses(q_tiled, k_tiled, v_tiled, seen))
         critical = select(probability, blocks, inputs.config, left, inputs.top_k)
     compensated = gain(pooled, critical, rule)
     rectification = rectify(probability, compensated, pooled.v)
-    if spread is not None:
+    if rule.tail:
         rectification = rectification._replace(
             c=rectification.c.new_empty(0), tail=pooled_keys(pooled, compensated, spread, blocks.block_size)
         )

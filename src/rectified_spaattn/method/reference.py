@@ -31,6 +31,9 @@ def reference(inputs: "Inputs") -> Reference:
     group = heads // k.shape[2]
     b, isolated = blocks.block_size, blocks.isolated.cpu()
     nb = len(blocks.tiled) // b
+    own = config.rectify == "query+slope"
+    by_error = own or config.rectify == "row+slope"
+    tail = by_error or config.rectify == "row"
     out = torch.zeros(q.shape, dtype=torch.float64)
     critical = torch.zeros(batch, heads, nb, nb, dtype=torch.bool)
     compensated = torch.zeros_like(critical)
@@ -60,10 +63,11 @@ def reference(inputs: "Inputs") -> Reference:
                 top_k = max(1, int((1 - config.sparsity) * nb)) if inputs.top_k is None else inputs.top_k[i, h].item()
                 rows = [critical_row(p[n], n, blocks, config, top_k) for n in range(nb)]
                 keep = torch.stack(rows) if nb else critical[i, h]
-                if config.rectify == "row+slope":
+                if by_error:
                     sample = blocks.tiled.cpu()[:: -(-len(tiled) // 2048)] if nb else tiled
                     sharing = q[i, sample, of_k * group : (of_k + 1) * group].flatten(0, 1)
-                    left = _errors_left(p, qt, kt, vt, sharing, k[i, sample, of_k], scale)
+                    told = _told_by_queries(qt, kt, k_alone, scale) if own else _told_by_means(p, qt, kt, scale)
+                    left = told * _moved(qt, kt, vt, sharing, k[i, sample, of_k], scale)
                     keep = keep | _largest_errors(left, int(top_k * nb))
             compensate = ~keep
             if config.rectify == "none":
@@ -72,19 +76,19 @@ def reference(inputs: "Inputs") -> Reference:
                 worth = (q_mean @ k_mean.T).abs()
                 compensate = compensate & (worth > (dq @ k_mean.T).abs() + (q_mean @ dk.T).abs())
             slope = torch.zeros(q.shape[-1], q.shape[-1], dtype=torch.float64)
-            if config.rectify == "row+slope":
-                slope = _slope(p, compensate, qt, kt, vt, scale)
+            if by_error:
+                slope = _slope(p, compensate, qt, kt, vt, scale, own)
 
             for n in range(nb):
                 k_kept = torch.cat([kt[keep[n]].flatten(0, 1), k_alone])
                 v_kept = torch.cat([vt[keep[n]].flatten(0, 1), v_alone])
-                tail = config.rectify in ("row", "row+slope")
                 if not len(k_kept) and not tail:
                     raise ValueError(f"block_mask: got no critical block for query block {n}; allowed: at least one.")
                 # an empty sum is 0, also where p is not finite
                 r[i, h, n] = 1 - p[n, :nb][compensate[n]].sum()
                 if tail:
-                    result = with_pooled_keys(qt[n], k_kept, v_kept, kt[compensate[n]], vt[compensate[n]], slope, scale)
+                    dropped = kt[compensate[n]], vt[compensate[n]]
+                    result = with_pooled_keys(qt[n], k_kept, v_kept, *dropped, slope, scale, own)
                 else:
                     attended = (scale * (qt[n] @ k_kept.T)).softmax(-1) @ v_kept
                     result = r[i, h, n] * attended + (p[n, :nb][compensate[n], None] * v_mean[compensate[n]]).sum(0)
@@ -116,10 +120,10 @@ def _probability(
     return probability
 
 
-def _half_variance(q: torch.Tensor, block: torch.Tensor, scale: float) -> float:
-    """Half the variance of the logits that the mean of q [b, D] gives to the keys of a block [b, D]."""
+def _half_variance(q: torch.Tensor, block: torch.Tensor, scale: float) -> torch.Tensor:
+    """[rows]: half the variance of the logits that each of q [rows, D] gives to the keys of a block [b, D]."""
     spread = ((block - block.mean(0)) ** 2).mean(0)
-    return (0.5 * scale**2 * (q.mean(0) ** 2 * spread).sum()).item()
+    return 0.5 * scale**2 * (q**2 * spread).sum(1)
 
 
 def with_pooled_keys(
@@ -130,13 +134,15 @@ def with_pooled_keys(
     v_blocks: torch.Tensor,
     slope: torch.Tensor,
     scale: float,
+    own: bool,
 ) -> torch.Tensor:
     """Attention of q [b, D] to k, v [keys, D] and to blocks [m, b, D], each one key that stands for all of its own,
-    whose values move by scale * q @ slope.
+    whose values move by scale * q @ slope. own: every query counts how its keys spread for itself, not for the mean.
     """
     logits = scale * (q @ k.T)
     for block in k_blocks:
-        pooled = scale * (q @ block.mean(0)) + math.log(len(block)) + min(_half_variance(q, block, scale), 2.0)
+        spread = _half_variance(q if own else q.mean(0, keepdim=True), block, scale).clamp(max=2)
+        pooled = scale * (q @ block.mean(0)) + math.log(len(block)) + spread
         logits = torch.cat([logits, pooled[:, None]], dim=1)
     weights = logits.softmax(-1)
     share = weights[:, len(k) :].sum(1, keepdim=True)
@@ -149,20 +155,47 @@ def _moving_together(k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _slope(
-    p: torch.Tensor, compensate: torch.Tensor, qt: torch.Tensor, kt: torch.Tensor, vt: torch.Tensor, scale: float
+    p: torch.Tensor,
+    compensate: torch.Tensor,
+    qt: torch.Tensor,
+    kt: torch.Tensor,
+    vt: torch.Tensor,
+    scale: float,
+    own: bool,
 ) -> torch.Tensor:
     """H [D, D], the mean over the blocks of how values move with keys, weighed by what tails there are."""
+    means = qt.mean(1, keepdim=True) * (0 if own else 1)
     total, weights = torch.zeros(kt.shape[2], vt.shape[2], dtype=torch.float64), 0.0
     for m in range(len(kt)):
         rows = compensate[:, m].nonzero().flatten().tolist()
-        weight = sum(p[n, m].item() * math.exp(min(_half_variance(qt[n], kt[m], scale), 2.0)) for n in rows)
+        weight = sum(p[n, m].item() * math.exp(min(_half_variance(means[n], kt[m], scale).item(), 2)) for n in rows)
         if weight:
             total, weights = total + weight * _moving_together(kt[m], vt[m]), weights + weight
     return total / weights if weights else total
 
 
-def _errors_left(
-    p: torch.Tensor,
+def _told_by_means(p: torch.Tensor, qt: torch.Tensor, kt: torch.Tensor, scale: float) -> torch.Tensor:
+    """[nb, nb]: the weight of block m for the mean query of block n, times the deviation of the logits in it."""
+    halves = torch.cat([_half_variance(qt.mean(1), block, scale)[:, None] for block in kt], 1)
+    return p[:, :-1] * (2 * halves).sqrt()
+
+
+def _told_by_queries(qt: torch.Tensor, kt: torch.Tensor, k_alone: torch.Tensor, scale: float) -> torch.Tensor:
+    """[nb, nb]: the same for single queries, at most 32 of block n, each with its own softmax over block means and
+    isolated keys; their root mean square.
+    """
+    told = torch.zeros(len(qt), len(kt), dtype=torch.float64)
+    every = max(1, qt.shape[1] // 32)
+    for n in range(len(qt)):
+        some = qt[n][every // 2 :: every]
+        halves = torch.stack([_half_variance(some, block, scale) for block in kt], dim=1)  # [some, nb]
+        logits = scale * some @ kt.mean(1).T + math.log(kt.shape[1]) + halves.clamp(max=2)
+        shares = torch.cat([logits, scale * some @ k_alone.T], dim=1).softmax(1)[:, : len(kt)]
+        told[n] = (shares**2 * 2 * halves).mean(0).sqrt()
+    return told
+
+
+def _moved(
     qt: torch.Tensor,
     kt: torch.Tensor,
     vt: torch.Tensor,
@@ -170,14 +203,14 @@ def _errors_left(
     k_sample: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """[nb, nb]: what is lost to first order where a pooled key stands for block m before query block n.
+    """[nb, nb]: how far queries of block n move the values of block m to first order, root mean square.
 
     The product of how values move with keys and a query is taken in the 8 directions in which the sample's logits vary
     most: with C = LᵀL the covariance of keys and Z the main eigenvectors of L M Lᵀ, M = scale² mean q qᵀ, it is
     q·(k - k̄) = (L q)·(L⁻ᵀ (k - k̄)), and Z Zᵀ between the two keeps 8 of them.
     """
     nb, dim = len(kt), k_sample.shape[1]
-    left = torch.zeros(nb, nb, dtype=torch.float64)
+    result = torch.zeros(nb, nb, dtype=torch.float64)
     apart = k_sample - k_sample.mean(0)
     values, vectors = torch.linalg.eigh((apart.T @ apart / len(apart)).nan_to_num())
     values = values.clamp(min=0)
@@ -188,9 +221,8 @@ def _errors_left(
     for m in range(nb):
         moving = _moving_together(kt[m] @ inverse @ main, vt[m])
         for n in range(nb):
-            moved = (scale * qt[n] @ root @ main @ moving).square().sum(1).mean().sqrt()
-            left[n, m] = p[n, m] * math.sqrt(2 * _half_variance(qt[n], kt[m], scale)) * moved
-    return left
+            result[n, m] = (scale * qt[n] @ root @ main @ moving).square().sum(1).mean().sqrt()
+    return result
 
 
 def _largest_errors(left: torch.Tensor, budget: int) -> torch.Tensor:
@@ -216,7 +248,7 @@ def critical_row(
         return torch.ones(nb, dtype=torch.bool)
     by_probability = sorted(range(nb), key=lambda m: (-p[m].item(), m))
     at_least = int((1 - config.sparsity) * nb) if top_k is None else int(top_k)
-    at_least = 0 if config.rectify == "row+slope" else max(1, at_least)
+    at_least = 0 if config.rectify in ("row+slope", "query+slope") else max(1, at_least)
     reached, for_top_p = p[nb].item(), 0
     while reached < config.top_p and for_top_p < nb:
         reached += p[by_probability[for_top_p]].item()

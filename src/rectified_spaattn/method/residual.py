@@ -7,6 +7,10 @@ import torch
 
 from .arrange import DIRECTIONS, sample_of
 from .groups import product
+from .pool import Pooled
+from .tail import CAP
+
+SAMPLED = 32  # queries of a block that tell its residuals
 
 
 class Directions(NamedTuple):
@@ -70,11 +74,47 @@ def responses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, of: Directions)
     return both
 
 
-def residual(probability: torch.Tensor, half_variance: torch.Tensor, of: Responses) -> torch.Tensor:
-    """P_nm σ_nm times the root mean square over the queries of block n of |scale * q H_m|: [B, H, nb, nb].
+def sampled_rows(block_size: int) -> range:
+    """Which queries of a block are looked at: all, or SAMPLED evenly spread ones."""
+    step = max(1, block_size // SAMPLED)
+    return range(step // 2, block_size, step)
 
-    probability: [B, H, nb, nb + 1]; half_variance: ½σ², [B, H, nb, nb]. H_m = mean (k - k̄)(v - v̄)ᵀ over block m says
-    how its values follow its keys, and scale * q H_m is what the pooled value misses, to first order.
+
+def told_by_means(probability: torch.Tensor, half_variance: torch.Tensor) -> torch.Tensor:
+    """P_nm σ_nm, [B, H, nb, nb]. probability: [B, H, nb, nb + 1]; half_variance: ½σ², [B, H, nb, nb]."""
+    return probability[..., :-1] * (2 * half_variance).sqrt_()
+
+
+def told_by_queries(
+    q: torch.Tensor, pooled: Pooled, k_isolated: torch.Tensor, valid: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """The root mean square over sampled queries i of block n of P_im σ_im, [B, H, nb, nb].
+
+    P_i is the softmax of query i over pooled keys, with log b + min(½σ²_im, CAP), and isolated ones, and σ²_im = scale²
+    Σ_d q_id² Var_m,d. The mean query of a block does not show where single queries look.
+
+    q: [B, H, nb, b, D], any floating dtype; k_isolated: [B, Hk, I, D]; valid: bool [B, I].
+    """
+    if pooled.k_var is None:
+        raise ValueError("told_by_queries: got block statistics without the variance of keys; pool with the same rule.")
+    heads, size, result = q.shape[1], q.shape[3], pooled.q.new_empty(*q.shape[:3], q.shape[2])
+    for h in range(heads):  # one head at a time, so that a long video needs no matrix of all
+        of_k = h // (heads // pooled.k.shape[1])
+        asked = scale * q[:, h, :, sampled_rows(size)].flatten(1, 2).to(pooled.q.dtype)  # [B, nb * sampled, D]
+        half = 0.5 * asked.square() @ pooled.k_var[:, of_k].transpose(1, 2)  # ½σ²
+        logits = asked @ pooled.k[:, of_k].transpose(1, 2) + half.clamp(max=CAP) + math.log(size)
+        alone = asked @ k_isolated[:, of_k].to(asked.dtype).transpose(1, 2)
+        total = torch.cat([logits, alone.masked_fill_(~valid[:, None], -math.inf)], 2).logsumexp(2, keepdim=True)
+        square = logits.sub_(total).exp_().square_().mul_(2 * half)
+        result[:, h] = square.unflatten(1, (q.shape[2], -1)).mean(2).sqrt_()
+    return result
+
+
+def residual(told: torch.Tensor, of: Responses) -> torch.Tensor:
+    """told [B, H, nb, nb] times the root mean square over the queries of block n of |scale * q H_m|.
+
+    H_m = mean (k - k̄)(v - v̄)ᵀ over block m says how its values follow its keys, and scale * q H_m is what the pooled
+    value misses, to first order.
     """
     moved = product(of.q.flatten(-2), of.kv.flatten(-2).transpose(-1, -2))  # mean |scale * q H_m|²
-    return probability[..., :-1] * moved.mul_(2 * half_variance).clamp_(min=0).sqrt_()
+    return told * moved.clamp_(min=0).sqrt_()

@@ -8,7 +8,7 @@ from .tail import CAP
 
 def slope(
     probability: torch.Tensor,
-    half_variance: torch.Tensor,
+    half_variance: torch.Tensor | None,
     compensated: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -19,13 +19,16 @@ def slope(
 
     A query gives the keys of a block weights that grow with scale * q·(k - k̄), so that the mean of their values is
     v̄ + scale * q H_m to first order, H_m = mean (k - k̄)(v - v̄)ᵀ over the block. One H stands for all blocks of a head:
-    H = Σ w_m H_m, w_m in proportion to the mass Σ_n P_nm exp(min(½σ²_nm, CAP)) that block m has in the tails.
+    H = Σ w_m H_m, w_m in proportion to the mass Σ_n P_nm exp(min(½σ²_nm, CAP)) that block m has in the tails, or to
+    Σ_n P_nm without half_variance.
 
     probability: [B, H, nb, nb + 1]; half_variance, compensated: [B, H, nb, nb]; k, v: [B, Hk, nb, b, D], any
     dtype.
     """
-    mass = probability[..., :-1] * half_variance.clamp(max=CAP).exp_()
-    mass = mass.masked_fill_(~compensated, 0).sum(-2)  # [B, H, nb]
+    mass = probability[..., :-1].masked_fill(~compensated, 0)
+    if half_variance is not None:
+        mass *= half_variance.clamp(max=CAP).exp_()
+    mass = mass.sum(-2)  # [B, H, nb]
     weight = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
     (batch, heads), dim, group = mass.shape[:2], k.shape[4], mass.shape[1] // k.shape[1]
     result = pooled.k.new_empty(batch, heads, dim, dim)

@@ -9,12 +9,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...method.inputs import Inputs
-from ..calls import triton_version
-from . import Partial, Prepared, arch_of, columns_of, interpreted
+from ...method.tail import CAP
+from . import Partial, Prepared, arch_of, columns_of, why_not_gluon
 from .select import longest_first
 from .tile import place_of
-
-GLUON_TRITON = ((3, 6), (3, 9))  # first and last
 
 
 class Tiling(NamedTuple):
@@ -53,9 +51,10 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     if listed == "all" and why_not_gluon(arch, b, head_dim) is None:
         from . import hopper
 
-        hopper.attend(inputs, prepared, None, turns, out, lse)
+        hopper.attend(inputs, prepared, turns, out, lse)
         return out, lse
-    tiling = tiling_of(arch, b, head_dim, resume=partial is not None)
+    k_var = None if tail is None else tail.k_var
+    tiling = tiling_of(arch, b, head_dim, resume=partial is not None, own=k_var is not None)
     # a descriptor takes its time, and cannot be of nothing: none of keys that are not read
     of_blocks = () if listed == "none" else (tiled.k, tiled.v)
     pool = () if tail is None else (tail.k, tail.v)
@@ -64,32 +63,21 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
     _attend_kernel[(rows // tiling.block_m, batch * heads)](
         rows_of(tiled.q, tiling.block_m), *keys[0], *keys[1], *keys[2],
+        None if k_var is None else rows_of(k_var, tiling.block_n),
         *((None, None) if slope is None else _for_slope(tiled.q, slope, tiling)),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tail and tail.bias,
         tiled.order, inputs.blocks.places, turns, r, c,
         out, lse, *before, *before[0].stride()[:3], *out.stride()[:3],
         heads, inputs.group, num_blocks, rows, tail.k.shape[2] if tail else 0,
-        inputs.scale / math.log(2),
+        inputs.scale / math.log(2), CAP / math.log(2),
         BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim),
         PART=math.gcd(tiling.block_n, head_dim),
         RESUME=partial is not None, LISTED=listed,
-        TAIL=tail is not None, TAIL_STAGES=tiling.tail_stages,
+        TAIL=tail is not None, OWN=k_var is not None, TAIL_STAGES=tiling.tail_stages,
         TURNS=turns is not None, SLOPE=slope is not None,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
     )  # fmt: skip
     return out, lse
-
-
-def why_not_gluon(arch: str, block: int, head_dim: int) -> str | None:
-    """Why plain Triton does stage 6 and not Gluon (hopper.py); None where Gluon does."""
-    version = triton_version() or "0.0"
-    if interpreted() or arch != "90":
-        return "its products and its split of warps are Hopper's (sm_90)"
-    if not GLUON_TRITON[0] <= tuple(int(part) for part in version.split(".")[:2]) <= GLUON_TRITON[1]:
-        return f"Triton {version}: Gluon changes its names, and 3.6 to 3.9 were compiled"
-    if block != 128 or head_dim != 128:
-        return f"blocks of {block} and heads of {head_dim}, it takes 128 and 128"
-    return None
 
 
 def _described(of: tuple[torch.Tensor, ...], count: int) -> tuple[TensorDescriptor | None, ...]:
@@ -108,8 +96,16 @@ def _for_slope(q: torch.Tensor, slope: torch.Tensor, tiling: Tiling) -> tuple[Te
     return TensorDescriptor.from_tensor(q.view(-1, q.shape[-1]), [tiling.block_m, part]), rows_of(slope, part)
 
 
-def tiling_of(arch: str, block: int, head_dim: int, resume: bool) -> Tiling:
-    """arch: "hip", or the compute capability as in "90". Shared memory decides: 64 KiB, 99 KiB, or 163 and more."""
+def tiling_of(arch: str, block: int, head_dim: int, resume: bool, own: bool = False) -> Tiling:
+    """arch: "hip", or the compute capability as in "90". own: queries have a half variance of their own, a product more
+    in the loop over pooled keys. It takes more registers, and its tiles leave room for one stage.
+    """
+    tiling = _tiling_of(arch, block, head_dim, resume)
+    return tiling._replace(maxnreg=tiling.maxnreg and 168, tail_stages=1) if own else tiling
+
+
+def _tiling_of(arch: str, block: int, head_dim: int, resume: bool) -> Tiling:
+    """Shared memory decides: 64 KiB, 99 KiB, or 163 and more."""
     wide = block * columns_of(head_dim) > 8192
     if head_dim > 128:  # an accumulator and tiles of twice the size
         hopper = arch in ("90", "100", "103")
@@ -127,6 +123,13 @@ def tiling_of(arch: str, block: int, head_dim: int, resume: bool) -> Tiling:
 
 
 @triton.jit
+def own_square(q, scale, dtype):
+    """Whose product with the variances of keys is ½σ² in powers of two. scale: in powers of two."""
+    wide = q.to(tl.float32) * scale
+    return (wide * wide * 0.34657359).to(dtype)
+
+
+@triton.jit
 def _absorb(acc, total, top, score, scale, v):
     """One tile of keys joins a running softmax. score * scale is in powers of two."""
     new_top = tl.maximum(top, tl.max(score, 1) * scale)
@@ -141,30 +144,40 @@ def _absorb(acc, total, top, score, scale, v):
 
 @triton.jit
 def _absorb_biased(
-    acc, total, top, q, k_desc, v_desc, first, bias_ptr, end, limit, scale, BLOCK_N: tl.constexpr, STAGES: tl.constexpr
-):
-    """Keys with a bias of their own, `end` rows from row `first` on; from `limit` on there is no bias, and no key."""
+    acc, total, top, q, k_desc, v_desc, first, bias_ptr, end, limit, scale, square, k_var_desc, first_var, cap,
+    OWN: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Keys with a bias of their own, `end` rows from row `first` on; from `limit` on there is no bias, and no key.
+
+    OWN: every query adds its ½σ², square times the rows of k_var_desc from `first_var` on, up to `cap`.
+    """
     for start in tl.range(0, end, BLOCK_N, num_stages=STAGES):
         # [BLOCK_N]
         j = start + tl.arange(0, BLOCK_N)
         bias = tl.load(bias_ptr + j, mask=j < limit, other=float("-inf")) * 1.4426950408889634
-        # [BLOCK_M, BLOCK_N]
-        score = tl.dot(q, k_desc.load([first + start, 0]).T) * scale + bias[None, :]
-        acc, total, top = _absorb(acc, total, top, score, 1.0, v_desc.load([first + start, 0]))
+        k = k_desc.load([first + start, 0])
+        if OWN:
+            # [BLOCK_M, BLOCK_N]: what is added to a score is there before its product, in the same registers
+            half = tl.minimum(tl.dot(square, k_var_desc.load([first_var + start, 0]).T), cap) + bias[None, :]
+            score = tl.dot(q, k.T, tl.where(bias[None, :] == float("-inf"), float("-inf"), half) / scale)
+            acc, total, top = _absorb(acc, total, top, score, scale, v_desc.load([first + start, 0]))
+        else:
+            score = tl.dot(q, k.T) * scale + bias[None, :]
+            acc, total, top = _absorb(acc, total, top, score, 1.0, v_desc.load([first + start, 0]))
     return acc, total, top
 
 
 @triton.jit
 def _attend_kernel(
-    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, q_part_desc, slope_desc,
+    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, k_var_desc, q_part_desc, slope_desc,
     count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, order_ptr, places_ptr, turn_ptr, r_ptr, c_ptr,
     out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
     partial_sb, partial_sh, partial_ss,
     out_sb, out_ss, out_sh,
-    heads, group, num_blocks, rows, pool_rows, scale,
+    heads, group, num_blocks, rows, pool_rows, scale, cap,
     BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     PART: tl.constexpr, RESUME: tl.constexpr, LISTED: tl.constexpr,
-    TAIL: tl.constexpr, TAIL_STAGES: tl.constexpr, TURNS: tl.constexpr, SLOPE: tl.constexpr,
+    TAIL: tl.constexpr, OWN: tl.constexpr, TAIL_STAGES: tl.constexpr, TURNS: tl.constexpr, SLOPE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     key_head = head // group
@@ -211,15 +224,18 @@ def _attend_kernel(
     if k_tail_desc is not None:
         acc, total, top = _absorb_biased(
             acc, total, top, q, k_tail_desc, v_tail_desc, key_head * tail,
-            tail_bias_ptr + batch * tail, tl.load(end_ptr + batch), tail, scale, BLOCK_N, TAIL_STAGES,
+            tail_bias_ptr + batch * tail, tl.load(end_ptr + batch), tail, scale, None, None, 0, cap,
+            False, BLOCK_N, TAIL_STAGES,
         )  # fmt: skip
     planned = head.to(tl.int64) * num_blocks + n
     exact, exact_top = total, top
     if TAIL:
+        # [BLOCK_M, COLUMNS]
+        square = own_square(q, scale, k_var_desc.dtype) if OWN else None
         acc, total, top = _absorb_biased(
             acc, total, top, q, k_pool_desc, v_pool_desc, key_head * pool_rows,
             pool_bias_ptr + planned * num_blocks, tl.where(n < num_blocks, num_blocks, 0), num_blocks,
-            scale, BLOCK_N, TAIL_STAGES,
+            scale, square, k_var_desc, key_head * num_blocks, cap, OWN, BLOCK_N, TAIL_STAGES,
         )  # fmt: skip
 
     result = acc / total[:, None]

@@ -34,24 +34,23 @@ _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 def attend(
     inputs: Inputs,
     prepared: Prepared,
-    spread: torch.Tensor | None,
     turns: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
     """What `attend` of attend.py computes without a partial result, for blocks and heads of 128, into out and lse.
 
-    spread: bfloat16 [..., Hk, nb, D], where queries add a half variance of their own to the tail's logits.
     turns: int32 [B, H, rows / b], which query block is whose turn; None: the last first.
     """
     tiled, lists, (r, c, tail, slope) = prepared
     batch, heads, rows, head_dim = tiled.q.shape
     # a descriptor cannot be of nothing: queries stand in for keys that are absent, and never count
     pool = (tiled.q, tiled.q) if tail is None else (tail.k, tail.v)
+    k_var = None if tail is None else tail.k_var
     keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail, *pool))
     _attend_kernel[(rows // BLOCK, batch * heads)](
         _rows_of(tiled.q, _HALF.value), *(_rows_of(x, _STEP.value) for x in keys),
-        _rows_of(tiled.q if spread is None else spread, _STEP.value),
+        _rows_of(tiled.q if k_var is None else k_var, _STEP.value),
         _rows_of(tiled.q if slope is None else slope, head_dim),
         lists.counts, lists.indices, tiled.tail_bias, tiled.tail_end, tiled.tail_bias if tail is None else tail.bias,
         inputs.blocks.places if tiled.order is None else tiled.order, inputs.blocks.places,
@@ -59,7 +58,7 @@ def attend(
         out, lse, *out.stride()[:3],
         heads, inputs.group, inputs.blocks.num_blocks, rows // BLOCK, pool[0].shape[2],
         inputs.scale / math.log(2), CAP / math.log(2),
-        STAGES=2, TAIL=tail is not None, OWN=spread is not None, ORDER=tiled.order is not None,
+        STAGES=2, TAIL=tail is not None, OWN=k_var is not None, ORDER=tiled.order is not None,
         TURNS=turns is not None, SLOPE=slope is not None, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
@@ -108,8 +107,8 @@ def _send_both(k_desc, v_desc, at, ring, slot, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _load(
-    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, spread_desc, slope_desc,
-    q_tile, q_full, ring, index_row, first_row, first_block, first_tail, first_pool, first_spread, slope_row,
+    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, k_var_desc, slope_desc,
+    q_tile, q_full, ring, index_row, first_row, first_block, first_tail, first_pool, first_var, slope_row,
     listed, isolated, pooled, STAGES: gl.constexpr, SLOPE: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """One warp: the queries, then the tiles of listed blocks, isolated keys and pooled keys, then the slope."""
@@ -129,8 +128,8 @@ def _load(
     k_slot, k_phase = slot, phase
     for j in range(pooled):
         if OWN:
-            at = first_spread + j * _STEP
-            k_slot, k_phase = _send(spread_desc, at, k_ring, k_full, k_empty, k_slot, k_phase, STAGES)
+            at = first_var + j * _STEP
+            k_slot, k_phase = _send(k_var_desc, at, k_ring, k_full, k_empty, k_slot, k_phase, STAGES)
         at = first_pool + j * _STEP
         k_slot, k_phase = _send(k_pool_desc, at, k_ring, k_full, k_empty, k_slot, k_phase, STAGES)
         slot, phase = _send(v_pool_desc, at, v_ring, v_full, v_empty, slot, phase, STAGES)
@@ -249,20 +248,22 @@ def _multiply(
         k_slot, k_phase = slot, phase
         for j in range(pooled):
             mbarrier.wait(k_full.index(k_slot), k_phase)
-            spread = _as(k_ring.index(k_slot), square.dtype)
-            half = warpgroup_mma(square, spread.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            k_var = _as(k_ring.index(k_slot), square.dtype)
+            half = warpgroup_mma(square, k_var.permute((1, 0)), nothing, use_acc=False, is_async=True)
             half = warpgroup_mma_wait(0, deps=[half])
-            mbarrier.arrive(k_empty.index(k_slot))
-            k_slot, k_phase = _next(k_slot, k_phase, STAGES)
-            mbarrier.wait(k_full.index(k_slot), k_phase)
-            score = warpgroup_mma(q, k_ring.index(k_slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            score = warpgroup_mma_wait(0, deps=[score])
             mbarrier.arrive(k_empty.index(k_slot))
             k_slot, k_phase = _next(k_slot, k_phase, STAGES)
             key = j * _STEP + gl.arange(0, _STEP, gl.SliceLayout(0, of_score))
             bias = gl.load(pool_bias + key, mask=key < num_blocks, other=float("-inf")) * _LOG2_E
-            half = gl.where(bias[None, :] == float("-inf"), 0.0, gl.minimum(half, cap))
-            weights, top, total, shrink = _softmax(score * scale + bias[None, :] + half, top, total, 1.0)
+            # what is added to a score is there before its product: both lie in the same registers
+            half = gl.where(bias[None, :] == float("-inf"), float("-inf"), gl.minimum(half, cap) + bias[None, :])
+            mbarrier.wait(k_full.index(k_slot), k_phase)
+            k_pool = k_ring.index(k_slot).permute((1, 0))
+            score = warpgroup_mma(q, k_pool, half * (1.0 / scale), is_async=True)
+            score = warpgroup_mma_wait(0, deps=[score])
+            mbarrier.arrive(k_empty.index(k_slot))
+            k_slot, k_phase = _next(k_slot, k_phase, STAGES)
+            weights, top, total, shrink = _softmax(score, top, total, scale)
             weights = gl.convert_layout(weights.to(dtype), of_p)
             acc = acc * gl.convert_layout(shrink, of_out_row)[:, None]
             mbarrier.wait(v_full.index(slot), phase)
@@ -301,7 +302,7 @@ def _multiply(
 
 @gluon.jit
 def _attend_kernel(
-    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, spread_desc, slope_desc,
+    q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, k_var_desc, slope_desc,
     count_ptr, index_ptr, tail_bias_ptr, end_ptr, pool_bias_ptr, order_ptr, places_ptr, turn_ptr, r_ptr, c_ptr,
     out_ptr, lse_ptr, out_sb, out_ss, out_sh,
     heads, group, num_blocks, query_blocks, pool_rows, scale, cap,
@@ -317,7 +318,7 @@ def _attend_kernel(
     v_ring = gl.allocate_shared_memory(dtype, [STAGES, _STEP, head_dim], v_desc.layout)
     square_tile = q_tile
     if OWN:
-        square_tile = gl.allocate_shared_memory(spread_desc.dtype, [2, _HALF, head_dim], q_desc.layout)
+        square_tile = gl.allocate_shared_memory(k_var_desc.dtype, [2, _HALF, head_dim], q_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], of_barrier)
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], of_barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], of_barrier)
@@ -371,7 +372,7 @@ def _attend_kernel(
             (_multiply, (common, 0, STAGES, TAIL, ORDER, SLOPE, OWN)),
             (_multiply, (common, 1, STAGES, TAIL, ORDER, SLOPE, OWN)),
             (_load, (
-                q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, spread_desc, slope_desc,
+                q_desc, k_desc, v_desc, k_tail_desc, v_tail_desc, k_pool_desc, v_pool_desc, k_var_desc, slope_desc,
                 q_tile, q_full, ring, index_row, at * block, key_head * num_blocks, key_head * tail,
                 key_head * pool_rows, key_head * num_blocks, head * head_dim, listed, isolated, pooled,
                 STAGES, SLOPE, OWN,

@@ -13,6 +13,7 @@ from ...method.rectify import Rectification
 from ...method.tail import CAP, Tail
 from . import BlockLists, columns_of
 from .halves import dot_halves, halves
+from .queries import told_by_queries
 from .select import select
 from .slope import slope
 from .tile import Tiled
@@ -34,7 +35,7 @@ def decide(inputs: Inputs, tiled: Tiled) -> tuple[Choices, Rectification, BlockL
         lists.counts.zero_()
     tail, follow = None, None
     if nb and bias is not None and tiled.k_pool is not None and tiled.v_pool is not None:
-        tail = Tail(tiled.k_pool, tiled.v_pool, bias)
+        tail = Tail(tiled.k_pool, tiled.v_pool, bias, tiled.pooled.k_var if rule.queries else None)
         if rule.slope:
             follow = slope(inputs, tiled, choices, bias)
     return choices, Rectification(choices.r, c, tail, follow), lists
@@ -64,8 +65,8 @@ def empty(inputs: Inputs, tiled: Tiled) -> tuple[Choices, torch.Tensor | None, B
 def scores(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor | None) -> torch.Tensor | None:
     """Fills choices.probability with the logits of the estimate, the last column being the log-sum-exp over isolated
     keys; choices.compensated, where the gate weighs the gain: is it above the error?; for a tail bias, what a pooled
-    key adds to its logit. Where blocks are chosen by error gives their residuals but for the factor P, float32
-    [B, H, nb, nb].
+    key adds to its logit. Where blocks are chosen by error gives their residuals, float32 [B, H, nb, nb]; but for the
+    factor P where means tell them.
     """
     _, batch, heads, nb, head_dim = tiled.pooled.q.shape
     blocks, rule = inputs.blocks, inputs.config.rule
@@ -91,8 +92,11 @@ def scores(inputs: Inputs, tiled: Tiled, choices: Choices, bias: torch.Tensor | 
         k_tail.stride(0), k_tail.stride(1), k_tail.shape[2],
         heads, inputs.group, nb, batch * heads * nb * head_dim, inputs.scale, log_b if rule.log_b else 0.0, log_b, CAP,
         HEAD_DIM=head_dim, BLOCK=block, CHUNK=32, GAIN=rule.gate == "gain", TAIL=rule.tail,
-        RESPONSE=rank * rank, num_warps=4, num_stages=2,  # with three Triton 3.6 gets the gain of heads of 96 wrong
+        VARIANCE=rule.tail and not rule.queries, RESPONSE=rank * rank,
+        num_warps=4, num_stages=2,  # with three Triton 3.6 gets the gain of heads of 96 wrong
     )  # fmt: skip
+    if residual is not None and rule.queries:
+        told_by_queries(inputs, tiled, residual)
     return residual
 
 
@@ -112,7 +116,7 @@ def _scores_kernel(
     tail_sb, tail_sh, tail,
     heads, group, num_blocks, half, scale, log_b, tail_log_b, cap,
     HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GAIN: tl.constexpr, TAIL: tl.constexpr,
-    RESPONSE: tl.constexpr,
+    VARIANCE: tl.constexpr, RESPONSE: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(num_blocks, BLOCK)
     row, column = tl.program_id(0) // (tiles + 1), tl.program_id(0) % (tiles + 1)
@@ -146,7 +150,7 @@ def _scores_kernel(
                 dk = tl.load(dk_ptr + at_k, mask=in_k, other=0.0)
                 dk_low = tl.load(dk_ptr + key_half + at_k, mask=in_k, other=0.0)
                 k_error = dot_halves(q, q_low, dk.T, dk_low.T, k_error)
-            if TAIL:
+            if VARIANCE:
                 wide = q.to(tl.float32) + q_low.to(tl.float32)
                 square, square_low = halves(wide * wide, q.dtype)
                 k_var = tl.load(k_var_ptr + at_k, mask=in_k, other=0.0)
@@ -170,7 +174,9 @@ def _scores_kernel(
                     kv_response_ptr + half_responses // group + at_k, mask=m[:, None] < num_blocks, other=0.0
                 )
                 moved = dot_halves(a, a_low, b.T, b_low.T, moved)
-            left = tl.sqrt(tl.maximum(scale * scale * variance * moved, 0.0))
+            if VARIANCE:
+                moved *= scale * scale * variance
+            left = tl.sqrt(tl.maximum(moved, 0.0))
             tl.store(residual_ptr + (head * num_blocks + n[:, None]) * num_blocks + m[None, :], left, mask=inside)
         if GAIN:
             worth = tl.abs(score) > tl.abs(q_error) + tl.abs(k_error)

@@ -17,8 +17,8 @@ def select(
 ) -> None:
     """Turns logits into probability in place, fills block_mask (unless the inputs bring it), compensated (which holds
     what `scores` found worthwhile), r and the lists; for a tail makes bias -inf for blocks that do not join it.
-    residual: what `scores` gave, to choose by in place of top-k by probability; comes out times P, +inf for the first
-    largest of every row.
+    residual: what `scores` gave, to choose by in place of top-k by probability; comes out times P where means told it,
+    +inf for the first largest of every row.
     """
     batch, heads, nb, _ = choices.probability.shape
     config, blocks = inputs.config, inputs.blocks
@@ -30,7 +30,8 @@ def select(
     if residual is not None:
         counts = torch.zeros(_DIGITS, batch * heads, 256, dtype=torch.int32, device=residual.device)
         grid, options = (nb, batch * heads), {"WIDTH": width, "num_warps": _warps_of(width)}
-        _leaders_kernel[grid](choices.probability, residual, counts, nb, **options)
+        logits = None if config.rule.queries else choices.probability
+        _leaders_kernel[grid](logits, residual, counts, nb, **options)
         for known in range(1, _DIGITS):
             _narrow_kernel[grid](residual, counts, budgets, nb, budget, KNOWN=known, **options)
     _select_kernel[(lists.counts.shape[2], batch * heads)](
@@ -84,15 +85,17 @@ def _first_digits(count_ptr, budget, KNOWN: tl.constexpr):
 
 @triton.jit
 def _leaders_kernel(logits_ptr, residual_ptr, count_ptr, num_blocks, WIDTH: tl.constexpr):
-    """Multiplies a row of residuals by its probabilities; +inf in place of the first largest, 0 in place of NaN. Counts
-    their first digits.
+    """Multiplies a row of residuals by the probabilities of its logits, if there are any; +inf in place of the first
+    largest, 0 in place of NaN. Counts their first digits.
     """
     row = tl.program_id(1).to(tl.int64) * num_blocks + tl.program_id(0)
     # [WIDTH]
     m = tl.arange(0, WIDTH)
-    logits = tl.load(logits_ptr + row * (num_blocks + 1) + m, mask=m <= num_blocks, other=float("-inf"))
-    weight = tl.exp(logits - tl.max(logits, 0))
-    left = tl.load(residual_ptr + row * num_blocks + m, mask=m < num_blocks, other=0.0) * weight / tl.sum(weight, 0)
+    left = tl.load(residual_ptr + row * num_blocks + m, mask=m < num_blocks, other=0.0)
+    if logits_ptr is not None:
+        logits = tl.load(logits_ptr + row * (num_blocks + 1) + m, mask=m <= num_blocks, other=float("-inf"))
+        weight = tl.exp(logits - tl.max(logits, 0))
+        left = left * weight / tl.sum(weight, 0)
     left = tl.where(left == left, tl.minimum(left, 3e38), 0.0)
     first = tl.argmax(tl.where(m < num_blocks, left, -1.0), 0)
     left = tl.where(m == first, float("inf"), left)

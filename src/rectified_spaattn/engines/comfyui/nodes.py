@@ -84,8 +84,8 @@ class RectifiedAttention:
             "mode": _input(
                 list(MODES),
                 default.rectify,
-                "row+slope: the default. row: a little faster, further from full attention. paper: arXiv 2511.19835 on "
-                "blocks in space. none: plain block-sparse.",
+                "query+slope: the default. row+slope, row: a little faster, further from full attention. paper: arXiv "
+                "2511.19835 on blocks in space. none: plain block-sparse.",
             ),
             "dense_first": _input(
                 "FLOAT", 10.0, "Percent of the sampler's first steps with full attention.", **percent

@@ -9,7 +9,7 @@ from ..demo_model.words import MOTIONS, PAIRED, Solid, caption, places
 from ..option import given
 from ..pages.styles import STYLES
 
-PLAIN, PAPER, OURS = (STYLES[name].label for name in ("none", "ipar+gapr", "row+slope"))
+PLAIN, PAPER, OURS = (STYLES[name].label for name in ("none", "ipar+gapr", "query+slope"))
 MODES = (OURS, PAPER)  # what can stand in the third column
 NOTHING = "nothing"
 _PAPER = SparseConfig.paper()

@@ -37,13 +37,14 @@ _LAYERS = ("num_layers", "num_single_layers")
 
 
 class Measured(NamedTuple):
-    """Milliseconds of the default mode. sparse: backend -> (what grows with the pairs, what grows with the tokens)."""
+    """Milliseconds of one mode. sparse: backend -> (what grows with the pairs, what grows with the tokens)."""
 
     card: str
     shape: str
     tokens: int
     heads: int
     head_dim: int
+    rectify: str
     density: float
     dense_ms: float
     sparse: dict[str, tuple[float, float]]
@@ -56,6 +57,7 @@ MEASURED = Measured(
     tokens=115_456,
     heads=24,
     head_dim=128,
+    rectify="row+slope",
     density=0.1029,
     dense_ms=271.60,
     sparse={"fa4": (27.44, 11.12), "triton": (39.85, 9.39)},

@@ -142,8 +142,9 @@ def _block_errors(call: _Call, h: int, n: int) -> _Errors:
     if call.config.rule.tail:
         q, k, v = (x[0, at, h].double() for x, at in zip(qkv, (queries, keys, keys), strict=True))
         k_blocks, v_blocks = (x[0, places[compensated], h].double() for x in qkv[1:])  # [blocks, b, D]
-        slope = _slope(h, stats, qkv, places) if call.config.rule.slope else q.new_zeros(q.shape[-1], q.shape[-1])
-        want = with_pooled_keys(q, k, v, k_blocks, v_blocks, slope, q.shape[-1] ** -0.5)
+        slope = _slope(h, stats, call, places) if call.config.rule.slope else q.new_zeros(q.shape[-1], q.shape[-1])
+        scale, queries_tell = q.shape[-1] ** -0.5, call.config.rule.queries
+        want = with_pooled_keys(q, k, v, k_blocks, v_blocks, slope, scale, queries_tell)
         return got - want, own - exact, want
     weights = stats.probability[0, h, n, :-1].double() * compensated
     r, v_mean = stats.r[0, h, n].double(), qkv[2][0, places, h].double().mean(1)  # [nb, D]
@@ -158,11 +159,13 @@ def _attend(queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors) -> 
     return exact[0, 0], scaled_dot_product_attention(q, k, v)[0, 0].double()
 
 
-def _slope(h: int, stats: SparseStats, qkv: Tensors, places: torch.Tensor) -> torch.Tensor:
+def _slope(h: int, stats: SparseStats, call: _Call, places: torch.Tensor) -> torch.Tensor:
     """H of head h, float64 [D, D], from the stats' choices. places: [nb, b]."""
-    q, k, v = (x[0, places, h].double() for x in qkv)  # [nb, b, D]
-    half_variance = q.mean(1).square() @ k.var(1, unbiased=False).T / (2 * q.shape[-1])
-    mass = stats.probability[0, h, :, :-1].double() * half_variance.clamp(max=CAP).exp() * stats.compensated[0, h]
+    q, k, v = (x[0, places, h].double() for x in call.qkv)  # [nb, b, D]
+    mass = stats.probability[0, h, :, :-1].double() * stats.compensated[0, h]
+    if not call.config.rule.queries:
+        half_variance = q.mean(1).square() @ k.var(1, unbiased=False).T / (2 * q.shape[-1])
+        mass *= half_variance.clamp(max=CAP).exp()
     weight = mass.sum(0) / mass.sum().clamp(min=torch.finfo(torch.float64).tiny)
     apart = (k - k.mean(1, keepdim=True)) * (weight / k.shape[1])[:, None, None]
     return apart.flatten(0, 1).T @ (v - v.mean(1, keepdim=True)).flatten(0, 1)

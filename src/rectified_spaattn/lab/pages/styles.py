@@ -31,7 +31,8 @@ STYLES: dict[str, Style] = {  # rectify -> ..., in the order of everything that 
     "ipar": Style("IPAR", SKY, IN_SPACE),
     "ipar+gapr": Style("paper", BLUE, IN_SPACE),
     "row": Style("row", GREEN, BY_CONTENT),
-    "row+slope": Style("ours", PURPLE, BY_CONTENT),
+    "row+slope": Style("row+slope", GREY, BY_CONTENT),
+    "query+slope": Style("ours", PURPLE, BY_CONTENT),
 }
 LINES = {"content": "-", "gilbert": "--", "tile": "-.", "raster": ":"}
 _BLOCKS = {"content": "by content", "gilbert": "in space", "tile": "in boxes", "raster": "in raster order"}
