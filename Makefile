@@ -78,10 +78,13 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # torch comes first and pinned: a range would pull a newer build than the one the project is tested with
+# pip would make bytecode on one core, file after file; torch holds a file for a newer Python, which is no error
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
+		"torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	$(BIN)/python -m compileall -q -j 0 -x py312_intrinsics $(VENV)/lib
 	touch $@
 
 clean:

@@ -10,14 +10,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-import tiny
 from rectified_spaattn.cli.app import app
 
 WIDE = {"COLUMNS": "2000"}
 SHORT_TEXT = ["--argument", "max_sequence_length=12"]
 WAN = ["--prompt", "a b c", "--height", 128, "--width", 128, "--frames", 9, "--steps", 3, *SHORT_TEXT]
-HUNYUAN = ["--prompt", "a b c", "--height", 64, "--width", 64, "--frames", 9, "--steps", 2, *SHORT_TEXT]
-HUNYUAN += ["--argument", f"prompt_template={json.dumps(tiny.PROMPT_TEMPLATE)}"]
 
 
 def command(*words: Any) -> Result:
@@ -46,6 +43,8 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """wan, wan-2 (two experts), ti2v and hunyuan, each as save_pretrained writes it; sparse.yaml that fits them."""
+    import tiny  # here, as every process of pytest reads this file first, and diffusers takes seconds
+
     folder = tmp_path_factory.mktemp("models")
     wan = tiny.wan_pipeline()
     wan.save_pretrained(folder / "wan")

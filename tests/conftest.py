@@ -1,7 +1,10 @@
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -33,6 +36,39 @@ pytest_plugins = ["clip_runs"]
 # The same examples everywhere and no time limit an example: CI machines are slow and shared.
 settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lean_interpreter() -> Iterator[None]:
+    """Triton's interpreter without what it does for nothing, which is half its time. It patches its language at every
+    call inside a kernel: once a launch and module is enough, as nothing is undone before a launch ends. And it computes
+    whether integers overflow, which it then looks at in no case, as `debug` is off.
+    """
+    if not INTERPRETED or find_spec("triton") is None:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
+
+    def patch_once(function: FunctionType) -> object:
+        module = id(function.__globals__)
+        if module in patched:
+            return None
+        patched.add(module)
+        return patch(function)
+
+    def launch_anew(grid: object, *args: object, **options: object) -> None:
+        patched.clear()
+        launch(grid, *args, **options)
+
+    builder = interpreter.interpreter_builder
+    assert not builder.options.debug
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(interpreter, "_patch_lang", patch_once)
+        patches.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        patches.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        yield
 
 
 @pytest.fixture(scope="module")

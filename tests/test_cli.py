@@ -24,14 +24,19 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def make_smaller(patch: pytest.MonkeyPatch) -> None:
+    """Smaller videos, and steps that are timed sooner."""
+    patch.setattr("rectified_spaattn.lab.clips.demo.WIDTH", 96)
+    patch.setattr("rectified_spaattn.lab.clips.demo._TIMING_SIZE", 32)
+
+
 @pytest.fixture(scope="module")
 def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished demo: its folder and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "out"
     words = ["--out", out, "--weights", weights, "--prompts", 1, "--size", 32, "--steps", 2, "--seeds", 2]
-    with pytest.MonkeyPatch.context() as patch:  # smaller videos, and steps that are timed sooner
-        patch.setattr("rectified_spaattn.lab.clips.demo.WIDTH", 96)
-        patch.setattr("rectified_spaattn.lab.clips.demo._TIMING_SIZE", 32)
+    with pytest.MonkeyPatch.context() as patch:
+        make_smaller(patch)
         result = command("demo", *words)
     assert result.exit_code == 0, result.output
     return out, result.output
@@ -191,8 +196,11 @@ def test_metrics_json_agrees_with_itself_and_with_the_report(run: tuple[Path, st
     assert {"rectified-spaattn", "python", "torch", "diffusers"} <= set(metrics["versions"])
 
 
-def test_a_second_run_replaces_the_videos_of_the_first_and_no_others(run: tuple[Path, str], weights: Path) -> None:
+def test_a_second_run_replaces_the_videos_of_the_first_and_no_others(
+    run: tuple[Path, str], weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, _ = run
+    make_smaller(monkeypatch)
     mine = [out / "videos" / "holiday.mp4", out / "videos" / "plain-90" / "mine.mp4", out / "notes.txt"]
     for path in mine:
         path.write_text("mine")

@@ -55,11 +55,12 @@ def test_a_step_is_a_step_with_every_scheduler(pipeline, quiet, scheduler):
 @pytest.mark.parametrize("dense_steps", [1, 0.25])
 def test_a_run_that_begins_inside_the_schedule(pipeline, quiet, strength, scheduler, dense_steps):
     pipeline = video_to_video(pipeline.components, scheduler=scheduler)
-    with rsa.enable(pipeline, **{**SPARSE, "dense_steps": dense_steps}) as handle:
+    every = 8 if dense_steps == 0.25 else 4  # as a count, one step is dense however many there are
+    with rsa.enable(pipeline, **{**SPARSE, "dense_steps": dense_steps, "order": "gilbert"}) as handle:
         log = forwards_of(pipeline.transformer)
         for _ in range(2):
-            run_video(pipeline, steps=8, strength=strength)
-            steps = int(8 * strength)
+            run_video(pipeline, steps=every, strength=strength)
+            steps = int(every * strength)
             dense = 1 if dense_steps == 1 else steps // 4
             order = scheduler.order
             assert steps_of(log) == "d" * (dense * order) + "s" * ((steps - dense) * order - (order - 1))

@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 import rectified_spaattn
 import tiny
 import tiny_pipelines
-from clip_runs import HUNYUAN, WAN, generate, told
+from clip_runs import SHORT_TEXT, WAN, generate, told
 from rectified_spaattn.config import SparseConfig
 from rectified_spaattn.lab.clips import clip, models, single
 from rectified_spaattn.lab.clips.options import ClipError, GenerateOptions
@@ -32,6 +32,8 @@ from rectified_spaattn.lab.pages.video import to_uint8, write_clip, write_frames
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+HUNYUAN = ["--prompt", "a b c", "--height", 64, "--width", 64, "--frames", 9, "--steps", 2, *SHORT_TEXT]
+HUNYUAN += ["--argument", f"prompt_template={json.dumps(tiny.PROMPT_TEMPLATE)}"]
 SMALL = ["--height", 64, "--width", 64]  # three blocks of 16 tokens, in place of twelve
 
 
