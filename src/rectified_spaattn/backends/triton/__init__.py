@@ -21,6 +21,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 BLOCK_SIZES = (64, 128)
 MAX_BLOCKS = 8191  # one program holds a row of key blocks in registers
 OLDEST_TRITON = (3, 4)  # the first with host-side tensor descriptors
+GLUON_TRITON = ((3, 6), (3, 9))  # first and last
 
 
 class BlockLists(NamedTuple):
@@ -105,6 +106,18 @@ def run(inputs: Inputs, prepared: Prepared) -> torch.Tensor:
 
 def why_not(call: Call) -> str | None:
     return _why_no_triton() or _why_not_on(call.device) or _why_not_this(call)
+
+
+def why_not_gluon(arch: str, block: int, head_dim: int) -> str | None:
+    """Why plain Triton does stage 6 and not Gluon (hopper.py); None where Gluon does."""
+    version = triton_version() or "0.0"
+    if interpreted() or arch != "90":
+        return "its products and its split of warps are Hopper's (sm_90)"
+    if not GLUON_TRITON[0] <= tuple(int(part) for part in version.split(".")[:2]) <= GLUON_TRITON[1]:
+        return f"Triton {version}: Gluon changes its names, and 3.6 to 3.9 were compiled"
+    if block != 128 or head_dim != 128:
+        return f"blocks of {block} and heads of {head_dim}, it takes 128 and 128"
+    return None
 
 
 def _why_no_triton() -> str | None:

@@ -10,12 +10,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...method.inputs import Inputs
 from ...method.tail import CAP
-from ..calls import triton_version
-from . import Partial, Prepared, arch_of, columns_of, interpreted
+from . import Partial, Prepared, arch_of, columns_of, why_not_gluon
 from .select import longest_first
 from .tile import place_of
-
-GLUON_TRITON = ((3, 6), (3, 9))  # first and last
 
 
 class Tiling(NamedTuple):
@@ -83,18 +80,6 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
     return out, lse
 
 
-def why_not_gluon(arch: str, block: int, head_dim: int) -> str | None:
-    """Why plain Triton does stage 6 and not Gluon (hopper.py); None where Gluon does."""
-    version = triton_version() or "0.0"
-    if interpreted() or arch != "90":
-        return "its products and its split of warps are Hopper's (sm_90)"
-    if not GLUON_TRITON[0] <= tuple(int(part) for part in version.split(".")[:2]) <= GLUON_TRITON[1]:
-        return f"Triton {version}: Gluon changes its names, and 3.6 to 3.9 were compiled"
-    if block != 128 or head_dim != 128:
-        return f"blocks of {block} and heads of {head_dim}, it takes 128 and 128"
-    return None
-
-
 def _described(of: tuple[torch.Tensor, ...], count: int) -> tuple[TensorDescriptor | None, ...]:
     """Keys and values, `count` rows at a time; None of none."""
     return tuple(rows_of(x, count) for x in of if x.numel()) or (None, None)
@@ -116,7 +101,7 @@ def tiling_of(arch: str, block: int, head_dim: int, resume: bool, own: bool = Fa
     in the loop over pooled keys. It takes more registers, and its tiles leave room for one stage.
     """
     tiling = _tiling_of(arch, block, head_dim, resume)
-    return tiling._replace(maxnreg=None, tail_stages=1) if own else tiling
+    return tiling._replace(maxnreg=tiling.maxnreg and 168, tail_stages=1) if own else tiling
 
 
 def _tiling_of(arch: str, block: int, head_dim: int, resume: bool) -> Tiling:

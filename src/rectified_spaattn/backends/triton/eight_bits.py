@@ -14,8 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...method.arrange import sample_of
 from ...method.inputs import Inputs
-from . import Partial, Prepared, arch_of, columns_of, interpreted
-from .attend import rows_of, why_not_gluon
+from . import Partial, Prepared, arch_of, columns_of, interpreted, why_not_gluon
+from .attend import rows_of
 from .select import longest_first
 from .tile import Tiled
 

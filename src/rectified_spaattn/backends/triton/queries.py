@@ -28,7 +28,7 @@ def told_by_queries(inputs: Inputs, tiled: Tiled, residual: torch.Tensor) -> Non
         heads, inputs.group, nb, tiled.q.shape[2], tiled.k_pool.shape[2], tiled.k_tail.shape[2],
         inputs.scale / math.log(2), math.log2(inputs.blocks.block_size), CAP / math.log(2),
         STEP=rows.step, SAMPLED=len(rows), HEAD_DIM=inputs.q.shape[3], COLUMNS=columns,
-        BLOCK_M=64, BLOCK_N=block_n, num_warps=4, num_stages=2,
+        BLOCK_M=64, BLOCK_N=block_n, num_warps=4, num_stages=1,
     )  # fmt: skip
 
 
