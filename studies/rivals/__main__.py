@@ -36,10 +36,7 @@ from .groups import exact
 
 OTHERS: dict[str, Rule] = sol.RULES | svg2.RULES | svg_ear.RULES | sparsepr.RULES
 NAMES = ("plain", "paper", *OTHERS, "row", "row+slope", "query+slope")
-DEFAULTS = (
-    "query+slope",
-    "row+slope",
-)  # of this package, the newest first: others are compared with the first measured
+DEFAULTS = ("query+slope", "row+slope")  # the newest first; others are compared with the first that was measured
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ def ours(head: Head, budget: float, *, config: SparseConfig) -> Answer:
     alone = len(head.k_alone) + blocks.leftover
     looking = 1 + len(sampled_rows(size)) * rule.queries  # queries of a block: its mean, and those that are sampled
     fixed = {
-        # a query meets a pooled key's variances, too, where its spread is its own: a product with keys, half a pair
         "pooled": nb * size * nb * (1 + rule.queries / 2) if rule.tail else 0,
         "estimates": nb * looking * (nb + alone),
         # scale * q H and H itself are D * D products a token, the choice looks along DIRECTIONS; a pair is 2 * D
