@@ -7,7 +7,8 @@ PYTEST := OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest
 # the method, the operator, its ways to be called, and one pipeline
 QUICK := stages layout orders tokens config errors operator metamorphic arrange plan rules tree diffusers
 
-# A machine with a GPU brings its own Python with torch, and needs no install. Compiled kernels are shared by all workers.
+# A machine with a GPU brings its own Python with torch and the packages of [demo] and [dev]: nothing is installed.
+# Compiled kernels are shared by all workers.
 GPU_PYTHON ?= python
 GPU_WORKERS ?= 8
 GPU_TESTS ?= tests

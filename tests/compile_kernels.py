@@ -1,7 +1,8 @@
 """Compiles kernels without a GPU: `python compile_kernels.py 90 hip` (compute capabilities, 90-every, or AMD's).
 
-Prints a JSON line a kernel: architecture, name, and the shared memory that it needs. A process of its own, because
-Triton's interpreter, which the tests use, replaces the compiler for good.
+Prints a JSON line a kernel: architecture, name, and the shared memory that it needs. For Hopper translates each once
+more with integers that are 1: 90 with all at once, 90-every with each alone. A process of its own, because Triton's
+interpreter, which the tests use, replaces the compiler for good.
 """
 
 import json
@@ -12,8 +13,9 @@ from math import gcd
 from typing import Any, NamedTuple
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from rectified_spaattn.backends.triton import columns_of
 from rectified_spaattn.backends.triton.arrange import _cut_kernel, _halve_kernel, _project_kernel, cut_warps
@@ -23,9 +25,11 @@ from rectified_spaattn.backends.triton.directions import tiling_of as tiling_of_
 from rectified_spaattn.backends.triton.eight_bits import _listed_kernel, _quantise_kernel, most
 from rectified_spaattn.backends.triton.eight_bits import tiling_of as tiling_in_8_bits
 from rectified_spaattn.backends.triton.plan import _compensate_kernel, _scores_kernel
+from rectified_spaattn.backends.triton.queries import _told_kernel
 from rectified_spaattn.backends.triton.select import _leaders_kernel, _narrow_kernel, _select_kernel, _turns_kernel
 from rectified_spaattn.backends.triton.slope import _mass_kernel, _slope_kernel
 from rectified_spaattn.backends.triton.tile import _tile_kernel
+from rectified_spaattn.method.residual import sampled_rows
 
 SELECT_FLAGS = ("TOP_P", "NEIGHBOURS", "FIRST_FRAME", "COMPENSATE", "GAIN", "TAIL", "RESIDUAL", "IDLE")
 TAILS = ((False, False), (True, False), (True, True))  # tail, slope
@@ -50,7 +54,7 @@ def kernels(arch: str) -> Iterator[Kernel]:
     256       a head of 256 on the others and 90-every: tiles are twice as large, and where they fit follows the
               architecture
 
-    Only for 90 a partial result is taken up (RESUME), after FlashAttention-4.
+    A partial result is taken up (RESUME) after 8 bits and, on 90, FlashAttention-4.
     """
     if arch == "90-every":
         yield from every_variant()
@@ -58,18 +62,18 @@ def kernels(arch: str) -> Iterator[Kernel]:
     yield attend_kernel(arch, 128, 128, False, *TAILS[-1])
     yield scores_kernel(128, True, True, RANK)
     yield compensate_kernel(128)
+    yield told_kernel(128)
     yield slope_kernel(128, 128)
     yield tile_kernel(128, 128, True, True, RANK)
     yield moments_kernel(128, 2)
     yield directions_kernel(arch, 128, arch != "90")  # that of both is slow to compile: every_variant has it
     yield project_kernel(128)
     if arch != "hip":
-        yield attend_kernel(arch, 128, 128, True, *TAILS[-1], "isolated")
+        yield attend_kernel(arch, 128, 128, True, *TAILS[-1])
         for values in (False, True) if arch != "80" else (False,):  # which has no 8-bit floats
             yield listed_kernel(arch, 128, 128, values)
             yield quantise_kernel(values)
     if arch == "90":
-        yield attend_kernel("90", 128, 128, True, *TAILS[-1])
         yield from with_the_fewest_flags()
     else:
         yield from of_wide_heads(arch)
@@ -96,6 +100,7 @@ def with_the_fewest_flags() -> Iterator[Kernel]:
 
 def of_wide_heads(arch: str) -> Iterator[Kernel]:
     yield attend_kernel(arch, 128, 256, False, *TAILS[-1])
+    yield told_kernel(256)
     yield compensate_kernel(256)
     yield slope_kernel(128, 256)
     yield tile_kernel(128, 256, True, True, RANK)
@@ -118,6 +123,7 @@ def every_variant() -> Iterator[Kernel]:
             yield scores_kernel(head_dim, gain, tail)
         yield scores_kernel(head_dim, False, True, RANK)
         yield compensate_kernel(head_dim)
+        yield told_kernel(head_dim)
         yield project_kernel(head_dim)
     yield attend_kernel("90", 128, 96, False, *TAILS[-1])
     yield attend_kernel("90", 128, 96, True, *TAILS[-1])
@@ -169,20 +175,21 @@ def mass_kernel() -> Kernel:
 
 def slope_kernel(block: int, head_dim: int) -> Kernel:
     columns = columns_of(head_dim)
-    constants = {
-        "WIDTH": 1024,
-        "BLOCK": block,
-        "ROWS": 32 if columns > 128 else 64,
-        "HEAD_DIM": head_dim,
-        "COLUMNS": columns,
-    }
-    constants["AT_ONCE"] = min(columns, 128)
+    constants = {"WIDTH": 1024, "BLOCK": block, "ROWS": 32 if columns > 128 else 64}
+    constants |= {"HEAD_DIM": head_dim, "COLUMNS": columns, "AT_ONCE": min(columns, 128)}
     return kernel(f"slope {block}x{head_dim}", _slope_kernel, constants, num_warps=8)
 
 
 def compensate_kernel(head_dim: int) -> Kernel:
     constants = {"HEAD_DIM": head_dim, "COLUMNS": columns_of(head_dim), "BLOCK": 64, "BLOCK_K": 16}
     return kernel(f"compensate {head_dim}", _compensate_kernel, constants)
+
+
+def told_kernel(head_dim: int) -> Kernel:
+    columns, rows = columns_of(head_dim), sampled_rows(128)
+    constants = {"STEP": rows.step, "SAMPLED": len(rows), "HEAD_DIM": head_dim, "COLUMNS": columns}
+    constants |= {"BLOCK_M": 64, "BLOCK_N": 64 if columns <= 128 else 32}
+    return kernel(f"told {head_dim}", _told_kernel, constants, num_warps=4, num_stages=2)
 
 
 def project_kernel(head_dim: int) -> Kernel:
@@ -221,21 +228,18 @@ def select_kernel(width: int, given: bool, *flags: str) -> Kernel:
     return kernel(name, _select_kernel, constants, num_warps=min(max(width // 512, 1), 16))
 
 
-def attend_kernel(
-    arch: str, block: int, head_dim: int, resume: bool, tail: bool, slope: bool, listed: str | None = None
-) -> Kernel:
-    """listed: whose listed blocks are attended to; None: of those that nothing has attended to before."""
-    tiling = tiling_of(arch, block, head_dim, resume)
-    constants = {"BLOCK": block, "HEAD_DIM": head_dim, "RESUME": resume, "TAIL": tail, "SLOPE": slope}
+def attend_kernel(arch: str, block: int, head_dim: int, resume: bool, tail: bool, slope: bool) -> Kernel:
+    """With a slope every query has a half variance of its own, too, as in the default."""
+    tiling = tiling_of(arch, block, head_dim, resume, own=slope)
+    constants = {"BLOCK": block, "HEAD_DIM": head_dim, "RESUME": resume, "TAIL": tail, "SLOPE": slope, "OWN": slope}
     constants |= {"COLUMNS": columns_of(head_dim), "PART": gcd(tiling.block_n, head_dim)}
-    listed = listed or ("none" if resume else "all")
-    constants |= {"TURNS": slope and not resume, "LISTED": listed}
+    constants |= {"TURNS": slope and not resume, "LISTED": not resume}
     constants |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "TAIL_STAGES": tiling.tail_stages}
     options = {"num_warps": tiling.num_warps, "num_stages": tiling.num_stages}
     if tiling.maxnreg is not None:
         options["maxnreg"] = tiling.maxnreg
     return kernel(
-        f"attend {block}x{head_dim} resume={resume} {listed} tail={tail} slope={slope}",
+        f"attend {block}x{head_dim} resume={resume} tail={tail} slope={slope}",
         _attend_kernel,
         constants,
         **options,
@@ -253,14 +257,8 @@ def listed_kernel(arch: str, block: int, head_dim: int, values: bool) -> Kernel:
 
 
 def quantise_kernel(values: bool) -> Kernel:
-    constants = {
-        "BLOCK": 128,
-        "HEAD_DIM": 128,
-        "COLUMNS": 128,
-        "MOST": most(values),
-        "VALUES": values,
-        "AS_OPERAND": values,
-    }
+    constants = {"BLOCK": 128, "HEAD_DIM": 128, "COLUMNS": 128}
+    constants |= {"MOST": most(values), "VALUES": values, "AS_OPERAND": values}
     return kernel(f"quantise values={values}", _quantise_kernel, constants)
 
 
@@ -324,6 +322,7 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
             *("to_q_ptr", "to_k_ptr"),
         ),
         "_scores_kernel": ("tail_ptr",),
+        "_told_kernel": ("q_ptr", "tail_ptr"),
         "_project_kernel": ("q_ptr", "k_ptr", "w_ptr"),
         "_moments_kernel": ("q_ptr", "k_ptr"),
         "_directions_kernel": ("first_ptr",) if constants.get("BOTH") else ("first_ptr", "second_ptr"),
@@ -351,25 +350,50 @@ def type_of(argument: str, kernel: str, constants: dict[str, Any]) -> str:
     return "*fp32" if is_pointer else "i32"
 
 
-def compiled(kernel: Kernel, arch: str) -> Any:
-    capability = arch.removesuffix("-every")
-    target = GPUTarget("hip", "gfx942", 64) if arch == "hip" else GPUTarget("cuda", int(capability), 32)
+def source_of(kernel: Kernel) -> ASTSource:
     names = list(kernel.types)
-    aligned = [name for name, kind in kernel.types.items() if kind.startswith("*") or name.endswith(("_ss", "_sh"))]
-    source = ASTSource(
+    ends = ("_ss", "_sh", "half")
+    aligned = [name for name, kind in kernel.types.items() if kind.startswith("*") or name.endswith(ends)]
+    return ASTSource(
         kernel.function,
         kernel.types,
         {(names.index(name),): value for name, value in kernel.constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in kernel.constants},
     )
-    return triton.compile(source, target=target, options=kernel.options)
+
+
+def target_of(arch: str) -> GPUTarget:
+    return GPUTarget("hip", "gfx942", 64) if arch == "hip" else GPUTarget("cuda", int(arch.split("-")[0]), 32)
+
+
+def translate(kernel: Kernel, arch: str) -> None:
+    """The first step of compiling, in a tenth of the time: there it fails where a number is not what it must be."""
+    target, context = target_of(arch), ir.context()
+    backend = make_backend(target)
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(dict(kernel.options))
+    functions = backend.get_codegen_implementation(options)
+    source_of(kernel).make_ir(target, options, functions, backend.get_module_map(), context)
+
+
+def with_ones(kernel: Kernel, names: list[str]) -> Kernel:
+    """As a GPU gets it for such a call, of one head for example: Triton makes constants of integers that are 1, and its
+    interpreter does not. Constants have no methods.
+    """
+    types = kernel.types | dict.fromkeys(names, "constexpr")
+    return kernel._replace(types=types, constants=kernel.constants | dict.fromkeys(names, 1))
 
 
 def main() -> None:
     for arch in sys.argv[1:]:
         for each in kernels(arch):
-            line = {"arch": arch, "kernel": each.name, "shared": compiled(each, arch).metadata.shared}
-            print(json.dumps(line), flush=True)
+            shared = triton.compile(source_of(each), target=target_of(arch), options=each.options).metadata.shared
+            print(json.dumps({"arch": arch, "kernel": each.name, "shared": shared}), flush=True)
+            # `half` is how many elements a tensor has: never 1
+            integers = [name for name, kind in each.types.items() if kind in ("i32", "i64") and name != "half"]
+            for ones in {"90": [integers], "90-every": [[name] for name in integers]}.get(arch, []):
+                translate(with_ones(each, ones), arch)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_error_is_that_of_quantising(case, precision):
     error, budget = apart(eight, exact), kernel_budget(qkv, layout, valid)
     assert error / 4 < apart(tiled, exact) < 2 * error + budget
     plain, _ = run(layout, config.replace(precision="inputs"), qkv, block_mask=stats.block_mask)
-    assert apart(out[:, blocks.isolated], plain[:, blocks.isolated].double()) < 2 * budget  # text is exact
+    assert torch.equal(out[:, blocks.isolated], plain[:, blocks.isolated])  # as if nothing were in 8 bits
 
 
 @pytest.mark.parametrize("precision", EXACT)

@@ -279,7 +279,12 @@ def test_memory_at_hunyuan_videos_shape(name, mode, order):
 @pytest.mark.parametrize("order", ["gilbert", "content"])
 @pytest.mark.parametrize("name", NAMES)
 def test_shared_key_heads_are_not_repeated_in_memory(name, order):
-    """Of sorted keys and values a quarter is left where 4 query heads share a key head."""
+    """Of tiled keys and values a quarter is left where 4 query heads share a key head.
+
+    triton needs most while they, the tiled queries and the output are there: 1 + 2 + 1 times the queries' memory, and
+    1 + 2/4 + 1 where keys are shared. So does fa4 with the result over listed blocks in the output's place; but then it
+    has that, the tiled queries and the output: 1 + 1 + 1, which is more where keys are shared.
+    """
     call, extra = video_call(1, 32, 0.9, order), {}
     q, k, v = call.qkv
     require(name, call)
@@ -294,7 +299,8 @@ def test_shared_key_heads_are_not_repeated_in_memory(name, order):
         torch.cuda.synchronize()
         extra[which] = torch.cuda.max_memory_allocated() - before
     print(f"\n{name}, {order}: " + ", ".join(f"{which} {size / 2**30:.2f} GiB" for which, size in extra.items()))
-    assert extra["repeated"] - extra["shared"] >= 0.6 * 2 * k.nbytes
+    saved = {"triton": 4 - 2.5, "fa4": 4 - 3}[name] * q.nbytes
+    assert extra["repeated"] - extra["shared"] >= 0.95 * saved
 
 
 @pytest.mark.large

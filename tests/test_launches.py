@@ -13,7 +13,7 @@ from rectified_spaattn.method.inputs import Inputs
 from rectified_spaattn.orders import blocks_of
 
 META = torch.device("meta")
-FILES = ("arrange", "attend", "directions", "plan", "select", "slope", "tile")
+FILES = ("arrange", "attend", "directions", "plan", "queries", "select", "slope", "tile")
 LAYOUT = TokenLayout.build((21, 30, 52))  # Wan 1.3B at 480p: 255 blocks
 
 
@@ -43,7 +43,7 @@ class Kernel:
         return lambda *_, **__: self.names.append(self.name)
 
 
-@pytest.mark.parametrize(("kept", "most"), [("nothing", 23), ("order", 16), ("order and lists", 9)])
+@pytest.mark.parametrize(("kept", "most"), [("nothing", 24), ("order", 17), ("order and lists", 9)])
 def test_a_call_launches_few_kernels(kept: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config, row = SparseConfig(), BACKENDS["triton"]
     q, k, v = (torch.empty(1, LAYOUT.sequence, 12, 128, dtype=torch.bfloat16, device=META) for _ in "qkv")

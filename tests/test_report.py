@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import imageio.v3 as iio
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -36,6 +35,8 @@ from rectified_spaattn.lab.pages.video import (
     write_frames,
 )
 from studies.curve_figure import curve_figure, mean_distance
+
+imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
 
 
 def flat_clip(red: float, frames: int = 5, side: int = 16) -> torch.Tensor:

@@ -63,8 +63,8 @@ def reference(inputs: "Inputs") -> Reference:
                 top_k = max(1, int((1 - config.sparsity) * nb)) if inputs.top_k is None else inputs.top_k[i, h].item()
                 rows = [critical_row(p[n], n, blocks, config, top_k) for n in range(nb)]
                 keep = torch.stack(rows) if nb else critical[i, h]
-                if by_error:
-                    sample = blocks.tiled.cpu()[:: -(-len(tiled) // 2048)] if nb else tiled
+                if by_error and nb:
+                    sample = blocks.tiled.cpu()[:: -(-len(tiled) // 2048)]
                     sharing = q[i, sample, of_k * group : (of_k + 1) * group].flatten(0, 1)
                     told = _told_by_queries(qt, kt, k_alone, scale) if own else _told_by_means(p, qt, kt, scale)
                     left = told * _moved(qt, kt, vt, sharing, k[i, sample, of_k], scale)

@@ -25,10 +25,8 @@ def slope(
     probability: [B, H, nb, nb + 1]; half_variance, compensated: [B, H, nb, nb]; k, v: [B, Hk, nb, b, D], any
     dtype.
     """
-    mass = probability[..., :-1].masked_fill(~compensated, 0)
-    if half_variance is not None:
-        mass *= half_variance.clamp(max=CAP).exp_()
-    mass = mass.sum(-2)  # [B, H, nb]
+    mass = probability[..., :-1] * (1 if half_variance is None else half_variance.clamp(max=CAP).exp_())
+    mass = mass.masked_fill_(~compensated, 0).sum(-2)  # [B, H, nb]
     weight = mass / mass.sum(-1, keepdim=True).clamp(min=torch.finfo(mass.dtype).tiny)
     (batch, heads), dim, group = mass.shape[:2], k.shape[4], mass.shape[1] // k.shape[1]
     result = pooled.k.new_empty(batch, heads, dim, dim)

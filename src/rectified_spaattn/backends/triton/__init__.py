@@ -49,7 +49,7 @@ class Prepared(NamedTuple):
 class Partial(NamedTuple):
     """Attention over the listed blocks alone, done elsewhere: out [B, H, rows, D], any strides with D innermost, and
     its log-sum-exp, float32 [B, H, rows], contiguous. isolated: whether isolated queries attended, too; without, their
-    log-sum-exp is -inf.
+    rows are not read.
     """
 
     out: torch.Tensor

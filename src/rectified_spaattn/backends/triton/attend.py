@@ -33,35 +33,70 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
 
     Where there is a tail, tiled queries attend to listed blocks, isolated keys and the tail's pooled ones instead, and
     where there is a slope, the tail's share of q @ slope is added. With `partial` all but the listed blocks are
-    attended to here, and joined to it, where it has attended to them.
+    attended to here, and joined to it.
 
     Returns out [B, S, H, D] in the model's token order, and the log-sum-exp of the logits of every query over the keys
     it attended to, float32 [B, H, rows], in block order.
     """
+    batch, heads, rows, _ = prepared.tiled.q.shape
+    num_blocks, query_blocks = inputs.blocks.num_blocks, rows // inputs.blocks.block_size
+    out = inputs.new_out()
+    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
+    if partial is None:
+        turns = None
+        if inputs.config.rule.choice == "error":  # rows differ in length: the longest start first
+            turns = longest_first(prepared.lists.counts)
+        _attend_last(inputs, prepared, query_blocks, turns, out, lse)
+        return out, lse
+    if not partial.isolated:
+        # a few programs go over all keys: without `partial` they hold more at once, so are done sooner
+        if query_blocks > num_blocks:
+            _attend_last(inputs, prepared, query_blocks - num_blocks, None, out, lse)
+        query_blocks = num_blocks
+    _launch(inputs, prepared, partial, query_blocks, None, out, lse)
+    return out, lse
+
+
+def _attend_last(
+    inputs: Inputs,
+    prepared: Prepared,
+    query_blocks: int,
+    turns: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """So many last query blocks, from nothing on. turns: of all of them, as in hopper.attend."""
+    arch, blocks = arch_of(out.device), inputs.blocks
+    if blocks.num_blocks and why_not_gluon(arch, blocks.block_size, out.shape[-1]) is None:
+        from . import hopper
+
+        hopper.attend(inputs, prepared, query_blocks, turns, out, lse)
+    else:
+        _launch(inputs, prepared, None, query_blocks, turns, out, lse)
+
+
+def _launch(
+    inputs: Inputs,
+    prepared: Prepared,
+    partial: Partial | None,
+    query_blocks: int,
+    turns: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """So many query blocks in plain Triton: the first ones with `partial`, else the last."""
     tiled, lists, (r, c, tail, slope) = prepared
     batch, heads, rows, head_dim = tiled.q.shape
     b, num_blocks = inputs.blocks.block_size, inputs.blocks.num_blocks
-    out = inputs.new_out()
-    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
-    turns = None
-    if partial is None and inputs.config.rule.choice == "error":  # rows differ in length: the longest start first
-        turns = longest_first(lists.counts)
-    arch = arch_of(out.device)
-    listed = "all" if partial is None and num_blocks else "isolated" if partial and not partial.isolated else "none"
-    if listed == "all" and why_not_gluon(arch, b, head_dim) is None:
-        from . import hopper
-
-        hopper.attend(inputs, prepared, turns, out, lse)
-        return out, lse
     k_var = None if tail is None else tail.k_var
-    tiling = tiling_of(arch, b, head_dim, resume=partial is not None, own=k_var is not None)
+    tiling = tiling_of(arch_of(out.device), b, head_dim, resume=partial is not None, own=k_var is not None)
     # a descriptor takes its time, and cannot be of nothing: none of keys that are not read
-    of_blocks = () if listed == "none" else (tiled.k, tiled.v)
+    of_blocks = (tiled.k, tiled.v) if partial is None and num_blocks else ()
     pool = () if tail is None else (tail.k, tail.v)
     keys = [_described(of, tiling.block_n) for of in (of_blocks, (tiled.k_tail, tiled.v_tail), pool)]
     before = (tiled.q, lse) if partial is None else partial[:2]  # not read without `partial`
     options = {} if tiling.maxnreg is None else {"maxnreg": tiling.maxnreg}
-    _attend_kernel[(rows // tiling.block_m, batch * heads)](
+    _attend_kernel[(query_blocks * b // tiling.block_m, batch * heads)](
         rows_of(tiled.q, tiling.block_m), *keys[0], *keys[1], *keys[2],
         None if k_var is None else rows_of(k_var, tiling.block_n),
         *((None, None) if slope is None else _for_slope(tiled.q, slope, tiling)),
@@ -72,12 +107,11 @@ def attend(inputs: Inputs, prepared: Prepared, partial: Partial | None = None) -
         inputs.scale / math.log(2), CAP / math.log(2),
         BLOCK=b, BLOCK_M=tiling.block_m, BLOCK_N=tiling.block_n, HEAD_DIM=head_dim, COLUMNS=columns_of(head_dim),
         PART=math.gcd(tiling.block_n, head_dim),
-        RESUME=partial is not None, LISTED=listed,
+        RESUME=partial is not None, LISTED=len(of_blocks) > 0,
         TAIL=tail is not None, OWN=k_var is not None, TAIL_STAGES=tiling.tail_stages,
         TURNS=turns is not None, SLOPE=slope is not None,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, **options,
     )  # fmt: skip
-    return out, lse
 
 
 def _described(of: tuple[torch.Tensor, ...], count: int) -> tuple[TensorDescriptor | None, ...]:
@@ -185,6 +219,9 @@ def _attend_kernel(
         parts: tl.constexpr = BLOCK // BLOCK_M
         n = tl.load(turn_ptr + head * (rows // BLOCK) + tl.program_id(0) // parts)
         first = n * BLOCK + tl.program_id(0) % parts * BLOCK_M
+    elif RESUME:
+        first = tl.program_id(0) * BLOCK_M
+        n = first // BLOCK
     else:
         # blocks of isolated queries attend to every key: they start first
         first = rows - (tl.program_id(0) + 1) * BLOCK_M
@@ -207,13 +244,11 @@ def _attend_kernel(
         acc = tl.zeros((BLOCK_M, COLUMNS), tl.float32)
         top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
-    if LISTED != "none":
+    if LISTED:
         listed = head.to(tl.int64) * (rows // BLOCK) + n
         index_row = index_ptr + listed * num_blocks
         steps: tl.constexpr = BLOCK // BLOCK_N
         count = tl.load(count_ptr + listed) * steps
-        if LISTED == "isolated":
-            count = tl.where(n < num_blocks, 0, count)
         for j in tl.range(0, count):
             at = (key_head * num_blocks + tl.load(index_row + j // steps)) * BLOCK + j % steps * BLOCK_N
             # [BLOCK_M, BLOCK_N]

@@ -45,7 +45,8 @@ def moments(q: torch.Tensor, k: torch.Tensor, tiled: torch.Tensor, scale: float)
     tile = 32
     parts = 2 * dim // tile
     _moments_kernel[(parts * parts, trees)](
-        q, k, tiled, *of, *q.stride(), *k.stride(), heads, trees, -(-tiled.numel() // step), step, scale * scale,
+        q, k, tiled, *of, *q.stride(), *k.stride(),
+        heads, -(-tiled.numel() // step), step, of.covariance[0].numel(), scale * scale,
         HEAD_DIM=dim, TILE=tile, CHUNK=64, GROUP=group, num_warps=4,
     )  # fmt: skip
     return of
@@ -79,7 +80,7 @@ def _iterate(of: Moments, scale: float, first: torch.Tensor, second: torch.Tenso
     held = not tiling.chunk
     room = of.mean.new_empty((0,) if held else (trees, dim, rank))
     _directions_kernel[(trees,)](
-        of.mean, of.covariance, of.weigh, room, first, second, trees, scale,
+        of.mean, of.covariance, of.weigh, room, first, second, of.covariance[0].numel(), scale,
         DIM=dim, HEAD_DIM=of.weigh.shape[-1], COLUMNS=rows_of(dim), RANK=rank,
         WIDTH=max(16, triton.next_power_of_2(rank)), CHUNK=tiling.chunk, ROUNDS=ROUNDS, BOTH=both,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages,
@@ -146,7 +147,7 @@ def _moments_kernel(
     q_ptr, k_ptr, places_ptr, mean_ptr, covariance_ptr, weigh_ptr,
     q_sb, q_ss, q_sh, q_sd,
     k_sb, k_ss, k_sh, k_sd,
-    heads, trees, count, step, scale_2,
+    heads, count, step, half, scale_2,
     HEAD_DIM: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One tile of the moments of one key head; its mirror image, too."""
@@ -201,7 +202,6 @@ def _moments_kernel(
     if row == column:
         tl.store(mean_ptr + z * 2 * HEAD_DIM + at_x, mean_x, mask=in_x)
     to = covariance_ptr + z * 4 * HEAD_DIM * HEAD_DIM
-    half = trees.to(tl.int64) * 4 * HEAD_DIM * HEAD_DIM
     store_halves(to + at_x[:, None] * 2 * HEAD_DIM + at_y[None, :], half, covariance, inside)
     store_halves(to + at_y[None, :] * 2 * HEAD_DIM + at_x[:, None], half, covariance, inside)
     if (column < parts) | (row >= parts):
@@ -256,14 +256,13 @@ def _times(
 
 @triton.jit
 def _directions_kernel(
-    mean_ptr, covariance_ptr, weigh_ptr, room_ptr, first_ptr, second_ptr, trees, scale,
+    mean_ptr, covariance_ptr, weigh_ptr, room_ptr, first_ptr, second_ptr, half, scale,
     DIM: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr, ROUNDS: tl.constexpr, BOTH: tl.constexpr,
 ):  # fmt: skip
     """BOTH: the axes of [q, k] to first, what the mean is there to second. Else of k alone: scale * C W and W."""
     LEAD: tl.constexpr = 2 * HEAD_DIM
     z = tl.program_id(0).to(tl.int64)
-    half = trees.to(tl.int64) * LEAD * LEAD
     covariance_ptr += z * LEAD * LEAD
     weigh_ptr += z * 2 * HEAD_DIM * HEAD_DIM
     if not BOTH:

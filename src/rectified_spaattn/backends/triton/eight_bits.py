@@ -49,7 +49,7 @@ class Tiling(NamedTuple):
 
 
 def listed_blocks(inputs: Inputs, prepared: Prepared) -> Partial:
-    """Attention of every tiled query block over its listed key blocks alone, of isolated ones over nothing."""
+    """Attention of every tiled query block over its listed key blocks alone; nothing in the rows of isolated ones."""
     tiled, lists = prepared.tiled, prepared.lists
     batch, heads, rows, head_dim = tiled.q.shape
     b, nb = inputs.blocks.block_size, inputs.blocks.num_blocks
@@ -70,7 +70,7 @@ def listed_blocks(inputs: Inputs, prepared: Prepared) -> Partial:
         v_desc = rows_of(tiled.v, tiling.block_n)
     else:
         v_desc = TensorDescriptor.from_tensor(of.v.view(-1, b), [columns, tiling.block_n])
-    _listed_kernel[(rows // tiling.block_m, batch * heads)](
+    _listed_kernel[(nb * b // tiling.block_m, batch * heads)](
         rows_of(tiled.q, tiling.block_m), rows_of(of.k, tiling.block_n), v_desc,
         of.k_scale, of.v_scale, of.v_scale.nan_to_num(0.0).amax(-1), of.k_shift, of.v_shift,
         lists.counts, lists.indices, turns, out, lse, inputs.group, nb, rows, inputs.scale / math.log(2),
@@ -179,10 +179,7 @@ def _listed_kernel(
     head = tl.program_id(1)
     key_head = head // group
     parts: tl.constexpr = BLOCK // BLOCK_M
-    turn = tl.program_id(0) // parts
-    n = turn
-    if turn < num_blocks:  # the longest start first; isolated ones come last and do nothing
-        n = tl.load(turn_ptr + head * num_blocks + turn)
+    n = tl.load(turn_ptr + head * num_blocks + tl.program_id(0) // parts)  # the longest start first
     first = n * BLOCK + tl.program_id(0) % parts * BLOCK_M
     i = first + tl.arange(0, BLOCK_M)
     d = tl.arange(0, COLUMNS)
@@ -206,7 +203,7 @@ def _listed_kernel(
     listed = head.to(tl.int64) * (rows // BLOCK) + n
     index_row = index_ptr + listed * num_blocks
     steps: tl.constexpr = BLOCK // BLOCK_N
-    count = tl.where(n < num_blocks, tl.load(count_ptr + listed), 0) * steps
+    count = tl.load(count_ptr + listed) * steps
     for j in tl.range(0, count):
         block = key_head * num_blocks + tl.load(index_row + j // steps)
         at = block * BLOCK + j % steps * BLOCK_N

@@ -34,13 +34,15 @@ _copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_
 def attend(
     inputs: Inputs,
     prepared: Prepared,
+    query_blocks: int,
     turns: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
     """What `attend` of attend.py computes without a partial result, for blocks and heads of 128, into out and lse.
 
-    turns: int32 [B, H, rows / b], which query block is whose turn; None: the last first.
+    query_blocks: how many; fewer than all are the last ones.
+    turns: int32 [B, H, rows / b], which query block is whose turn, of all of them; None: the last first.
     """
     tiled, lists, (r, c, tail, slope) = prepared
     batch, heads, rows, head_dim = tiled.q.shape
@@ -48,7 +50,7 @@ def attend(
     pool = (tiled.q, tiled.q) if tail is None else (tail.k, tail.v)
     k_var = None if tail is None else tail.k_var
     keys = (x if x.numel() else tiled.q for x in (tiled.k, tiled.v, tiled.k_tail, tiled.v_tail, *pool))
-    _attend_kernel[(rows // BLOCK, batch * heads)](
+    _attend_kernel[(query_blocks, batch * heads)](
         _rows_of(tiled.q, _HALF.value), *(_rows_of(x, _STEP.value) for x in keys),
         _rows_of(tiled.q if k_var is None else k_var, _STEP.value),
         _rows_of(tiled.q if slope is None else slope, head_dim),

@@ -49,7 +49,7 @@ def launch(
     batch, heads, rows, _ = tiled.q.shape
     v_most = of.v_scale.nan_to_num(0.0).amax(-1)
     lift = (of.v_scale / v_most[..., None]).log2()
-    _listed_kernel[(rows // BLOCK, batch * heads)](
+    _listed_kernel[(inputs.blocks.num_blocks, batch * heads)](
         tiled.q, _tiles_of(of.k), _tiles_of(of.v), of.k_scale, lift, v_most, of.k_shift, of.v_shift,
         lists.counts, lists.indices, turns, out, lse,
         inputs.group, inputs.blocks.num_blocks, rows // BLOCK, inputs.scale / math.log(2),
@@ -227,11 +227,9 @@ def _listed_kernel(
 
     head = gl.program_id(1)
     key_head = head // group
-    n = gl.program_id(0)
-    if n < num_blocks:  # the longest start first; isolated ones come last and do nothing
-        n = gl.load(turn_ptr + head * num_blocks + n)
+    n = gl.load(turn_ptr + head * num_blocks + gl.program_id(0))  # the longest start first
     at = head * query_blocks + n
-    listed = gl.where(n < num_blocks, gl.load(count_ptr + at), 0)
+    listed = gl.load(count_ptr + at)
     index_row = index_ptr + at.to(gl.int64) * num_blocks
     first_row = at.to(gl.int64) * block
     first_block = key_head * num_blocks
