@@ -35,7 +35,7 @@ FROM = 4  # the first step that is judged
 @dataclass(frozen=True, kw_only=True)
 class Options(harness.Options):
     tolerance: tuple[float, ...] = option("Errors to hold.", (0.025, 0.05, 0.1))
-    mode: tuple[str, ...] = option("Modes.", ("row", "row+slope"), choices=tuple(RECTIFY))
+    mode: tuple[str, ...] = option("Modes.", ("row", "query+slope"), choices=tuple(RECTIFY))
     gain: tuple[float, ...] = option("Gains after the first step.", (0.35, 0.5, 0.7, 1.0))
     start: tuple[float, ...] = option("Blocks a row to start from.", (3.0, 13.0, 32.0))
     kept: tuple[int, ...] = option("Blocks a row at which errors are measured.", (1, 2, 4, 6, 10, 18, 32))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rectified_spaattn import SparseConfig
+from rectified_spaattn.config import RECTIFY, SparseConfig
 from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.error import attention_error, full_attention
 from rectified_spaattn.lab.option import option
@@ -23,11 +23,11 @@ from . import harness
 GROUPS = ((0, 1), (2, 3), (0, 1, 2, 3))
 WAYS = ("a key head", "a query head", "in space")
 KEYS = ("mean", "first")
-MODES = ("row", "row+slope")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(harness.Options):
+    mode: tuple[str, ...] = option("Modes.", ("row", "query+slope"), choices=tuple(RECTIFY))
     block_size: int = option("Tokens a block.", harness.EXACT.block_size)
 
 
@@ -62,7 +62,7 @@ def measured(calls: Sequence[AttentionCall], options: Options) -> Iterator[dict[
     for call, heads, keys in itertools.product(calls, GROUPS, KEYS):
         group = grouped(call, heads, keys)
         full = full_attention(group)
-        for sparsity, mode, way in itertools.product(options.sparsity, MODES, WAYS):
+        for sparsity, mode, way in itertools.product(options.sparsity, options.mode, WAYS):
             config = SparseConfig(
                 sparsity=sparsity,
                 rectify=mode,  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What SVG-EAR's rule and this package's default differ in, one ingredient at a time, at equal executed pairs.
+"""What SVG-EAR's rule and "row+slope" differ in, one ingredient at a time, at equal executed pairs.
 
     python -m studies.ingredients --pairs 4 --step 6
     python -m studies.ingredients --table-of studies/data/ingredients.csv
@@ -35,7 +35,7 @@ from .rivals.groups import Groups, consecutive, exact, groups_of, k_means, withi
 from .rivals.svg_ear import FIRST_ROUNDS, clusters, compensation_error
 
 SETTINGS = (
-    "joint64 joint64 residual slope",  # the default, its budget spent to the last block
+    "joint64 joint64 residual slope",  # row+slope, its budget spent to the last block
     "joint64 joint64 error mean",
     "joint64 joint32 residual slope",
     "own64 own64 residual slope",

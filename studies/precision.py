@@ -37,7 +37,7 @@ BACKEND = "triton"
 @dataclass(frozen=True, kw_only=True)
 class Options(harness.Options):
     sparsity: tuple[float, ...] = option("Share of blocks to drop.", (0.8, 0.9))
-    mode: tuple[str, ...] = option("Modes.", ("row+slope", "ipar+gapr"), choices=tuple(RECTIFY))
+    mode: tuple[str, ...] = option("Modes.", ("query+slope", "ipar+gapr"), choices=tuple(RECTIFY))
     shape: str = option("Shape of the call that is timed, in blocks of 128.", "hunyuan-video", choices=tuple(SHAPES))
     repeats: int = option("Rounds of the timing.", 10)
 

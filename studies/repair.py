@@ -47,7 +47,7 @@ REPAIRS = ("none", BLOCK_MORE, "one factor", *FEATURES)
 class Options(harness.Options):
     kept: tuple[int, ...] = option("Kept blocks, the mean of all rows.", (6,))
     rows: int = option("Probe rows a head.", 64)
-    mode: tuple[str, ...] = option("Modes.", ("none", "row", "row+slope"), choices=tuple(RECTIFY))
+    mode: tuple[str, ...] = option("Modes.", ("none", "row", "query+slope"), choices=tuple(RECTIFY))
     block_size: int = option("Tokens a block.", harness.EXACT.block_size)
 
 

@@ -42,7 +42,7 @@ class Options(harness.Options):
     sparsity: tuple[float, ...] = option("Share of blocks to drop.", (0.9,))
     replan: tuple[int, ...] = option("Steps that a plan lives.", (1, 2, 3, 4, 6, 8, 12))
     kept: tuple[str, ...] = option("What is kept.", tuple(KEPT), choices=tuple(KEPT))
-    rectify: str = option("Mode.", "row+slope", choices=tuple(RECTIFY))
+    rectify: str = option("Mode.", SparseConfig().rectify, choices=tuple(RECTIFY))
     order: str = option("How tokens are put in blocks.", "content", choices=ORDERS)
     block_size: int = option("Tokens a block, of clips and captured calls.", harness.EXACT.block_size)
     top_p: float = option("Least attention mass the kept blocks hold.", harness.EXACT.top_p)

@@ -5,11 +5,12 @@
 
 A setting is three words: how queries and keys are grouped, by what groups are kept, and what stands for the rest.
 Groups: "halved", blocks of 64 in one order for both, by the tree alone, as the package has them; "exchanged", with
-exchanges between pairs of blocks after it; "clusters", k-means of each, 64 of queries and 128 of keys; "cluster-keys",
-exchanged blocks and clusters of keys; "pruned-keys", as many groups of keys as there are blocks, of 16 keys and more,
-by cutting on in the tree where keys vary most. Kept by: the residual from means alone ("means"), from sampled queries
-("sampled"), or the error that pooled keys do leave ("true", which no pairs pay for). Tail: ½σ² of the block's mean
-query ("mean"), of every query ("own"), or that with the slope ("slope").
+exchanges between pairs of blocks after it, which it has not; "clusters", k-means of each, 64 of queries and 128 of
+keys; "cluster-keys", exchanged blocks and clusters of keys; "pruned-keys", as many groups of keys as there are blocks,
+of 16 keys and more, by cutting on in the tree where keys vary most. Kept by: the residual from means alone ("means", as
+in "row+slope"), from sampled queries ("sampled", as in "query+slope"), or the error that pooled keys do leave ("true",
+which no pairs pay for). Tail: ½σ² of the block's mean query ("mean"), of every query ("own"), or that with the slope
+("slope").
 """
 
 import heapq
@@ -25,6 +26,7 @@ from rectified_spaattn.lab.calls.capture import AttentionCall
 from rectified_spaattn.lab.calls.maps import one_head
 from rectified_spaattn.lab.option import option
 from rectified_spaattn.method import arrange
+from rectified_spaattn.method.residual import sampled_rows
 from rectified_spaattn.method.tail import CAP
 
 from . import harness, ingredients
@@ -32,16 +34,17 @@ from .ingredients import Estimate, estimate, first_order, sides
 from .rivals.contract import Head, head_of, relative_error
 from .rivals.groups import Groups, consecutive, exact, groups_of, k_means, within
 from .rivals.svg_ear import FIRST_ROUNDS
-from .single_query_rule import exchanged, sampled_rows
 
+ROUNDS = 2  # in which pairs of blocks exchange tokens
+STEPS = 2  # of one exchange
 SETTINGS = (
+    "halved sampled slope",  # query+slope, its budget spent to the last block
     "exchanged sampled slope",
     "halved means mean",
     "halved sampled mean",
     "halved true own",
     "halved means own",
     "halved sampled own",
-    "halved sampled slope",
     "exchanged sampled own",
     "exchanged true own",
     "pruned-keys sampled own",
@@ -95,6 +98,32 @@ def _features(head: Head) -> torch.Tensor:
     both = arrange.moments(arrange.sample_of(q, tokens), arrange.sample_of(k, tokens), head.scale)
     apart = torch.cat([head.q, head.k], 1) - both.mean[0]
     return (apart @ arrange.directions(both)[0])[None].to(torch.bfloat16)
+
+
+def exchanged(features: torch.Tensor, order: torch.Tensor, block_size: int) -> torch.Tensor:
+    """order [Z, n] with tokens exchanged between pairs of blocks, so that tokens of a block are nearer each other.
+
+    The tree cuts along axes. Here two blocks are cut anew, across the line between their means, STEPS times: of their
+    tokens those least along it go to the first, in the order they had. Pairs are neighbours at distance 1, 2, 4, ... .
+    features: [Z, n, r].
+    """
+    trees, count, rank = features.shape
+    blocks = count // block_size
+    parts = order.view(trees, blocks, block_size).clone()
+    for shift in list(range((blocks - 1).bit_length())) * ROUNDS:
+        first = torch.arange(blocks, device=order.device)
+        first = first[(first & (1 << shift) == 0) & (first + (1 << shift) < blocks)]
+        both = torch.cat([parts[:, first], parts[:, first + (1 << shift)]], dim=2)  # [Z, pairs, 2b]
+        at = both.flatten(1)[..., None].expand(-1, -1, rank)
+        points = features.gather(1, at).view(*both.shape, rank).float()
+        left = (torch.arange(2 * block_size, device=order.device) < block_size).expand_as(both)
+        for _ in range(STEPS):
+            line = (1 - 2 * left.float())[:, :, None] @ points  # [Z, pairs, 1, r], from the one mean to the other
+            along = (points @ line.transpose(2, 3))[..., 0]
+            # floats of 0 and more are ordered as their bits are, and the upper ones tell the sides of a cut
+            left = arrange.lower_half((along - along.amin(2, keepdim=True)).view(torch.int32) >> 16)
+        parts[:, first], parts[:, first + (1 << shift)] = arrange.parted(both, left).split(block_size, dim=2)
+    return parts.flatten(1)
 
 
 def pruned(x: torch.Tensor, order: torch.Tensor, count: int, grain: int) -> Groups:

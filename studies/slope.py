@@ -1,6 +1,8 @@
-"""What the two steps of "row+slope" are worth, together and each alone, at several numbers of kept blocks.
+"""What the steps from "row" to "query+slope" are worth at several numbers of kept blocks.
 
     python -m studies.slope --pairs 4 --step 3 --step 6 --step 9
+
+They are three: the slope and the choice by error, each alone and together ("row+slope"), and single queries besides.
 
 `error` is that of single attention calls that full attention led to; all keep exactly as many blocks (`top_p` of 0).
 """

@@ -29,7 +29,7 @@ from . import harness
 class Options(harness.Options):
     sparsity: tuple[float, ...] = option("Share of blocks to drop.", (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97))
     tolerance: tuple[float, ...] = option("Errors to hold.", (0.025, 0.05, 0.1, 0.15))
-    mode: tuple[str, ...] = option("Modes.", ("row", "row+slope"), choices=tuple(RECTIFY))
+    mode: tuple[str, ...] = option("Modes.", ("row", "query+slope"), choices=tuple(RECTIFY))
     order: str = option("How tokens are put in blocks.", "content", choices=ORDERS)
     block_size: int = option("Tokens a block.", harness.EXACT.block_size)
     top_p: float = option("Least attention mass the kept blocks hold.", harness.EXACT.top_p)

@@ -119,8 +119,9 @@ def test_the_study_makes_groups_of_calls() -> None:
     one = groups.grouped(call, (0, 2), "first")
     assert (one.q.shape[2], one.k.shape[2], one.v.shape[2]) == (2, 1, 1)
     torch.testing.assert_close(full_attention(one)[:, :, 0], full_attention(call)[:, :, 0])
-    rows = list(groups.measured([call], groups.Options(sparsity=(0.75,), block_size=32)))
-    assert len(rows) == len(groups.GROUPS) * len(groups.KEYS) * len(groups.MODES) * len(groups.WAYS)
+    options = groups.Options(sparsity=(0.75,), block_size=32)
+    rows = list(groups.measured([call], options))
+    assert len(rows) == len(groups.GROUPS) * len(groups.KEYS) * len(options.mode) * len(groups.WAYS)
     assert all(0 < row["error"] < 1 for row in rows)
 
 

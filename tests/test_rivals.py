@@ -152,14 +152,16 @@ def test_a_repair_of_low_rank_finds_what_is_linear() -> None:
     assert (noise - sparsepr.repair(x[:64], noise[:64], x)).norm() > noise.norm()
 
 
-@pytest.mark.parametrize("name", ["plain", "row"])
-def test_pairs_of_our_own_modes_are_those_of_the_operator(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kept", "pooled", "queries"), [("plain", 3, 0, 1), ("row", 3, 1, 1), ("query+slope", 2, 1.5, 33)]
+)
+def test_pairs_of_our_own_modes_are_those_of_the_operator(name: str, kept: int, pooled: float, queries: int) -> None:
     one = head()
     answer = RULES[name](one, 0.5)
     tiled, left, text = 512, 32, 5
-    assert answer.pairs.exact == 8 * 3 * 64**2 + 2 * tiled * left + left**2 + (tiled + left) * text
-    assert answer.pairs.estimates == 8 * (8 + left + text)
-    assert answer.pairs.pooled == (tiled * 8 if name == "row" else 0)
+    assert answer.pairs.exact == 8 * kept * 64**2 + 2 * tiled * left + left**2 + (tiled + left) * text
+    assert answer.pairs.estimates == 8 * queries * (8 + left + text)
+    assert answer.pairs.pooled == tiled * 8 * pooled
 
 
 @pytest.mark.gpu

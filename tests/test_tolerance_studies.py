@@ -57,13 +57,13 @@ def test_probe_rows_repair_what_is_linear_and_leave_what_is_not() -> None:
 
 
 def test_repairs_of_a_call(call: AttentionCall) -> None:
-    options = repair.Options(block_size=16, rows=16, kept=(3,), mode=("none", "row+slope"))
+    options = repair.Options(block_size=16, rows=16, kept=(3,), mode=("none", "query+slope"))
     got = {(each["mode"], each["repair"]): each for each in repair.measured([call], options)}
     assert len(got) == 2 * len(repair.REPAIRS)
     for mode in options.mode:
         assert got[mode, repair.BLOCK_MORE]["error"] < got[mode, "none"]["error"]
         assert all(each["best"] <= each["error"] + 1e-9 for each in got.values())
-    assert got["row+slope", "none"]["error"] < got["none", "none"]["error"]
+    assert got["query+slope", "none"]["error"] < got["none", "none"]["error"]
 
 
 def test_the_controller_on_calls_that_do_not_change(call: AttentionCall) -> None:

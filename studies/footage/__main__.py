@@ -27,7 +27,7 @@ class Options(ablation.Options):
     weights: Path = option("Folder of weights that studies.footage.tune wrote.", Path("runs/footage/weights"))
     split: str = option("Which seeds.", "held-out", choices=harness.SPLITS)
     sparsity: tuple[float, ...] = option("Share of blocks to drop.", (0.8, 0.9))
-    rectify: tuple[str, ...] = option("Modes.", ("none", "ipar+gapr", "row", "row+slope"))
+    rectify: tuple[str, ...] = option("Modes.", ("none", "ipar+gapr", "row", "query+slope"))
     order: tuple[str, ...] = option("How tokens are put in blocks.", ("gilbert", "content"))
 
     @property

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from rectified_spaattn import SparseConfig
 from rectified_spaattn.lab.calls.capture import AttentionCall, capture_calls
 from rectified_spaattn.lab.calls.maps import one_head
 from rectified_spaattn.lab.clips.clip import Pair
@@ -36,8 +35,8 @@ from .contract import NotPossible, Rule, head_of, relative_error
 from .groups import exact
 
 OTHERS: dict[str, Rule] = sol.RULES | svg2.RULES | svg_ear.RULES | sparsepr.RULES
-NAMES = ("plain", "paper", *OTHERS, "row", "row+slope")
-DEFAULT = SparseConfig().rectify  # the rule that the others are compared with
+NAMES = ("plain", "paper", *OTHERS, "row", "row+slope", "query+slope")
+DEFAULTS = ("query+slope", "row+slope")  # the newest first; others are compared with the first that was measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +137,18 @@ def rivals(options: Options) -> None:
 def table(rows: Sequence[Row]) -> str:
     """Markdown of at most 80 columns, one table a budget, the smallest error first."""
     settings, lines = harness.settings_of(list(rows)), []
+    default = next((name for name in DEFAULTS if any(row.rule == name for row in rows)), DEFAULTS[0])
     for budget in sorted({row.budget for row in rows}):
         mine = {rule: of_pair for (each, rule), of_pair in settings.items() if each == budget}
-        lines += ["", f"At most {budget:g} of all pairs", "", f"| rule | error | pairs, groups | less {DEFAULT} |"]
+        lines += ["", f"At most {budget:g} of all pairs", "", f"| rule | error | pairs, groups | less {default} |"]
         lines.append("|---|---|---|---|")
         for rule, of_pair in sorted(mine.items(), key=lambda item: fmean(row.error for row in item[1].values())):
-            apart = harness.differences(of_pair, mine.get(DEFAULT, {}), "error")
+            apart = harness.differences(of_pair, mine.get(default, {}), "error")
             cells = [harness.interval([row.error for row in of_pair.values()])]
             cells.append(
                 ", ".join(f"{fmean(getattr(r, x) for r in of_pair.values()):.3f}" for x in ("pairs", "grouping"))
             )
-            cells.append(harness.interval(apart, "+") if rule != DEFAULT else "")
+            cells.append(harness.interval(apart, "+") if rule != default else "")
             lines.append(f"| {rule} | {' | '.join(cells)} |")
     return "\n".join(lines[1:])
 

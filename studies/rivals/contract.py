@@ -55,8 +55,8 @@ class Pairs:
     """Executed query-key pairs, or as much arithmetic: a pair is a product of queries with keys and one with values.
 
     exact      of single queries with single keys, text included
-    pooled     of single queries with pooled keys
-    estimates  to choose with: pooled queries with keys, pooled or single
+    pooled     of single queries with pooled keys, half a pair more where a query has a spread of its own
+    estimates  to choose with: pooled or sampled queries with keys, pooled or single
     products   all other products with queries, keys or outputs: first-order terms, probe rows, repairs
     grouping   to find groups of tokens (sorting, one warm k-means); no part of `total`
     """

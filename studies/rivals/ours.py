@@ -4,6 +4,7 @@ import math
 from functools import partial
 
 from rectified_spaattn import SparseConfig
+from rectified_spaattn.method.residual import sampled_rows
 
 from .contract import Answer, Head, NotPossible, Pairs, Rule
 
@@ -17,9 +18,10 @@ def ours(head: Head, budget: float, *, config: SparseConfig) -> Answer:
     if not nb:
         raise NotPossible(f"block_size: got {size} for {tokens} tokens; allowed: at most that many.")
     alone = len(head.k_alone) + blocks.leftover
+    looking = 1 + len(sampled_rows(size)) * rule.queries  # queries of a block: its mean, and those that are sampled
     fixed = {
-        "pooled": nb * size * nb if rule.tail else 0,
-        "estimates": nb * (nb + alone),
+        "pooled": nb * size * nb * (1 + rule.queries / 2) if rule.tail else 0,
+        "estimates": nb * looking * (nb + alone),
         # scale * q H and H itself are D * D products a token, the choice looks along DIRECTIONS; a pair is 2 * D
         "products": tokens * (dim + 3 * DIRECTIONS / 2 if rule.slope else 0),
     }
@@ -42,5 +44,6 @@ def rules(base: SparseConfig) -> dict[str, Rule]:
         "paper": space.replace(rectify="ipar+gapr"),
         "row": base.replace(rectify="row", order="content"),
         "row+slope": base.replace(rectify="row+slope", order="content"),
+        "query+slope": base.replace(rectify="query+slope", order="content"),
     }
     return {name: partial(ours, config=config) for name, config in modes.items()}

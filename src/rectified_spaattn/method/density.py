@@ -15,7 +15,8 @@ def density(
 
     Counted are the keys of kept blocks and isolated keys, one pooled key of a tail for every dropped block, all valid
     keys of isolated queries, and all valid keys of probe rows, which are computed twice: with nothing dropped it is 1,
-    or with probe rows a little more. Not counted is planning, which multiplies block means.
+    or with probe rows a little more. Not counted are planning, which multiplies block means and sampled queries, and
+    the product that gives a query a spread of its own for every pooled key.
 
     block_mask: bool [B, H, nb, nb]; text_mask: bool [B, text] or None.
     """

@@ -8,7 +8,7 @@ import torch
 from .groups import product
 from .pool import Pooled
 
-CAP = 2.0  # largest ½σ²; docs/quality.md has the measurement
+CAP = 2.0  # largest ½σ²; studies/NOTEBOOK.md has the measurement
 
 
 class Tail(NamedTuple):
