@@ -132,10 +132,15 @@ def _for_slope(q: torch.Tensor, slope: torch.Tensor, tiling: Tiling) -> tuple[Te
 
 def tiling_of(arch: str, block: int, head_dim: int, resume: bool, own: bool = False) -> Tiling:
     """arch: "hip", or the compute capability as in "90". own: queries have a half variance of their own, a product more
-    in the loop over pooled keys. It takes more registers, and its tiles leave room for one stage.
+    in the loop over pooled keys. It takes more registers, its tiles leave room for one stage, and the squares of queries
+    lie beside them.
     """
     tiling = _tiling_of(arch, block, head_dim, resume)
-    return tiling._replace(maxnreg=tiling.maxnreg and 168, tail_stages=1) if own else tiling
+    if not own:
+        return tiling
+    if head_dim > 128 and arch not in ("80", "90", "100", "103"):
+        tiling = tiling._replace(block_m=32 if arch == "hip" else 64, num_warps=4)
+    return tiling._replace(maxnreg=tiling.maxnreg and 168, tail_stages=1)
 
 
 def _tiling_of(arch: str, block: int, head_dim: int, resume: bool) -> Tiling:
