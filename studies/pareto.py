@@ -45,7 +45,9 @@ class Point(NamedTuple):
 def points_of(rows: Sequence[Row], speeds: Sequence[Speed], backend: str) -> dict[Mode, list[Point]]:
     """By rising time. Only what was measured in both."""
     ms = {
-        (row.sparsity, row.rectify, row.order): row.ms for row in speeds if row.kind == "sparse" and row.name == backend
+        (row.sparsity, row.rectify, row.order): row.ms
+        for row in speeds
+        if (row.kind, row.name, row.precision) == ("sparse", backend, "inputs")
     }
     points: dict[Mode, list[Point]] = {}
     for setting, of_pair in harness.settings_of(rows).items():
