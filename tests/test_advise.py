@@ -137,6 +137,7 @@ def test_the_command_says_what_it_knows_and_what_to_try() -> None:
         (["hunyan-video"], 1, "Did you mean 'hunyuan-video'?"),
         (["wan2.1-14b", "--height", 721], 1, "a multiple of 8"),
         (["wan2.1-14b", "--sparsity", 80], 2, "Did you mean 0.8?"),
+        (["wan2.1-14b", "--frames", 4201], 1, "WanTransformer3DModel raises RuntimeError"),
         (["minimax-h3", "--frames", 81], 1, "frames: got 81; allowed for minimax-h3: none"),
         (["demo", "--height", 16, "--width", 16, "--frames", 1], 1, "less than one block of 128"),
     ],

@@ -68,8 +68,9 @@ def test_repairs_of_a_call(call: AttentionCall) -> None:
 
 def test_the_controller_on_calls_that_do_not_change(call: AttentionCall) -> None:
     calls = [replace(call, step=step) for step in range(12)]
+    kept, start = (1, 2, 4, 8), (1.0, 8.0)
     options = controller.Options(
-        block_size=16, rows=240, kept=(1, 2, 4, 8), mode=("query+slope",), tolerance=(0.05,), gain=(0.5,), start=(1.0, 8.0)
+        block_size=16, rows=240, kept=kept, mode=("query+slope",), tolerance=(0.05,), gain=(0.5,), start=start
     )
     few, many = controller.measured(calls, options)
     for each in (few, many):

@@ -41,7 +41,8 @@ def enable(
     Touches the given object alone; Handle.disable() or disable(pipe) restores it. Cross-attention and text refiners
     stay as they are. Steps are those of the given pipeline's scheduler: enable on the pipeline that you call.
     Raises TypeError for a model without an adapter, an unknown key or a config of the wrong type; ValueError for values
-    out of range or config together with preset; RuntimeError where it is enabled already.
+    out of range, config together with preset, or 8 bits with a backend that has none; RuntimeError where it is enabled
+    already.
     """
     transformers, pipeline = transformers_of(pipe_or_transformer)
     adapters = [adapter_for(model) for _, model in transformers]
@@ -60,6 +61,12 @@ def enable(
             f"({', '.join(name for name, _ in transformers)}); allowed: one for all, or one each."
         )
     chosen = tuple(each.replace(**overrides) for each in chosen)
+    for each in chosen:
+        if each.least_precision != "inputs" and backend not in ("auto", "triton"):
+            raise ValueError(
+                f"enable: got precision={each.precision!r} with backend={backend!r}; allowed with it: 'triton', or "
+                "'auto', which takes triton then."
+            )
 
     _check_models(transformers, adapters, chosen)
     clock = RunClock(pipeline)

@@ -132,8 +132,8 @@ def _for_slope(q: torch.Tensor, slope: torch.Tensor, tiling: Tiling) -> tuple[Te
 
 def tiling_of(arch: str, block: int, head_dim: int, resume: bool, own: bool = False) -> Tiling:
     """arch: "hip", or the compute capability as in "90". own: queries have a half variance of their own, a product more
-    in the loop over pooled keys. It takes more registers, its tiles leave room for one stage, and the squares of queries
-    lie beside them.
+    in the loop over pooled keys. It takes more registers, its tiles leave room for one stage, and the squares of
+    queries lie beside them.
     """
     tiling = _tiling_of(arch, block, head_dim, resume)
     if not own:

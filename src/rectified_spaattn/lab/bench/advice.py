@@ -217,7 +217,10 @@ def _on_meta(model: Model, units: int) -> Any:
 
 
 def operations(model: Model, grid: Grid) -> int:
-    """Floating-point operations of one forward: matrix products, convolutions and attention; a multiply-add is two."""
+    """Floating-point operations of one forward: matrix products, convolutions and attention; a multiply-add is two.
+
+    Raises BenchError where the transformer does not take so many tokens.
+    """
     if model.units == 1:
         return _operations(model, grid, 1)
     one, two = (_operations(model, grid, units) for units in (1, 2))
@@ -230,8 +233,15 @@ def _operations(model: Model, grid: Grid, units: int) -> int:
 
     transformer = _on_meta(model, units)
     inputs = model.inputs(model, grid, lambda *shape: torch.empty(shape, device="meta"))
-    with FlopCounterMode(display=False) as counter:
-        transformer(**inputs, return_dict=False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            transformer(**inputs, return_dict=False)
+    except (IndexError, RuntimeError, ValueError) as error:
+        size = " x ".join(map(str, grid))
+        raise BenchError(
+            f"{model.name}: got a grid of {size} tokens (frames, rows, columns), at which {model.transformer} raises "
+            f"{type(error).__name__}: {error}. Use smaller --frames, --height or --width."
+        ) from error
     return counter.get_total_flops()
 
 
