@@ -162,3 +162,14 @@ def test_heads_stay_with_the_rank_that_decided_on_them() -> None:
         assert state.ranks.imbalance() > 0.1
         assert not state.balanced
         assert all(layer.heads is None for layer in state.layers)
+
+
+@pytest.mark.parametrize("backend", ["fa4", "torch", "reference"])
+def test_8_bits_are_refused_where_the_backend_has_none(backend):
+    pipeline = tiny.wan_pipeline()
+    with pytest.raises(ValueError, match=f"got precision='fp8' with backend='{backend}'; allowed with it: 'triton'"):
+        rsa.enable(pipeline, precision="fp8", backend=backend)
+    with rsa.enable(
+        pipeline, precision="auto", backend=backend, sparsity=0.5, block_size=16
+    ):  # which stays in 16 bits then
+        pass

@@ -380,15 +380,6 @@ def test_enabling_twice_is_refused():
         rsa.enable(model, **SPARSE)
 
 
-@pytest.mark.parametrize("backend", ["fa4", "torch", "reference"])
-def test_8_bits_are_refused_where_the_backend_has_none(backend):
-    pipeline = tiny.wan_pipeline()
-    with pytest.raises(ValueError, match=f"got precision='fp8' with backend='{backend}'; allowed with it: 'triton'"):
-        rsa.enable(pipeline, precision="fp8", backend=backend)
-    with rsa.enable(pipeline, precision="auto", backend=backend, **SPARSE):  # which stays in 16 bits then
-        pass
-
-
 def test_the_backend_by_name_alone_is_refused():
     model, inputs = tiny.wan_transformer(), tiny.wan_inputs()
     with rsa.enable(model, **SPARSE):

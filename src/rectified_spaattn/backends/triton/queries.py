@@ -55,7 +55,7 @@ def _told_kernel(
     STEP: tl.constexpr, SAMPLED: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Some query blocks of one head: BLOCK_M sampled queries against all keys, twice."""
+    """Some query blocks of one head: BLOCK_M sampled queries against all keys, and again against pooled ones."""
     EACH: tl.constexpr = BLOCK_M // SAMPLED
     head = tl.program_id(1).to(tl.int64)
     key_head, batch = head // group, head // heads
