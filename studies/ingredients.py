@@ -204,14 +204,27 @@ def attended(
     bias = of_k.size.log().expand_as(kept)
     if tail != "mean":
         bias = bias + about.half_variance.clamp(max=CAP)
+    pooled = head.scale * head.q @ of_k.mean(head.k).T + bias[of_q.label]
+    mass = about.mass * about.half_variance.clamp(max=CAP).exp() if tail == "slope" else None
+    return one_softmax(head, of_q, of_k, kept, pooled, mass)
+
+
+def one_softmax(
+    head: Head, of_q: Groups, of_k: Groups, kept: torch.Tensor, pooled: torch.Tensor, mass: torch.Tensor | None
+) -> torch.Tensor:
+    """[N, D]: attention to kept keys, those that stand alone and a pooled key of every dropped group.
+
+    pooled: logits of the pooled keys [N, Gk], used up; mass: [Gq, Gk], by which dropped groups of keys weigh in the
+    slope, None for none.
+    """
     keeps = kept[of_q.label]  # [N, Gk]
     single = (head.scale * head.q @ head.k.T).masked_fill_(~keeps[:, of_k.label], -math.inf)
-    pooled = (head.scale * head.q @ of_k.mean(head.k).T + bias[of_q.label]).masked_fill_(keeps, -math.inf)
-    weights = torch.cat([single, head.scale * head.q @ head.k_alone.T, pooled], 1).softmax(1)
+    logits = [single, head.scale * head.q @ head.k_alone.T, pooled.masked_fill_(keeps, -math.inf)]
+    weights = torch.cat(logits, 1).softmax(1)
     out = weights @ torch.cat([head.v, head.v_alone, of_k.mean(head.v)])
-    if tail == "slope":
-        mass = (about.mass * about.half_variance.clamp(max=CAP).exp() * of_q.size[:, None]).masked_fill(kept, 0).sum(0)
-        one = torch.einsum("m,mde->de", mass / mass.sum(), first_order(head, of_k))
+    if mass is not None:
+        total = (mass * of_q.size[:, None]).masked_fill(kept, 0).sum(0)
+        one = torch.einsum("m,mde->de", total / total.sum(), first_order(head, of_k))
         out += weights[:, -len(of_k.size) :].sum(1, keepdim=True) * (head.scale * head.q @ one)
     return out
 

@@ -15,7 +15,6 @@ which no pairs pay for). Tail: ½σ² of the block's mean query ("mean"), of eve
 
 import heapq
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -30,7 +29,7 @@ from rectified_spaattn.method.residual import sampled_rows
 from rectified_spaattn.method.tail import CAP
 
 from . import harness, ingredients
-from .ingredients import Estimate, estimate, first_order, sides
+from .ingredients import Estimate, estimate, one_softmax, sides
 from .rivals.contract import Head, head_of, relative_error
 from .rivals.groups import Groups, consecutive, exact, groups_of, k_means, within
 from .rivals.svg_ear import FIRST_ROUNDS
@@ -203,17 +202,8 @@ def attended(head: Head, parts: Parts, kept: torch.Tensor, tail: str) -> torch.T
     """[N, D]: one softmax over kept keys, those that stand alone and a pooled key of every dropped group."""
     of_q, of_k, about = parts
     half = about.half_variance[of_q.label] if tail == "mean" else half_variances(head, of_k)
-    keeps = kept[of_q.label]  # [N, Gk]
-    single = (head.scale * head.q @ head.k.T).masked_fill_(~keeps[:, of_k.label], -math.inf)
     pooled = head.scale * head.q @ of_k.mean(head.k).T + of_k.size.log() + half.clamp(max=CAP)
-    logits = [single, head.scale * head.q @ head.k_alone.T, pooled.masked_fill_(keeps, -math.inf)]
-    weights = torch.cat(logits, 1).softmax(1)
-    out = weights @ torch.cat([head.v, head.v_alone, of_k.mean(head.v)])
-    if tail == "slope":
-        mass = (about.mass * of_q.size[:, None]).masked_fill(kept, 0).sum(0)
-        one = torch.einsum("m,mde->de", mass / mass.sum(), first_order(head, of_k))
-        out += weights[:, -len(of_k.size) :].sum(1, keepdim=True) * (head.scale * head.q @ one)
-    return out
+    return one_softmax(head, of_q, of_k, kept, pooled, about.mass if tail == "slope" else None)
 
 
 def judge(calls: Sequence[AttentionCall], options: Options):

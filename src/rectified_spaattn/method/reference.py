@@ -11,6 +11,8 @@ if TYPE_CHECKING:  # the oracle runs on torch alone
     from ..orders import Blocks
     from .inputs import Inputs
 
+_BY_ERROR = ("row+slope", "query+slope")  # modes that choose blocks by the error they would leave
+
 
 class Reference(NamedTuple):
     """out: [B, S, H, D] float64, and the plan as in SparseStats (float64, bool)."""
@@ -31,8 +33,7 @@ def reference(inputs: "Inputs") -> Reference:
     group = heads // k.shape[2]
     b, isolated = blocks.block_size, blocks.isolated.cpu()
     nb = len(blocks.tiled) // b
-    own = config.rectify == "query+slope"
-    by_error = own or config.rectify == "row+slope"
+    own, by_error = config.rectify == "query+slope", config.rectify in _BY_ERROR
     tail = by_error or config.rectify == "row"
     out = torch.zeros(q.shape, dtype=torch.float64)
     critical = torch.zeros(batch, heads, nb, nb, dtype=torch.bool)
@@ -164,11 +165,12 @@ def _slope(
     own: bool,
 ) -> torch.Tensor:
     """H [D, D], the mean over the blocks of how values move with keys, weighed by what tails there are."""
-    means = qt.mean(1, keepdim=True) * (0 if own else 1)
     total, weights = torch.zeros(kt.shape[2], vt.shape[2], dtype=torch.float64), 0.0
     for m in range(len(kt)):
-        rows = compensate[:, m].nonzero().flatten().tolist()
-        weight = sum(p[n, m].item() * math.exp(min(_half_variance(means[n], kt[m], scale).item(), 2)) for n in rows)
+        weight = 0.0
+        for n in compensate[:, m].nonzero().flatten().tolist():
+            half = 0.0 if own else _half_variance(qt[n].mean(0, keepdim=True), kt[m], scale).item()
+            weight += p[n, m].item() * math.exp(min(half, 2.0))
         if weight:
             total, weights = total + weight * _moving_together(kt[m], vt[m]), weights + weight
     return total / weights if weights else total
@@ -248,7 +250,7 @@ def critical_row(
         return torch.ones(nb, dtype=torch.bool)
     by_probability = sorted(range(nb), key=lambda m: (-p[m].item(), m))
     at_least = int((1 - config.sparsity) * nb) if top_k is None else int(top_k)
-    at_least = 0 if config.rectify in ("row+slope", "query+slope") else max(1, at_least)
+    at_least = 0 if config.rectify in _BY_ERROR else max(1, at_least)
     reached, for_top_p = p[nb].item(), 0
     while reached < config.top_p and for_top_p < nb:
         reached += p[by_probability[for_top_p]].item()

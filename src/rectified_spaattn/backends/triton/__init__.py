@@ -22,6 +22,7 @@ BLOCK_SIZES = (64, 128)
 MAX_BLOCKS = 8191  # one program holds a row of key blocks in registers
 OLDEST_TRITON = (3, 4)  # the first with host-side tensor descriptors
 GLUON_TRITON = ((3, 6), (3, 9))  # first and last
+ROOMY = ("80", "90", "100", "103")  # with 163 KiB of shared memory and more; all others have 99, AMD 64
 
 
 class BlockLists(NamedTuple):
@@ -38,7 +39,8 @@ class BlockLists(NamedTuple):
 class Prepared(NamedTuple):
     """What `attend` needs: q, k, v in block order, the lists of kept blocks, and what repairs the rest.
 
-    The keys and values of a tail are those of `Tiled`, [B, Hk, nb up to a multiple of 128, D].
+    The keys and values of a tail are those of `Tiled`, [B, Hk, nb up to a multiple of 128, D]. So is its k_var,
+    [2, B, Hk, nb, D], of which the second half is not read.
     """
 
     tiled: "Tiled"

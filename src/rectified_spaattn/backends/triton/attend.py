@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...method.inputs import Inputs
 from ...method.tail import CAP
-from . import Partial, Prepared, arch_of, columns_of, why_not_gluon
+from . import ROOMY, Partial, Prepared, arch_of, columns_of, why_not_gluon
 from .select import longest_first
 from .tile import place_of
 
@@ -138,7 +138,7 @@ def tiling_of(arch: str, block: int, head_dim: int, resume: bool, own: bool = Fa
     tiling = _tiling_of(arch, block, head_dim, resume)
     if not own:
         return tiling
-    if head_dim > 128 and arch not in ("80", "90", "100", "103"):
+    if head_dim > 128 and arch not in ROOMY:
         tiling = tiling._replace(block_m=32 if arch == "hip" else 64, num_warps=4)
     return tiling._replace(maxnreg=tiling.maxnreg and 168, tail_stages=1)
 

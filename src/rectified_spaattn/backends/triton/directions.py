@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ...method.arrange import DIRECTIONS, ROUNDS, SAMPLE
 from ...method.residual import Directions
-from . import arch_of, columns_of
+from . import ROOMY, arch_of, columns_of
 from .halves import dot_halves, halves, store_halves
 
 
@@ -98,7 +98,7 @@ class Tiling(NamedTuple):
 def tiling_of(arch: str, dim: int) -> Tiling:
     """arch: "hip", or the compute capability as in "90"."""
     warps = 16 if arch in ("100", "103") else 8  # with eight Triton 3.6 does not compile it for Blackwell
-    if arch not in ("80", "90", "100", "103"):  # shared memory is 64 or 99 KiB
+    if arch not in ROOMY:
         return Tiling(32 if dim <= 256 else 16, warps, 1)
     return Tiling(0, warps, 1) if dim <= 128 else Tiling(32, warps, 2 if dim <= 256 else 1)
 

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...method.arrange import sample_of
 from ...method.inputs import Inputs
-from . import Partial, Prepared, arch_of, columns_of, interpreted, why_not_gluon
+from . import ROOMY, Partial, Prepared, arch_of, columns_of, interpreted, why_not_gluon
 from .attend import rows_of
 from .select import longest_first
 from .tile import Tiled
@@ -82,8 +82,8 @@ def listed_blocks(inputs: Inputs, prepared: Prepared) -> Partial:
 
 
 def tiling_of(arch: str, block: int, head_dim: int) -> Tiling:
-    """arch: the compute capability, as in "90": shared memory is 99 KiB, or 163 and more."""
-    if arch in ("80", "90", "100", "103"):
+    """arch: the compute capability, as in "90"."""
+    if arch in ROOMY:
         return Tiling(64, min(block, 128) if head_dim <= 128 else 64, 4, 2)
     return Tiling(64, 64 if head_dim <= 128 else 32, 4, 2)
 

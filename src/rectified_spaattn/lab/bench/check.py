@@ -142,7 +142,7 @@ def _block_errors(call: _Call, h: int, n: int) -> _Errors:
     if call.config.rule.tail:
         q, k, v = (x[0, at, h].double() for x, at in zip(qkv, (queries, keys, keys), strict=True))
         k_blocks, v_blocks = (x[0, places[compensated], h].double() for x in qkv[1:])  # [blocks, b, D]
-        slope = _slope(h, stats, call, places) if call.config.rule.slope else q.new_zeros(q.shape[-1], q.shape[-1])
+        slope = _slope(h, call, places) if call.config.rule.slope else q.new_zeros(q.shape[-1], q.shape[-1])
         scale, queries_tell = q.shape[-1] ** -0.5, call.config.rule.queries
         want = with_pooled_keys(q, k, v, k_blocks, v_blocks, slope, scale, queries_tell)
         return got - want, own - exact, want
@@ -159,10 +159,10 @@ def _attend(queries: torch.Tensor, keys: torch.Tensor, h: int, qkv: Tensors) -> 
     return exact[0, 0], scaled_dot_product_attention(q, k, v)[0, 0].double()
 
 
-def _slope(h: int, stats: SparseStats, call: _Call, places: torch.Tensor) -> torch.Tensor:
+def _slope(h: int, call: _Call, places: torch.Tensor) -> torch.Tensor:
     """H of head h, float64 [D, D], from the stats' choices. places: [nb, b]."""
     q, k, v = (x[0, places, h].double() for x in call.qkv)  # [nb, b, D]
-    mass = stats.probability[0, h, :, :-1].double() * stats.compensated[0, h]
+    mass = call.stats.probability[0, h, :, :-1].double() * call.stats.compensated[0, h]
     if not call.config.rule.queries:
         half_variance = q.mean(1).square() @ k.var(1, unbiased=False).T / (2 * q.shape[-1])
         mass *= half_variance.clamp(max=CAP).exp()
